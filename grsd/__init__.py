@@ -1,0 +1,70 @@
+"""Spectral-shell dynamics of neural networks: the operator, its shells, and a ledger of claims.
+
+The rooms are subpackages (`grsd.spectrum`, ...); `grsd.lab` brings models and text; this top module
+holds the version and the check of the environment, and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "check_environment"]
+
+# What every room needs, with the least version that the code was written against. The same floors
+# stand in pyproject.toml (a test compares the two), which an uninstalled source tree cannot read.
+REQUIRED: dict[str, str] = {
+    "torch": "2.6",
+    "numpy": "1.26",
+    "scipy": "1.13",
+    "matplotlib": "3.8",
+    "PyYAML": "6.0",
+    "click": "8.1",
+    "tqdm": "4.66",
+    "safetensors": "0.4.3",
+    "transformers": "5.0",
+    "tokenizers": "0.22",
+}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version: "2.13.0+cpu" gives (2, 13, 0)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def check_environment(*, verbose: bool = True) -> list[str]:
+    """Say which required packages are missing or older than needed. Installs and upgrades nothing.
+
+    Parameters
+    ----------
+    verbose : bool
+        Print the findings, one line each, and a line when nothing is missing.
+
+    Returns
+    -------
+    list of str
+        One requirement per missing or outdated package, such as "scipy>=1.13"; empty when all is well.
+    """
+    wanted: list[str] = []
+    lines: list[str] = []
+    if sys.version_info < (3, 11):
+        wanted.append("python>=3.11")
+        lines.append(f"python {sys.version.split()[0]} is too old: grsd needs python>=3.11")
+    for name, floor in REQUIRED.items():
+        requirement = f"{name}>={floor}"
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            wanted.append(requirement)
+            lines.append(f"{name} is missing: install '{requirement}'")
+            continue
+        if _release(found) < _release(floor):
+            wanted.append(requirement)
+            lines.append(f"{name} {found} is older than needed: install '{requirement}'")
+    if verbose:
+        print("\n".join(lines) if lines else f"grsd {__version__}: every required package is present")
+    return wanted
