@@ -1,0 +1,37 @@
+"""One instant of training: the operator M = J Jᵀ, and where the error sits in its spectrum.
+
+``observables`` says what f is, ``ntk`` multiplies by M, ``krylov`` runs Lanczos, ``measure`` bounds the spectral measure,
+``shells`` bins it, ``nulls`` holds what a profile must be compared with.
+"""
+
+from grsd.spectrum import nulls
+from grsd.spectrum.krylov import Tridiagonal, lanczos
+from grsd.spectrum.measure import SpectralMeasure
+from grsd.spectrum.ntk import NTK
+from grsd.spectrum.observables import ClassLogits, Observable, Outputs, TokenLogProb
+from grsd.spectrum.shells import (
+    AveragedProfile,
+    LogShells,
+    ProfileStatistics,
+    ShellProfile,
+    average,
+    statistics,
+)
+
+__all__ = [
+    "NTK",
+    "AveragedProfile",
+    "ClassLogits",
+    "LogShells",
+    "Observable",
+    "Outputs",
+    "ProfileStatistics",
+    "ShellProfile",
+    "SpectralMeasure",
+    "TokenLogProb",
+    "Tridiagonal",
+    "average",
+    "lanczos",
+    "nulls",
+    "statistics",
+]

@@ -1,0 +1,172 @@
+"""What f is: the rows whose Jacobian makes the operator, and the error that lives on them.
+
+An observable turns a model's output into T numbers, one per row of the Jacobian, and says which error vector
+belongs to them. The operator itself lives in :mod:`grsd.spectrum.ntk`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORE = -100  # target value of a token that is not counted (the convention of torch and transformers)
+
+
+class Observable(Protocol):
+    """Maps a model's output to the rows f of the operator (structural type: any object with these methods will do)."""
+
+    def rows(self, output: Tensor) -> Tensor:
+        """Return f, shape (T,), differentiable with respect to `output`."""
+        ...
+
+    def error(self, rows: Tensor) -> Tensor:
+        """Return the error vector on the rows, shape (T,)."""
+        ...
+
+    def samples(self, rows: Tensor) -> int:
+        """Return the number of samples that the T rows come from (the divisor of ``normalize="mean"``)."""
+        ...
+
+
+def raw_output(output: Any) -> Tensor:
+    """Take the tensor out of what a model returned: a tensor, an object with `logits`, or a tuple led by a tensor."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise TypeError(
+        f"the model returned {type(output).__name__}; expected a tensor, an object with .logits, or a tuple of them"
+    )
+
+
+def _check_targets(targets: Tensor, shape: torch.Size, what: str) -> None:
+    if targets.shape != shape:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}; the {what} need {tuple(shape)}")
+
+
+def _check_classes(targets: Tensor, classes: int) -> Tensor:
+    """Return the mask of counted targets after checking that every one of them is a class of the model."""
+    counted = targets != IGNORE
+    if not bool(counted.any()):
+        raise ValueError(f"no target is counted: all {targets.numel()} are {IGNORE}")
+    low, high = int(targets[counted].min()), int(targets[counted].max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"targets run from {low} to {high}, but the model's output has {classes} classes: "
+            "the tokenizer or the labels do not belong to this model"
+        )
+    return counted
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Regression: every scalar output is a row, and e = target − output.
+
+    Parameters
+    ----------
+    targets
+        Same shape as the model's output, or None when only the operator is wanted.
+
+    Notes
+    -----
+    For outputs of shape (n, d) there are T = n·d rows and n samples. Under the flow of L = (1/2n)‖e‖² the error
+    obeys ė = −M e exactly (2512.10427, section 2.2).
+    """
+
+    targets: Tensor | None = None
+
+    def rows(self, output: Tensor) -> Tensor:
+        if output.ndim == 0:
+            raise ValueError(
+                "the model returned a single number without a batch axis; expected shape (n, ...)"
+            )
+        if self.targets is not None:
+            _check_targets(self.targets, output.shape, "outputs")
+        return output.reshape(-1)
+
+    def error(self, rows: Tensor) -> Tensor:
+        if self.targets is None:
+            raise ValueError(
+                "Outputs() was made without targets, so there is no error; pass Outputs(targets)"
+            )
+        return self.targets.reshape(-1).to(rows) - rows
+
+    def samples(self, rows: Tensor) -> int:
+        return rows.numel() if self.targets is None else int(self.targets.shape[0])
+
+
+@dataclass(frozen=True)
+class ClassLogits:
+    """Classification: every logit is a row, and the error is δ = onehot(target) − softmax.
+
+    Parameters
+    ----------
+    targets
+        int64, the model's output shape without its last axis (the classes); values in [0, C).
+
+    Notes
+    -----
+    T = n·C rows from n samples. δ = −n ∂L/∂f for the mean cross-entropy L, so ḟ = M δ exactly; δ itself obeys
+    δ̇ = −H M δ with H = blockdiag(diag q − q qᵀ), not −M δ.
+    """
+
+    targets: Tensor
+
+    def rows(self, output: Tensor) -> Tensor:
+        if output.ndim < 2:
+            raise ValueError(
+                f"class logits need shape (..., classes), the model returned {tuple(output.shape)}"
+            )
+        _check_targets(self.targets, output.shape[:-1], "logits")
+        if not bool(_check_classes(self.targets, output.shape[-1]).all()):
+            raise ValueError(f"ClassLogits counts every sample; drop those with target {IGNORE} first")
+        return output.reshape(-1)
+
+    def error(self, rows: Tensor) -> Tensor:
+        logits = rows.reshape(self.targets.numel(), -1)
+        hot = functional.one_hot(self.targets.reshape(-1), logits.shape[-1]).to(logits)
+        return (hot - torch.softmax(logits, dim=-1)).reshape(-1)
+
+    def samples(self, rows: Tensor) -> int:
+        return self.targets.numel()
+
+
+@dataclass(frozen=True)
+class TokenLogProb:
+    """Language modelling: row i is f_i = log q(y_i | x_i), and e = −log q (2512.10427, equation 24).
+
+    Parameters
+    ----------
+    targets
+        int64, shape (B, L), aligned with logits of shape (B, L, V); tokens with target −100 give no row.
+
+    Notes
+    -----
+    T counted tokens are T rows and T samples. Under the flow of L = (1/T) Σ e the error obeys ė = −M·1 exactly,
+    not ė = −M e: what evolves is shown by the start vector 1, what the paper draws by the start vector e.
+    """
+
+    targets: Tensor
+
+    def rows(self, output: Tensor) -> Tensor:
+        if output.ndim < 2:
+            raise ValueError(
+                f"token logits need shape (batch, length, vocabulary), got {tuple(output.shape)}"
+            )
+        _check_targets(self.targets, output.shape[:-1], "logits")
+        counted = _check_classes(self.targets, output.shape[-1])
+        logits, targets = output[counted], self.targets[counted]
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+
+    def error(self, rows: Tensor) -> Tensor:
+        return -rows
+
+    def samples(self, rows: Tensor) -> int:
+        return rows.numel()
