@@ -80,8 +80,7 @@ class Tridiagonal:
     def from_json(cls, record: Mapping[str, Any]) -> Tridiagonal:
         """Rebuild a Tridiagonal from `to_json`."""
         arrays = {key: np.asarray(record[key], dtype=np.float64) for key in ("alphas", "betas")}
-        scalars = {key: record[key] for key in ("mass", "residual", "eps", "reorthogonalized", "exhausted")}
-        return cls(**arrays, **scalars)
+        return cls(**{**record, **arrays})
 
 
 def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = True) -> Tridiagonal:

@@ -18,12 +18,8 @@ if TYPE_CHECKING:
     from grsd.spectrum.shells import LogShells, ShellProfile
 
 Array = NDArray[np.float64]
-FLOOR = (
-    4.0  # products are right to about eps; nodes within 4 eps of zero, relative to the largest, are rounding
-)
-RITZ = (
-    1e7  # a Radau corner this large moves no node by more than 1e-7 of the spectrum: the edge is a Ritz value
-)
+FLOOR = 4.0  # products are right to about eps; nodes within 4 eps of zero, relative to the largest, are rounding
+RITZ = 1e7  # a Radau corner this large moves no node by more than 1e-7 of the spectrum: the edge is a Ritz value
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,7 @@ class SpectralMeasure:
     def from_tridiagonal(cls, tridiagonal: Tridiagonal) -> SpectralMeasure:
         """Gauss quadrature: nodes are the Ritz values, weights mass · U₁ᵢ² (Golub and Welsch)."""
         nodes, first = _eigen_first(tridiagonal.alphas, tridiagonal.betas)
-        return cls(
-            nodes, tridiagonal.mass * first, FLOOR * tridiagonal.eps * float(np.abs(nodes).max()), tridiagonal
-        )
+        return cls(nodes, tridiagonal.mass * first, FLOOR * tridiagonal.eps * float(np.abs(nodes).max()), tridiagonal)
 
     @classmethod
     def exact(cls, eigenvalues: ArrayLike, energies: ArrayLike, *, eps: float = 2.0**-52) -> SpectralMeasure:

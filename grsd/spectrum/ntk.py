@@ -66,7 +66,7 @@ class NTK:
     ) -> None:
         if normalize not in ("mean", "sum"):
             raise ValueError(f'normalize must be "mean" or "sum", got {normalize!r}')
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if not self._parameters:
             raise ValueError("no parameter of the model requires a gradient, so J is empty")
         _refuse_dropout(model)
@@ -82,9 +82,7 @@ class NTK:
 
     def _transposable_vjp(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the parameters that f depends on, and Jᵀu₀ as a graph whose derivative in u₀ is J."""
-        products = torch.autograd.grad(
-            self._rows, self._parameters, self._probe, create_graph=True, allow_unused=True
-        )
+        products = torch.autograd.grad(self._rows, self._parameters, self._probe, create_graph=True, allow_unused=True)
         used = [(p, w) for p, w in zip(self._parameters, products, strict=True) if w is not None]
         if not used:
             raise ValueError("no parameter of the model reaches the outputs, so J is zero")
@@ -93,8 +91,8 @@ class NTK:
             torch.autograd.grad(vjp, self._probe, vjp, retain_graph=True)
         except RuntimeError as failure:
             raise ValueError(
-                f"an operation of this model has no second derivative ({str(failure).splitlines()[0]}). Fused attention "
-                'is the usual cause: load the model with attn_implementation="eager"'
+                f"an operation of this model has no second derivative ({str(failure).splitlines()[0]}). Fused "
+                'attention is the usual cause: load the model with attn_implementation="eager"'
             ) from failure
         return parameters, vjp
 
@@ -112,11 +110,7 @@ class NTK:
 
     @property
     def eps(self) -> float:
-        tf32 = (
-            self.device.type == "cuda"
-            and self.dtype == torch.float32
-            and torch.backends.cuda.matmul.allow_tf32
-        )
+        tf32 = self.device.type == "cuda" and self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         return 2.0**-11 if tf32 else torch.finfo(self.dtype).eps
 
     @property
@@ -166,9 +160,7 @@ class NTK:
 
     def _check(self, u: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(u.shape) != shape:
-            raise ValueError(
-                f"M is {self.shape}: it multiplies vectors of shape {shape}, got {tuple(u.shape)}"
-            )
+            raise ValueError(f"M is {self.shape}: it multiplies vectors of shape {shape}, got {tuple(u.shape)}")
         if u.dtype != self.dtype or u.device != self.device:
             raise ValueError(f"M is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}")
 
@@ -197,16 +189,10 @@ def _forward(model: nn.Module, inputs: Inputs, observable: Observable) -> Tensor
         if not torch.equal(buffer, saved):
             buffer.detach().copy_(saved)
     if rows.ndim != 1:
-        raise ValueError(
-            f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}"
-        )
+        raise ValueError(f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}")
     if not rows.requires_grad:
-        raise ValueError(
-            "the outputs carry no gradient: was the model's forward run under no_grad or detached?"
-        )
+        raise ValueError("the outputs carry no gradient: was the model's forward run under no_grad or detached?")
     bad = int((~torch.isfinite(rows.detach())).sum())
     if bad:
-        raise ValueError(
-            f"{bad} of {rows.numel()} outputs are not finite; check the checkpoint and the inputs"
-        )
+        raise ValueError(f"{bad} of {rows.numel()} outputs are not finite; check the checkpoint and the inputs")
     return rows

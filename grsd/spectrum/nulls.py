@@ -22,7 +22,8 @@ from grsd.spectrum.shells import LogShells, ShellProfile
 def random_start(like: Tensor, *, generator: torch.Generator) -> Tensor:
     """Return a Gaussian vector of the same shape, dtype, device and norm: M is kept, the error's direction is not."""
     draw = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-    return draw * (torch.linalg.vector_norm(like) / torch.linalg.vector_norm(draw))
+    scale: Tensor = torch.linalg.vector_norm(like) / torch.linalg.vector_norm(draw)
+    return draw * scale
 
 
 def shuffled(targets: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -34,13 +35,11 @@ def shuffled(targets: Tensor, *, generator: torch.Generator) -> Tensor:
     return flat.reshape(targets.shape)
 
 
-def density_of_states(
-    M: Operator, *, probes: int, steps: int, generator: torch.Generator
-) -> list[SpectralMeasure]:
-    """Return `probes` measures of Gaussian start vectors, each scaled so that its mass is T: weights count eigenvalues.
+def density_of_states(M: Operator, *, probes: int, steps: int, generator: torch.Generator) -> list[SpectralMeasure]:
+    """Return `probes` measures of Gaussian start vectors, scaled so that each has mass T: weights count eigenvalues.
 
-    The mean of their shell masses estimates the number n_α of eigenvalues per shell (stochastic Lanczos quadrature; Lin,
-    Saad and Yang 2016). Cost: probes · steps products.
+    The mean of their shell masses estimates the number n_α of eigenvalues per shell (stochastic Lanczos quadrature;
+    Lin, Saad and Yang 2016). Cost: probes · steps products.
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
@@ -61,14 +60,12 @@ def counts(measures: Sequence[SpectralMeasure], shells: LogShells) -> np.ndarray
 def frozen_kernel(measure: SpectralMeasure, time: float, shells: LogShells) -> ShellProfile:
     """Return the profile that a kernel frozen at `measure` would show after `time`: every weight times exp(−2λt).
 
-    This is the null of no spectral transport (c0 = 0 in 2512.10427): each mode decays where it stands. The interval of a
-    shell is that of the measure, damped by the factors at its two edges.
+    This is the null of no spectral transport (c0 = 0 in 2512.10427): each mode decays where it stands. The interval of
+    a shell is that of the measure, damped by the factors at its two edges.
     """
     if not (np.isfinite(time) and time >= 0):
         raise ValueError(f"time must be finite and not negative, got {time}")
-    damped = SpectralMeasure(
-        measure.nodes, measure.weights * np.exp(-2.0 * measure.nodes * time), measure.floor
-    )
+    damped = SpectralMeasure(measure.nodes, measure.weights * np.exp(-2.0 * measure.nodes * time), measure.floor)
     before, after = measure.shells(shells), damped.shells(shells)
     slow, fast = np.exp(-2.0 * shells.edges[:-1] * time), np.exp(-2.0 * shells.edges[1:] * time)
     return ShellProfile(
@@ -96,9 +93,7 @@ def fit_frozen_kernel(measure: SpectralMeasure, energy: float) -> float:
     start = 0.5 * measure.mass
     stays = 0.5 * float(measure.weights[measure.nodes <= measure.floor].sum())
     if not stays < energy <= start:
-        raise ValueError(
-            f"a frozen kernel can only fall from {start:.6g} to above {stays:.6g}; asked for {energy:.6g}"
-        )
+        raise ValueError(f"a frozen kernel can only fall from {start:.6g} to above {stays:.6g}; asked for {energy:.6g}")
 
     def excess(log_time: float) -> float:
         return 0.5 * float(np.sum(measure.weights * np.exp(-2.0 * measure.nodes * np.exp(log_time)))) - energy

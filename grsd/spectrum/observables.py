@@ -84,18 +84,14 @@ class Outputs:
 
     def rows(self, output: Tensor) -> Tensor:
         if output.ndim == 0:
-            raise ValueError(
-                "the model returned a single number without a batch axis; expected shape (n, ...)"
-            )
+            raise ValueError("the model returned a single number without a batch axis; expected shape (n, ...)")
         if self.targets is not None:
             _check_targets(self.targets, output.shape, "outputs")
         return output.reshape(-1)
 
     def error(self, rows: Tensor) -> Tensor:
         if self.targets is None:
-            raise ValueError(
-                "Outputs() was made without targets, so there is no error; pass Outputs(targets)"
-            )
+            raise ValueError("Outputs() was made without targets, so there is no error; pass Outputs(targets)")
         return self.targets.reshape(-1).to(rows) - rows
 
     def samples(self, rows: Tensor) -> int:
@@ -121,9 +117,7 @@ class ClassLogits:
 
     def rows(self, output: Tensor) -> Tensor:
         if output.ndim < 2:
-            raise ValueError(
-                f"class logits need shape (..., classes), the model returned {tuple(output.shape)}"
-            )
+            raise ValueError(f"class logits need shape (..., classes), the model returned {tuple(output.shape)}")
         _check_targets(self.targets, output.shape[:-1], "logits")
         if not bool(_check_classes(self.targets, output.shape[-1]).all()):
             raise ValueError(f"ClassLogits counts every sample; drop those with target {IGNORE} first")
@@ -157,9 +151,7 @@ class TokenLogProb:
 
     def rows(self, output: Tensor) -> Tensor:
         if output.ndim < 2:
-            raise ValueError(
-                f"token logits need shape (batch, length, vocabulary), got {tuple(output.shape)}"
-            )
+            raise ValueError(f"token logits need shape (batch, length, vocabulary), got {tuple(output.shape)}")
         _check_targets(self.targets, output.shape[:-1], "logits")
         counted = _check_classes(self.targets, output.shape[-1])
         logits, targets = output[counted], self.targets[counted]

@@ -115,19 +115,15 @@ class ShellProfile:
         record: dict[str, Any] = {"edges": self.shells.edges.tolist()}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            record[field.name] = (
-                [None if np.isnan(x) else float(x) for x in value] if np.ndim(value) else value
-            )
+            record[field.name] = [None if np.isnan(x) else float(x) for x in value] if np.ndim(value) else value
         return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ShellProfile:
         """Rebuild a profile from `to_json`."""
         values = {key: record[key] for key in (f.name for f in fields(cls)[1:])}
-        arrays = {
-            key: np.array([np.nan if x is None else x for x in value], float)
-            if isinstance(value, list)
-            else value
+        arrays: dict[str, Any] = {
+            key: np.array([np.nan if x is None else x for x in value], float) if isinstance(value, list) else value
             for key, value in values.items()
         }
         return cls(shells=LogShells(np.asarray(record["edges"], float)), **arrays)
@@ -219,11 +215,7 @@ def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
     place = int(np.searchsorted(cumulative, FRONTIER))
     share = (FRONTIER - cumulative[place - 1]) / (cumulative[place] - cumulative[place - 1])
     rising = np.flatnonzero(e[: top + 1] > 0)
-    slope = (
-        float(np.polyfit(np.log(centers[rising]), np.log(e[rising]), 1)[0])
-        if rising.size >= 3
-        else float("nan")
-    )
+    slope = float(np.polyfit(np.log(centers[rising]), np.log(e[rising]), 1)[0]) if rising.size >= 3 else float("nan")
     filled = np.flatnonzero(e > 0)
     span = slice(int(filled[0]), int(filled[-1]) + 1)
     return ProfileStatistics(
