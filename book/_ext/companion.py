@@ -1,0 +1,172 @@
+"""Sphinx extension of this book: the claims of the ledger, shown with the evidence that this very build recorded.
+
+Directives: ``{claims}`` (claims page), ``{scoreboard}`` (front page), ``{claim-box}`` (opening of a chapter). Notebooks are executed
+while documents are read, so the directives only leave a placeholder; it is filled when the document tree is resolved, and the
+pages that hold one are resolved again in every build.
+
+Warnings (errors under ``-W``): a verdict whose chapter is in the book but which no run recorded, a claim box that does not match the
+ledger, an image without alternative text. Neighbours: ``companion_views`` draws the nodes, ``companion_fresh`` decides what of
+an earlier build may be kept, ``companion_reader`` makes the Colab buttons and the notebooks that they open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import Any
+
+import companion_fresh
+import companion_reader
+import companion_views
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+from grsd import claims
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
+SHORTEST_ALT = 10  # characters; "a figure" or a file name says nothing to a reader who cannot see it
+
+
+class ClaimView(nodes.General, nodes.Element):
+    """Placeholder for a list of claims; attributes ``kind`` (page, scoreboard, box) and the directive's options."""
+
+
+class _ClaimDirective(SphinxDirective):
+    """Leave a placeholder, and remember which page holds it."""
+
+    kind = ""
+
+    def run(self) -> list[nodes.Node]:
+        node = ClaimView("", kind=self.kind, ids_wanted=" ".join(self.arguments).split(), **_plain(self.options))
+        self.set_source_info(node)
+        pages(self.env).setdefault(self.env.docname, []).extend(node["ids_wanted"])
+        return [node]
+
+
+class ClaimsDirective(_ClaimDirective):
+    """Every claim of the ledger in full, or those of one ``:paper:`` or one ``:room:``."""
+
+    kind = "page"
+    option_spec = {"paper": directives.unchanged_required, "room": directives.unchanged_required}
+
+
+class ScoreboardDirective(_ClaimDirective):
+    """How many claims have which verdict, per paper."""
+
+    kind = "scoreboard"
+
+
+class ClaimBoxDirective(_ClaimDirective):
+    """The claims that a chapter settles, by id."""
+
+    kind = "box"
+    required_arguments = 1
+    final_argument_whitespace = True
+
+
+def _plain(options: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in options.items()}
+
+
+def pages(env: BuildEnvironment) -> dict[str, list[str]]:
+    """Pages with a placeholder, and the claim ids that their boxes name."""
+    if not hasattr(env, "companion_pages"):
+        env.companion_pages = {}  # type: ignore[attr-defined]
+    return env.companion_pages  # type: ignore[attr-defined,no-any-return]
+
+
+def _purge(_app: Sphinx, env: BuildEnvironment, docname: str) -> None:
+    pages(env).pop(docname, None)
+
+
+def _merge(_app: Sphinx, env: BuildEnvironment, docnames: Iterable[str], other: BuildEnvironment) -> None:
+    pages(env).update({name: ids for name, ids in pages(other).items() if name in set(docnames)})
+
+
+def check_claims(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Warn of verdicts without evidence and of boxes at odds with the ledger; returns the pages to resolve again."""
+    ledger = {claim.id: claim for claim in claims.load()}
+    for claim in ledger.values():
+        chapter = companion_views.docname(claim)
+        if not claim.chapter or chapter not in env.found_docs:
+            continue
+        if claim.verdict != "untested" and claims.evidence(claim.id) is None:
+            _warn(
+                f"claim {claim.id!r} has the verdict {claim.verdict!r} but this build recorded no evidence for it; its "
+                f"chapter must call claims.record({claim.id!r}, …)",
+                chapter,
+                "evidence",
+            )
+        if claim.id not in pages(env).get(chapter, []):
+            _warn(f"claim {claim.id!r} belongs to this chapter but its claim-box does not name it", chapter, "box")
+    for page, ids in pages(env).items():
+        for claim_id in ids:
+            if claim_id not in ledger:
+                _warn(f"claim-box names {claim_id!r}, which is not in the ledger", page, "box")
+            elif companion_views.docname(ledger[claim_id]) != page:
+                _warn(f"claim-box names {claim_id!r}, whose chapter is {ledger[claim_id].chapter!r}", page, "box")
+    equations = env.get_domain("math").data["has_equations"]
+    equations.update(dict.fromkeys(pages(env), True))  # statements carry mathematics that Sphinx has not seen yet
+    return sorted(pages(env))
+
+
+def fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Replace every placeholder by the claims as they stand at the end of this build's notebooks."""
+    link = companion_views.Linker(app.builder, docname, app.env.found_docs, claims_page=_claims_page(app.env))
+    for node in list(doctree.findall(ClaimView)):
+        ledger = claims.load()
+        if node["kind"] == "box":
+            chosen = [claim for name in node["ids_wanted"] for claim in ledger if claim.id == name]
+            node.replace_self(companion_views.box(chosen, link))
+        elif node["kind"] == "scoreboard":
+            node.replace_self(companion_views.scoreboard(ledger))
+        else:
+            chosen = [c for c in ledger if node.get("paper", c.paper) == c.paper and _in_room(c, node.get("room"))]
+            node.replace_self(companion_views.page(chosen, link))
+
+
+def _in_room(claim: claims.Claim, room: str | None) -> bool:
+    return room is None or claim.chapter.startswith(f"{room}/")
+
+
+def _claims_page(env: BuildEnvironment) -> str:
+    return "book/claims" if "book/claims" in env.found_docs else ""
+
+
+def check_images(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Warn of every image whose alternative text is missing, a file name, or too short to say what is seen."""
+    for image in doctree.findall(nodes.image):
+        alt = " ".join(str(image.get("alt", "")).split())
+        if len(alt) < SHORTEST_ALT or PurePosixPath(alt).suffix in IMAGE_SUFFIXES:
+            _warn(
+                f"image {PurePosixPath(str(image.get('uri', ''))).name!r} has no alternative text (got {alt!r}); say what is "
+                "seen in it: `mystnb: image: alt:` in a code cell, `:alt:` in a figure",
+                (docname, image.line),
+                "alt",
+            )
+
+
+def _warn(message: str, location: str | tuple[str, int | None], subtype: str) -> None:
+    logger.warning(message, location=location, type="companion", subtype=subtype)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register directives, checks, and the two neighbours' hooks."""
+    app.add_node(ClaimView)
+    app.add_directive("claims", ClaimsDirective)
+    app.add_directive("scoreboard", ScoreboardDirective)
+    app.add_directive("claim-box", ClaimBoxDirective)
+    app.connect("env-purge-doc", _purge)
+    app.connect("env-merge-info", _merge)
+    app.connect("env-updated", check_claims)
+    app.connect("doctree-resolved", fill)
+    app.connect("doctree-resolved", check_images)
+    companion_fresh.setup(app)
+    companion_reader.setup(app)
+    return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,177 @@
+"""The way from a page to a notebook that runs elsewhere: Colab buttons, and the reader notebooks behind them.
+
+The repository's address is read from the checkout (``GRSD_REPOSITORY``, else the git remote ``origin``), never from the sources: a
+fork gets its own buttons, a checkout without a GitHub remote builds a book without them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.util.console import bold  # type: ignore[attr-defined]
+from sphinx_tojupyter.builders.jupyter import JupyterBuilder
+from sphinx_tojupyter.writers.jupyter import JupyterWriter
+from sphinx_tojupyter.writers.translate_all import JupyterTranslator
+
+PUBLISHED = "gh-pages"  # the branch that publish.yml writes: pages at its root, notebooks under `notebooks/`
+BOOTSTRAP = 'REPOSITORY = ""'  # first statement of a chapter's setup cell; filled in by `publishable`
+
+_GITHUB = re.compile(
+    r"^(?:(?:https?|ssh|git)://(?:[^/@]*@)?github\.com(?::\d+)?/|(?:[^/@]+@)?github\.com:|)"
+    r"(?P<owner>[A-Za-z0-9][A-Za-z0-9-]*)/(?P<name>[A-Za-z0-9._-]+?)(?:\.git)?/?$"
+)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on GitHub."""
+
+    owner: str
+    name: str
+
+    @property
+    def url(self) -> str:
+        return f"https://github.com/{self.owner}/{self.name}"
+
+    def colab(self, docname: str) -> str:
+        """Colab's address of a page's published notebook."""
+        path = f"{self.owner}/{self.name}/blob/{PUBLISHED}/notebooks/{docname}.ipynb"
+        return f"https://colab.research.google.com/github/{path}"
+
+
+def parse(address: str) -> Repository | None:
+    """The GitHub repository of an address (https, ssh, ``git@github.com:owner/name`` or ``owner/name``), or None.
+
+    Credentials in the address are dropped. A path on this machine and another host give None.
+    """
+    found = _GITHUB.match(address.strip())
+    return Repository(found["owner"], found["name"]) if found else None
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Output of a git command in the checkout; empty when it fails or git is absent."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def repository(root: Path) -> Repository | None:
+    """Where this checkout is published: ``GRSD_REPOSITORY`` when set (empty: nowhere), else the remote ``origin``.
+
+    A remote must name github.com; the short form ``owner/name`` is read in the variable only, since as a remote it is a path.
+    """
+    chosen = os.environ.get("GRSD_REPOSITORY")
+    if chosen is not None:
+        if chosen.strip() and parse(chosen) is None:
+            raise ValueError(f"GRSD_REPOSITORY is {chosen!r}; expected owner/name or an address at github.com")
+        return parse(chosen) if chosen.strip() else None
+    remote = git(root, "remote", "get-url", "origin")
+    return parse(remote) if "github.com" in remote else None
+
+
+def configure(app: Sphinx, config: Config) -> None:
+    """Give the theme the repository's address and the buttons that need one.
+
+    They cannot stand in ``_config.yml``: jupyter-book refuses a button there without an address beside it.
+    """
+    mine = repository(Path(app.srcdir))
+    app.companion_repository = mine  # type: ignore[attr-defined]
+    if mine:
+        config.html_theme_options |= {"repository_url": mine.url, "use_repository_button": True, "use_issues_button": True}
+
+
+def buttons(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Replace the theme's launch group (it points at the source file) by one button to the published notebook."""
+    mine = app.companion_repository  # type: ignore[attr-defined]
+    kept = [button for button in context.get("header_buttons", []) if button.get("label") != "launch-buttons"]
+    if mine and "kernelspec" in app.env.metadata.get(pagename, {}):
+        kept.insert(
+            0,
+            {
+                "type": "link",
+                "text": "Colab",
+                "tooltip": "Run this chapter on Colab",
+                "icon": "fas fa-rocket",
+                "url": mine.colab(pagename),
+                "label": "colab-button",
+            },
+        )
+    context["header_buttons"] = kept
+
+
+def publishable(notebook: Any, address: str) -> Any:
+    """A reader's notebook: no build date, no outputs, and the address to install ``grsd`` from in its setup cell."""
+    notebook.metadata.pop("date", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            if address and cell.source.startswith(BOOTSTRAP):
+                cell.source = cell.source.replace(BOOTSTRAP, f'REPOSITORY = "{address}"', 1)
+    return notebook
+
+
+class ReaderTranslator(JupyterTranslator):  # type: ignore[misc]
+    """Notebook text with what the original loses: markup inside tables, and alternative text of images."""
+
+    def visit_entry(self, node: nodes.entry) -> None:
+        self._outside, self._table = self.markdown_lines, self.table_builder
+        self.markdown_lines, self.table_builder = [], None
+
+    def depart_entry(self, node: nodes.entry) -> None:
+        text = " ".join("".join(self.markdown_lines).split()).replace("|", r"\|")
+        self.markdown_lines, self.table_builder = self._outside, self._table
+        self.table_builder["line_pending"] += f" {text} |"
+
+    def visit_image(self, node: nodes.image) -> None:
+        super().visit_image(node)
+        alt = " ".join(str(node.get("alt", "")).split()).replace("]", ")").replace("[", "(")
+        if self.markdown_lines:
+            self.markdown_lines[-1] = re.sub(r"^!\[[^\]]*\]", lambda _: f"![{alt}]", self.markdown_lines[-1])
+
+
+class ReaderWriter(JupyterWriter):  # type: ignore[misc]
+    """Writer that uses `ReaderTranslator`."""
+
+    def _identify_translator(self, builder: Any) -> type:
+        return ReaderTranslator
+
+
+class ReaderNotebooks(JupyterBuilder):  # type: ignore[misc]
+    """The notebook builder without its ``exit()``, which ends the process with status 0 whatever ``-W`` found."""
+
+    name = "jupyter"
+    _writer_class = ReaderWriter
+
+    def update_Metadata(self, docname: str, nb: Any) -> Any:  # noqa: N802 (the parent's name)
+        mine = self.app.companion_repository
+        revision = git(Path(self.app.srcdir), "rev-parse", "HEAD")
+        address = f"git+{mine.url}@{revision}" if mine and revision else ""
+        return publishable(super().update_Metadata(docname, nb), address)
+
+    def finish(self) -> None:
+        for page in sorted(self.env.found_docs):
+            path = Path(self.outdir) / f"{page}.ipynb"
+            if "kernelspec" in self.env.metadata.get(page, {}):
+                nbformat.validate(nbformat.read(path, as_version=4))
+            else:
+                path.unlink(missing_ok=True)  # a page without code is read on the web
+        self.logger.info(bold("reader notebooks: ") + str(self.outdir))
+
+
+def setup(app: Sphinx) -> None:
+    """Register the buttons and the builder (after sphinx-tojupyter, whose name it takes)."""
+    app.setup_extension("sphinx_tojupyter")
+    app.add_builder(ReaderNotebooks, override=True)
+    app.connect("config-inited", configure, priority=100)
+    app.connect("html-page-context", buttons, priority=900)

@@ -1,0 +1,183 @@
+"""What a reader sees of the ledger: claim cards, the box at the head of a chapter, the scoreboard. Nodes in, nodes out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from docutils import nodes
+from sphinx.builders import Builder
+from sphinx.util.nodes import make_refnode
+
+from grsd import claims
+
+_MARKUP = re.compile(r"\$(?P<math>[^$]+)\$|`(?P<literal>[^`]+)`|\*\*(?P<strong>[^*]+)\*\*|\*(?P<emphasis>[^*\s][^*]*)\*")
+_NODES = {"math": nodes.math, "literal": nodes.literal, "strong": nodes.strong, "emphasis": nodes.emphasis}
+
+
+@dataclass(frozen=True)
+class Linker:
+    """Links from the page being written; a chapter that is not in the book yet is named, not linked."""
+
+    builder: Builder
+    docname: str
+    found: Collection[str]
+    claims_page: str = ""
+
+    def chapter(self, claim: claims.Claim) -> nodes.Node:
+        target, name = docname(claim), claim.chapter
+        return self._to(target, "", nodes.Text(name)) if target in self.found else nodes.literal(name, name)
+
+    def claim(self, claim_id: str) -> nodes.Node:
+        text = nodes.literal(claim_id, claim_id)
+        return self._to(self.claims_page, anchor(claim_id), text) if self.claims_page else text
+
+    def _to(self, target: str, fragment: str, child: nodes.Node) -> nodes.reference:
+        return make_refnode(self.builder, self.docname, target, fragment, child)
+
+
+def docname(claim: claims.Claim) -> str:
+    """Sphinx's name of the page that settles a claim: the ledger's ``spectrum/operator`` is ``book/spectrum/operator``."""
+    return f"book/{claim.chapter}"
+
+
+def anchor(claim_id: str) -> str:
+    """HTML id of a claim's card on the claims page."""
+    return "claim-" + nodes.make_id(claim_id)
+
+
+def inline(text: str) -> list[nodes.Node]:
+    """Text of the ledger with ``$math$``, `` `code` ``, ``**strong**`` and ``*emphasis*`` as nodes."""
+    out: list[nodes.Node] = []
+    end = 0
+    for match in _MARKUP.finditer(text):
+        out += [nodes.Text(text[end : match.start()])] if match.start() > end else []
+        kind = str(match.lastgroup)
+        content = match.group(kind)
+        # the notebook writer takes a formula's text from its child, the HTML writer from astext(): both read this one
+        out.append(_NODES[kind](content, content))
+        end = match.end()
+    return out + ([nodes.Text(text[end:])] if end < len(text) else [])
+
+
+def badge(verdict: str) -> nodes.inline:
+    """Symbol and word of a verdict; the colour in the style sheet only repeats what they say."""
+    symbol, word, _meaning = claims.VERDICTS[verdict]
+    return nodes.inline("", f"{symbol} {word}", classes=["verdict", f"verdict-{verdict}"])
+
+
+def _line(*parts: nodes.Node | str, classes: Sequence[str] = ()) -> nodes.paragraph:
+    paragraph = nodes.paragraph("", classes=list(classes))
+    for part in parts:
+        paragraph.extend(inline(part) if isinstance(part, str) else [part])
+    return paragraph
+
+
+def arxiv(paper: str) -> str:
+    """The identifier in a paper's title in the ledger: ``A title (arXiv:2512.10427)`` gives ``arXiv:2512.10427``."""
+    found = re.search(r"arXiv:[0-9.]+", claims.PAPERS[paper])
+    return found.group() if found else claims.PAPERS[paper]
+
+
+def _named(name: str, *parts: nodes.Node | str) -> nodes.paragraph:
+    return _line(nodes.strong("", name + ":"), nodes.Text(" "), *parts)
+
+
+def number(value: Any) -> str:
+    """A measured value for reading: floats to four significant digits, mappings as ``name = value``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Mapping)):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} = {number(item)}" for key, item in value.items())
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def _evidence(claim: claims.Claim) -> list[nodes.Node]:
+    found = claims.evidence(claim.id)
+    if found is None:
+        return [_line("No run of this build recorded evidence.", classes=["claim-missing"])]
+    lines: list[nodes.Node] = [_named("Measured in this build", nodes.Text(number(found.measured)))]
+    if found.bound is not None:
+        lines.append(_named("Bound", nodes.Text(number(found.bound))))
+    if found.note:
+        lines.append(_named("Note", found.note))
+    return lines
+
+
+def _settled(claim: claims.Claim) -> list[nodes.Node]:
+    fields = (("What holds instead", claim.corrected), ("Needs", claim.assumption))
+    return [_named(name, text) for name, text in fields if text]
+
+
+def card(claim: claims.Claim, link: Linker) -> nodes.container:
+    """One claim in full: statement, verdict, what holds instead, evidence, where it is settled."""
+    where = f"{arxiv(claim.paper)}, {claim.locator}"
+    out = nodes.container(ids=[anchor(claim.id)], classes=["claim-card"])
+    out += _line(badge(claim.verdict), nodes.Text(" "), nodes.literal("", claim.id), nodes.Text(f" · {where}"), classes=["claim-head"])
+    out += _named("Stated", claim.statement)
+    out.extend(_settled(claim))
+    out.extend(_evidence(claim) if claim.verdict != "untested" else [])
+    tail: list[nodes.Node | str] = [nodes.strong("", "Chapter:"), nodes.Text(" ")]
+    tail.append(link.chapter(claim) if claim.chapter else nodes.Text("none yet"))
+    if claim.audit:
+        tail.append(nodes.Text(" · prior audit " + ", ".join(claim.audit)))
+    out += _line(*tail, classes=["claim-tail"])
+    return out
+
+
+def page(chosen: Sequence[claims.Claim], link: Linker) -> list[nodes.Node]:
+    """Cards in the order of the ledger, under a one-line count."""
+    if not chosen:
+        return [_line("No claim of this part has been checked yet.")]
+    counts = nodes.paragraph("", f"{len(chosen)} claims: ")
+    present = [verdict for verdict in claims.VERDICTS if any(c.verdict == verdict for c in chosen)]
+    for position, verdict in enumerate(present):
+        counts += nodes.Text(", " if position else "")
+        counts += badge(verdict)
+        counts += nodes.Text(f" {sum(c.verdict == verdict for c in chosen)}")
+    counts += nodes.Text(".")
+    return [counts, *(card(claim, link) for claim in chosen)]
+
+
+def box(chosen: Sequence[claims.Claim], link: Linker) -> nodes.admonition:
+    """The opening of a chapter: what it settles, and how."""
+    out = nodes.admonition(classes=["claim-box"])
+    out += nodes.title("", "Claims settled in this chapter")
+    for claim in chosen:
+        where = nodes.Text(f" · {arxiv(claim.paper)}, {claim.locator}")
+        entry = nodes.container(classes=["claim-entry"])
+        entry += _line(badge(claim.verdict), nodes.Text(" "), link.claim(claim.id), where, classes=["claim-head"])
+        entry += _named("Stated", claim.statement)
+        entry.extend(_settled(claim))
+        out += entry
+    return out
+
+
+def scoreboard(ledger: Sequence[claims.Claim]) -> nodes.table:
+    """Verdicts against papers; a verdict nobody received and a paper without claims have no row and no column."""
+    papers = [paper for paper in claims.PAPERS if any(c.paper == paper for c in ledger)]
+    verdicts = [verdict for verdict in claims.VERDICTS if any(c.verdict == verdict for c in ledger)]
+    head = ["Verdict", "What it says", *(arxiv(paper) for paper in papers), *(["All"] if len(papers) > 1 else [])]
+    rows: list[list[nodes.Node]] = []
+    for verdict in verdicts:
+        mine = [c for c in ledger if c.verdict == verdict]
+        counts = [sum(c.paper == paper for c in mine) for paper in papers] + ([len(mine)] if len(papers) > 1 else [])
+        meaning = nodes.paragraph("", "", *inline(claims.VERDICTS[verdict][2]))
+        rows.append([_line(badge(verdict)), meaning, *(nodes.paragraph("", str(count)) for count in counts)])
+    total = [sum(c.paper == paper for c in ledger) for paper in papers] + ([len(ledger)] if len(papers) > 1 else [])
+    rows.append([_line("All"), nodes.paragraph("", ""), *(nodes.paragraph("", str(count)) for count in total)])
+    return _table([nodes.paragraph("", text) for text in head], rows, widths=[22, 50] + [14] * (len(head) - 2))
+
+
+def _table(head: Sequence[nodes.Node], rows: Sequence[Sequence[nodes.Node]], widths: Sequence[int]) -> nodes.table:
+    group = nodes.tgroup(cols=len(head))
+    group.extend(nodes.colspec(colwidth=width) for width in widths)
+    for section, content in ((nodes.thead(), [head]), (nodes.tbody(), rows)):
+        for cells in content:
+            section += nodes.row("", *(nodes.entry("", cell) for cell in cells))
+        group += section
+    table = nodes.table(classes=["scoreboard"])
+    table += group
+    return table
