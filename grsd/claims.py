@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,7 +194,8 @@ class _Loader(yaml.SafeLoader):
             if key in seen:
                 raise ValueError(f"the key {key!r} stands twice in one entry {key_node.start_mark}")
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
 
 
 def _parse(path: Path) -> list[Claim]:
@@ -271,8 +273,6 @@ def find(claim_id: str) -> Claim:
     for claim in load():
         if claim.id == claim_id:
             return claim
-    from difflib import get_close_matches
-
     near = get_close_matches(str(claim_id), [claim.id for claim in load()], n=3, cutoff=0.4)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     raise ValueError(f"the ledger has no claim {claim_id!r}{hint}")

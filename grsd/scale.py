@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 Scale = Literal["cpu", "gpu"]
 SCALES: tuple[Scale, ...] = ("cpu", "gpu")
@@ -27,7 +27,7 @@ def scale() -> Scale:
     value = os.environ.get("GRSD_SCALE", "").strip().lower() or "cpu"
     if value not in SCALES:
         raise ValueError(f"GRSD_SCALE is {value!r}; set it to 'cpu' or 'gpu', or leave it unset for 'cpu'.")
-    return cast(Scale, value)
+    return value
 
 
 def pick(*, cpu: T, gpu: T) -> T:

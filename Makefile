@@ -1,0 +1,121 @@
+# Two commands: `make book` builds the executed book, `make test` checks everything. Each makes what it needs, and is
+# quick the second time. SCALE=gpu enlarges the experiments; it never changes what is computed.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help env book notebooks test unit lint format bench suite lock clean distclean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+SCALE ?= $(or $(GRSD_SCALE),cpu)
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+BUILD := _build/$(SCALE)
+BASED := $(STAMPS)/$(subst =,-,$(TORCH))
+
+export PATH := $(BIN):$(PATH)
+export GRSD_SCALE := $(SCALE)
+export GRSD_CACHE ?= $(CURDIR)/.cache
+export GRSD_EVIDENCE := $(CURDIR)/_build/evidence/$(SCALE)
+# A Python that other software prepared may point elsewhere; the environment made here stands alone.
+unexport PYTHONPATH PYTHONHOME
+
+help:
+	@echo "make book       the executed book, in $(BUILD)/_build/html (SCALE=cpu or gpu)"
+	@echo "make test       lint, unit tests, and every chapter run as a test"
+	@echo "make lint       style, types, and the layer contract"
+	@echo "make unit       the unit tests alone"
+	@echo "make bench      every script in benchmarks/, each prints a table of ratios"
+	@echo "make suite      the checkpoints that the chapters measure (cached)"
+	@echo "make notebooks  the chapters as notebooks for readers, in $(BUILD)/_build/jupyter"
+	@echo "make lock       resolve the dependencies again and write requirements.txt"
+	@echo "make clean      remove what was built; distclean also removes .venv and .cache"
+
+# --- The environment: python, torch, the lock, the package ----------------------------------------------
+
+$(STAMPS)/python:
+	@command -v $(PYTHON) > /dev/null || { echo "make: no $(PYTHON) on the PATH; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version) is too old; grsd needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "make: this Python has no venv module; install it (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(BASED): $(STAMPS)/python
+	python -m pip install --quiet "$(TORCH)"
+	@touch $@
+
+$(STAMPS)/lock: requirements.txt $(BASED)
+	python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(STAMPS)/package: pyproject.toml $(STAMPS)/lock
+	python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+env: $(STAMPS)/package
+
+lock: $(BASED)
+	python tools/lock.py "$(TORCH)"
+
+# --- Checkpoints: cached by content in $GRSD_CACHE, so the stamp only spares asking ------------------------
+
+$(GRSD_CACHE)/.suite-$(SCALE): $(STAMPS)/package $(wildcard grsd/lab/*.py) grsd/scale.py
+	grsd suite
+	@mkdir -p $(@D) && touch $@
+
+suite: $(GRSD_CACHE)/.suite-$(SCALE)
+
+# --- The book --------------------------------------------------------------------------------------------
+# What of an earlier build may be kept is decided by book/_ext/companion_fresh.py.
+
+book: suite
+	jupyter-book build . --path-output $(BUILD) -W -n --keep-going
+	@echo "The book: $(CURDIR)/$(BUILD)/_build/html/index.html"
+
+notebooks: suite
+	jupyter-book build . --path-output $(BUILD) --builder custom --custom-builder jupyter -W -n --keep-going
+	@echo "The notebooks: $(CURDIR)/$(BUILD)/_build/jupyter"
+
+# --- Checks ----------------------------------------------------------------------------------------------
+
+lint: $(STAMPS)/package
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports --no-cache
+
+# Each chapter becomes a notebook without outputs and runs as a test: its assertions are what is checked. One worker runs
+# one notebook, with one thread, and the evidence goes where no book will read it.
+CHAPTERS := $(shell grep -l '^kernelspec:' book/*.md book/*/*.md 2> /dev/null)
+NBVAL := _build/nbval
+NOTEBOOKS := $(CHAPTERS:%.md=$(NBVAL)/%.ipynb)
+PYTEST := OMP_NUM_THREADS=1 GRSD_EVIDENCE=$(CURDIR)/_build/evidence/nbval python -m pytest -n $(WORKERS) --dist loadscope
+
+$(NBVAL)/%.ipynb: %.md $(STAMPS)/package
+	@mkdir -p $(@D)
+	jupytext --quiet --to ipynb --output $@ $<
+
+unit: $(STAMPS)/package
+	$(PYTEST) tests
+
+test: lint suite $(NOTEBOOKS)
+	$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 300 tests $(NOTEBOOKS)
+
+bench: suite
+	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "== $$script"; python "$$script"; done
+
+format: $(STAMPS)/package
+	ruff format .
+	ruff check --fix .
+
+clean:
+	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find grsd tests book -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(CURDIR)/.cache
