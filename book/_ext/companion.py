@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import companion_fresh
 import companion_reader
@@ -53,7 +53,10 @@ class ClaimsDirective(_ClaimDirective):
     """Every claim of the ledger in full, or those of one ``:paper:`` or one ``:room:``."""
 
     kind = "page"
-    option_spec = {"paper": directives.unchanged_required, "room": directives.unchanged_required}
+    option_spec: ClassVar[dict[str, Any]] = {
+        "paper": directives.unchanged_required,
+        "room": directives.unchanged_required,
+    }
 
 
 class ScoreboardDirective(_ClaimDirective):

@@ -58,7 +58,10 @@ def files_under(folder: Path) -> list[Path]:
 
 def code_fingerprint(root: Path) -> str:
     """Everything that a notebook's numbers depend on besides its own cells."""
-    paths = [*files_under(root / "grsd"), *(p for p in (root / "pyproject.toml", root / "requirements.txt") if p.exists())]
+    paths = [
+        *files_under(root / "grsd"),
+        *(p for p in (root / "pyproject.toml", root / "requirements.txt") if p.exists()),
+    ]
     try:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:

@@ -7,6 +7,7 @@ fork gets its own buttons, a checkout without a GitHub remote builds a book with
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import subprocess
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class Repository:
     @property
     def url(self) -> str:
         return f"https://github.com/{self.owner}/{self.name}"
+
+    @property
+    def site(self) -> str:
+        """Where GitHub Pages serves the published branch."""
+        return f"https://{self.owner.lower()}.github.io/{self.name}"
 
     def colab(self, docname: str) -> str:
         """Colab's address of a page's published notebook."""
@@ -88,7 +94,11 @@ def configure(app: Sphinx, config: Config) -> None:
     mine = repository(Path(app.srcdir))
     app.companion_repository = mine  # type: ignore[attr-defined]
     if mine:
-        config.html_theme_options |= {"repository_url": mine.url, "use_repository_button": True, "use_issues_button": True}
+        config.html_theme_options |= {
+            "repository_url": mine.url,
+            "use_repository_button": True,
+            "use_issues_button": True,
+        }
 
 
 def buttons(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
@@ -111,18 +121,30 @@ def buttons(app: Sphinx, pagename: str, templatename: str, context: dict[str, An
 
 
 def publishable(notebook: Any, address: str) -> Any:
-    """A reader's notebook: no build date, no outputs, and the address to install ``grsd`` from in its setup cell."""
+    """A reader's notebook: no build date, no outputs, and the address to install ``grsd`` from in its setup cell.
+
+    Cell ids are numbered, so that an unchanged chapter is published as the same file.
+    """
     notebook.metadata.pop("date", None)
-    for cell in notebook.cells:
+    notebook.metadata.kernelspec["language"] = "python"
+    for position, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{position}"
         if cell.cell_type == "code":
+            cell.metadata.pop("hide-output", None)
             cell.outputs, cell.execution_count = [], None
-            if address and cell.source.startswith(BOOTSTRAP):
-                cell.source = cell.source.replace(BOOTSTRAP, f'REPOSITORY = "{address}"', 1)
+            if cell.source.startswith(BOOTSTRAP):
+                cell.metadata.update(cellView="form", jupyter={"source_hidden": True})
+                if address:
+                    cell.source = cell.source.replace(BOOTSTRAP, f'REPOSITORY = "{address}"', 1)
     return notebook
 
 
 class ReaderTranslator(JupyterTranslator):  # type: ignore[misc]
-    """Notebook text with what the original loses: markup inside tables, and alternative text of images."""
+    """Notebook text with what the original loses or garbles.
+
+    Markup inside tables, alternative text of images, captions of figures that a cell draws, titles of boxes, and links: on Colab a
+    link to a neighbouring file leads nowhere, so links between pages lead to the published site.
+    """
 
     def visit_entry(self, node: nodes.entry) -> None:
         self._outside, self._table = self.markdown_lines, self.table_builder
@@ -139,6 +161,67 @@ class ReaderTranslator(JupyterTranslator):  # type: ignore[misc]
         if self.markdown_lines:
             self.markdown_lines[-1] = re.sub(r"^!\[[^\]]*\]", lambda _: f"![{alt}]", self.markdown_lines[-1])
 
+    def visit_container(self, node: nodes.container) -> None:
+        if "cell_output" in node["classes"]:
+            for figure in node.findall(nodes.figure):
+                self._caption(figure)
+            raise nodes.SkipNode
+
+    def _caption(self, figure: nodes.figure) -> None:
+        numbers = self.builder.env.toc_fignumbers.get(self.builder.docname, {}).get("figure", {})
+        number = next((".".join(map(str, numbers[key])) for key in figure["ids"] if key in numbers), "")
+        for caption in figure.findall(nodes.caption):
+            self.markdown_lines.append(f"**Figure {number}.** " if number else "**Figure.** ")
+            for child in caption.children:
+                child.walkabout(self)
+            self.add_markdown_cell()
+
+    def visit_title(self, node: nodes.title) -> None:
+        if isinstance(node.parent, (nodes.section, nodes.topic, nodes.table)):
+            super().visit_title(node)
+        else:  # of a box: bold, or it would become a heading of the first level
+            self.markdown_lines.append("**")
+
+    def depart_title(self, node: nodes.title) -> None:
+        if isinstance(node.parent, (nodes.section, nodes.topic, nodes.table)):
+            super().depart_title(node)
+        else:
+            self.markdown_lines.append("**\n\n")
+
+    def visit_exercise_enumerable_node(self, node: nodes.Element) -> None:
+        title = node.children[0]
+        named = title.astext().strip()
+        super().visit_exercise_enumerable_node(node)  # appends the number to the title
+        number = str(title.children[-1])
+        title.children = [nodes.Text(f"{number} {named}" if named else number)]
+
+    def visit_proof_node(self, node: nodes.Element) -> None:
+        self.add_markdown_cell()  # the text begins with "Proof." already
+
+    def visit_subscript(self, node: nodes.subscript) -> None:
+        self.markdown_lines.append("<sub>")
+
+    def depart_subscript(self, node: nodes.subscript) -> None:
+        self.markdown_lines.append("</sub>")
+
+    def visit_reference(self, node: nodes.reference) -> None:
+        if node.get("internal") and "refuri" in node:
+            address = self._published(node["refuri"])
+            node["internal"] = False  # already complete; the original would append .ipynb
+            if not address:
+                node.replace_self(list(node.children))
+                for child in node.children:
+                    child.walkabout(self)
+                raise nodes.SkipNode
+            node["refuri"] = address
+        super().visit_reference(node)
+
+    def _published(self, uri: str) -> str:
+        mine = self.builder.app.companion_repository
+        target, _, fragment = uri.partition("#")
+        page = posixpath.normpath(posixpath.join(posixpath.dirname(self.builder.docname), target))
+        return f"{mine.site}/{page}.html{'#' + fragment if fragment else ''}" if mine else ""
+
 
 class ReaderWriter(JupyterWriter):  # type: ignore[misc]
     """Writer that uses `ReaderTranslator`."""
@@ -153,7 +236,7 @@ class ReaderNotebooks(JupyterBuilder):  # type: ignore[misc]
     name = "jupyter"
     _writer_class = ReaderWriter
 
-    def update_Metadata(self, docname: str, nb: Any) -> Any:  # noqa: N802 (the parent's name)
+    def update_Metadata(self, docname: str, nb: Any) -> Any:
         mine = self.app.companion_repository
         revision = git(Path(self.app.srcdir), "rev-parse", "HEAD")
         address = f"git+{mine.url}@{revision}" if mine and revision else ""

@@ -13,8 +13,12 @@ from sphinx.util.nodes import make_refnode
 
 from grsd import claims
 
-_MARKUP = re.compile(r"\$(?P<math>[^$]+)\$|`(?P<literal>[^`]+)`|\*\*(?P<strong>[^*]+)\*\*|\*(?P<emphasis>[^*\s][^*]*)\*")
-_NODES = {"math": nodes.math, "literal": nodes.literal, "strong": nodes.strong, "emphasis": nodes.emphasis}
+# no emphasis by single asterisks: the ledger writes adjoints as J*
+_MARKUP = re.compile(
+    r"\$(?P<math>[^$]+)\$|`(?P<literal>[^`]+)`|\*\*(?P<strong>[^*]+)\*\*"
+    r"|(?<=[A-Za-zΑ-ω])_(?P<subscript>[A-Za-z0-9Α-ω])(?![A-Za-z0-9_])"
+)
+_NODES = {"math": nodes.math, "literal": nodes.literal, "strong": nodes.strong, "subscript": nodes.subscript}
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def anchor(claim_id: str) -> str:
 
 
 def inline(text: str) -> list[nodes.Node]:
-    """Text of the ledger with ``$math$``, `` `code` ``, ``**strong**`` and ``*emphasis*`` as nodes."""
+    """Text of the ledger with ``$math$``, `` `code` ``, ``**strong**`` and ``E_α`` (one letter or digit below) as nodes."""
     out: list[nodes.Node] = []
     end = 0
     for match in _MARKUP.finditer(text):
@@ -115,7 +119,13 @@ def card(claim: claims.Claim, link: Linker) -> nodes.container:
     """One claim in full: statement, verdict, what holds instead, evidence, where it is settled."""
     where = f"{arxiv(claim.paper)}, {claim.locator}"
     out = nodes.container(ids=[anchor(claim.id)], classes=["claim-card"])
-    out += _line(badge(claim.verdict), nodes.Text(" "), nodes.literal("", claim.id), nodes.Text(f" · {where}"), classes=["claim-head"])
+    out += _line(
+        badge(claim.verdict),
+        nodes.Text(" "),
+        nodes.literal("", claim.id),
+        nodes.Text(f" · {where}"),
+        classes=["claim-head"],
+    )
     out += _named("Stated", claim.statement)
     out.extend(_settled(claim))
     out.extend(_evidence(claim) if claim.verdict != "untested" else [])
