@@ -1,0 +1,17 @@
+"""Things to measure: nets, corpora, checkpoint suites, the checkpoint loader, resumable runs.
+
+This is the only room that names a data set, a checkpoint or a device, and the only one that touches disk
+and network. The theory rooms (`grsd.spectrum` and its neighbours) take what is made here as an argument.
+
+| module | what |
+|---|---|
+| `models` | small nets with explicit seeds, for checks of the theory |
+| `corpora` | text as token arrays, cut into batches |
+| `suites` | the mini-Pythia suite: trained here, one folder per checkpoint |
+| `hub` | loads a checkpoint: mini suite, local folder, Hugging Face hub |
+| `runs` | spectra over many batches and checkpoints, resumable |
+"""
+
+from grsd.lab import corpora, hub, models, runs, suites
+
+__all__ = ["corpora", "hub", "models", "runs", "suites"]

@@ -1,0 +1,178 @@
+"""Small nets with explicit seeds, for checks of the theory against dense oracles.
+
+All come in eval mode, float64 unless asked otherwise, with parameters drawn from a generator of their own: the global
+one is left alone. Nets of a size worth training are in `grsd.lab.suites`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+}
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
+
+
+def _draw(model: nn.Module, seed: int, gain: float, dtype: torch.dtype) -> nn.Module:
+    """Weights normal with variance gain²/fan-in, biases normal with variance 0.01, norm gains 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2:
+                fan_in = math.prod(weight.shape[1:])
+                weight.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
+            elif name.endswith("bias"):
+                weight.normal_(0.0, 0.1, generator=generator)
+    return model.to(dtype).eval()
+
+
+def mlp(
+    widths: Sequence[int],
+    activation: str = "tanh",
+    *,
+    seed: int,
+    bias: bool = True,
+    gain: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> nn.Sequential:
+    """A multilayer perceptron: (n, widths[0]) → (n, widths[-1]).
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Input, hidden and output widths; two or more.
+    activation : str
+        Between layers: ``"identity"``, ``"relu"``, ``"tanh"``, ``"gelu"``, ``"softplus"``.
+    seed : int
+    bias : bool
+    gain : float
+        Weights are normal with standard deviation gain/√fan-in.
+    dtype : torch.dtype
+    """
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"widths need two or more positive numbers, got {list(widths)}")
+    layers: list[nn.Module] = []
+    for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        if index:
+            layers.append(_activation(activation))
+        layers.append(nn.Linear(fan_in, fan_out, bias=bias))
+    net = nn.Sequential(*layers)
+    _draw(net, seed, gain, dtype)
+    return net
+
+
+def conv_net(
+    channels: Sequence[int] = (1, 4, 6),
+    classes: int = 3,
+    activation: str = "tanh",
+    *,
+    seed: int,
+    kernel: int = 3,
+    dtype: torch.dtype = torch.float64,
+) -> nn.Sequential:
+    """A convolutional net with mean pooling: (n, channels[0], H, W) → (n, classes), for any H, W.
+
+    Convolutions have stride 1 and ``kernel // 2`` padding; the first is followed by a group norm.
+    """
+    if len(channels) < 2 or min(channels) < 1 or classes < 1:
+        raise ValueError(f"channels need two or more positive numbers and classes one, got {list(channels)}, {classes}")
+    layers: list[nn.Module] = []
+    for index, (fan_in, fan_out) in enumerate(pairwise(channels)):
+        layers.append(nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2))
+        if index == 0:
+            layers.append(nn.GroupNorm(1, fan_out))
+        layers.append(_activation(activation))
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes)]
+    net = nn.Sequential(*layers)
+    _draw(net, seed, 1.0, dtype)
+    return net
+
+
+def _language_model(config: Any, seed: int, dtype: torch.dtype, attention: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):  # transformers draws initial values from the global generator
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    found: nn.Module = model.to(dtype).eval()
+    return found
+
+
+def gpt2(
+    *,
+    seed: int,
+    vocab_size: int = 61,
+    hidden: int = 16,
+    layers: int = 2,
+    heads: int = 2,
+    positions: int = 32,
+    tie: bool = True,
+    attention: str = "eager",
+    dtype: torch.dtype = torch.float64,
+) -> nn.Module:
+    """A tiny GPT-2: token ids (B, L) → an output with ``logits`` (B, L, V). Tied embeddings unless ``tie=False``."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=heads,
+        n_positions=positions,
+        tie_word_embeddings=tie,
+        initializer_range=0.2,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+    return _language_model(config, seed, dtype, attention)
+
+
+def gpt_neox(
+    *,
+    seed: int,
+    vocab_size: int = 61,
+    hidden: int = 16,
+    layers: int = 2,
+    heads: int = 2,
+    positions: int = 32,
+    tie: bool = False,
+    attention: str = "eager",
+    dtype: torch.dtype = torch.float64,
+) -> nn.Module:
+    """A tiny GPT-NeoX, the architecture of Pythia: token ids (B, L) → an output with ``logits`` (B, L, V)."""
+    from transformers import GPTNeoXConfig
+
+    config = GPTNeoXConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=positions,
+        tie_word_embeddings=tie,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+    return _language_model(config, seed, dtype, attention)
