@@ -102,11 +102,15 @@ class SpectralMeasure:
     def _radau(self, a: float, tri: Tridiagonal) -> tuple[float, float]:
         if a <= 0.0:  # M is positive semidefinite
             return 0.0, float(self.weights[self.nodes <= self.floor].sum()) if a > -self.floor else 0.0
-        nodes, first = _eigen_first(*_with_node(tri, a))
-        weights = tri.mass * first
-        index, node = np.arange(nodes.size), int(np.abs(nodes - a).argmin())
-        under = (index < node) & (nodes < a - self.floor)
-        up_to = (index <= node) | (nodes <= a + self.floor)
+        extended = _with_node(tri, a)
+        nodes, weights = self.nodes, self.weights
+        under, up_to = nodes < a - self.floor, nodes <= a + self.floor
+        if extended is not None:
+            nodes, first = _eigen_first(*extended)
+            weights = tri.mass * first
+            index, node = np.arange(nodes.size), int(np.abs(nodes - a).argmin())
+            under = (index < node) & (nodes < a - self.floor)
+            up_to = (index <= node) | (nodes <= a + self.floor)
         return float(weights[under].sum()), float(weights[up_to].sum())
 
     def shells(self, shells: LogShells) -> ShellProfile:
@@ -124,21 +128,23 @@ def _eigen_first(diagonal: Array, off: Array) -> tuple[Array, Array]:
     return nodes, vectors[0] ** 2
 
 
-def _with_node(tri: Tridiagonal, a: float) -> tuple[Array, Array]:
-    """Extend T_m by one row so that a becomes an eigenvalue: the Gauss–Radau matrix."""
-    m = tri.steps
-    beta = tri.residual
-    if beta == 0.0:  # the Krylov space is exhausted: the measure is known, and a carries no weight
-        return tri.alphas, tri.betas
+def _with_node(tri: Tridiagonal, a: float) -> tuple[Array, Array] | None:
+    """Extend T_m by one row so that a becomes an eigenvalue (Gauss–Radau); None when T_m needs no extension.
+
+    It needs none when every moment is known (no residual), or when a is a Ritz value already.
+    """
+    m, beta = tri.steps, tri.residual
+    if beta == 0.0:
+        return None
     banded = np.zeros((3, m))
     banded[0, 1:], banded[1], banded[2, :-1] = tri.betas, tri.alphas - a, tri.betas
     right = np.zeros(m)
     right[-1] = beta
     try:
         last = float(solve_banded((1, 1), banded, right, check_finite=False)[-1])
-    except np.linalg.LinAlgError:  # a is a Ritz value already
-        return tri.alphas, tri.betas
+    except np.linalg.LinAlgError:
+        return None
     corner = a + beta * last
     if not abs(corner) < RITZ * float(np.abs(tri.alphas).max()):
-        return tri.alphas, tri.betas
+        return None
     return np.append(tri.alphas, corner), np.append(tri.betas, beta)

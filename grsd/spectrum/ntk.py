@@ -7,12 +7,14 @@ only reverse-mode differentiation is needed. Lanczos, which calls it, is in :mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grsd.spectrum.observables import Observable, raw_output
@@ -125,11 +127,13 @@ class NTK:
     def vjp(self, u: Tensor) -> tuple[Tensor, ...]:
         """Return Jᵀu as one tensor per parameter in use (no normalisation). Cost: one backward pass."""
         self._check(u, (self.shape[0],))
-        return torch.autograd.grad(self._rows, self._used, u, retain_graph=True)
+        with _same_parameters():
+            return torch.autograd.grad(self._rows, self._used, u, retain_graph=True)
 
     def jvp(self, v: tuple[Tensor, ...]) -> Tensor:
         """Return J v, shape (T,), for one tensor per parameter in use. Cost: one pass through the doubled graph."""
-        return torch.autograd.grad(self._vjp, self._probe, v, retain_graph=True)[0]
+        with _same_parameters():
+            return torch.autograd.grad(self._vjp, self._probe, v, retain_graph=True)[0]
 
     def __matmul__(self, u: Tensor) -> Tensor:
         """Return M u for u of shape (T,) or (T, k), same dtype and device. Cost: about 1.4 (F + B) a column."""
@@ -165,6 +169,19 @@ class NTK:
             raise ValueError(f"M is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}")
 
 
+@contextmanager
+def _same_parameters() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as failure:
+        if "modified by an inplace operation" not in str(failure):
+            raise
+        raise RuntimeError(
+            "the model's parameters were changed in place after this operator was made, so its graph is gone; "
+            "make a new NTK after every training step"
+        ) from failure
+
+
 def _refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         rate = getattr(module, "p", 0.0)
@@ -175,19 +192,12 @@ def _refuse_dropout(model: nn.Module) -> None:
 
 
 def _forward(model: nn.Module, inputs: Inputs, observable: Observable) -> Tensor:
-    """Run the model once with its graph and return the rows; buffers that the pass changed are put back."""
-    before = [(b, b.detach().clone()) for b in model.buffers()]
+    """Run the model once with its graph and return the rows; what the pass writes to buffers goes to copies."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    args: tuple[Any, ...] = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        if isinstance(inputs, Tensor):
-            output = model(inputs)
-        elif isinstance(inputs, Mapping):
-            output = model(**inputs)
-        else:
-            output = model(*inputs)
-        rows = observable.rows(raw_output(output))
-    for buffer, saved in before:
-        if not torch.equal(buffer, saved):
-            buffer.detach().copy_(saved)
+        rows = observable.rows(raw_output(functional_call(model, buffers, args, kwargs)))
     if rows.ndim != 1:
         raise ValueError(f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}")
     if not rows.requires_grad:
