@@ -138,6 +138,15 @@ def _array(profile: Any, name: str, count: int) -> np.ndarray | None:
     return found
 
 
+def _shade(ax: Axes, left: float, right: float) -> None:
+    """Shade [left, right]; several profiles on one axes share one shade, as wide as the widest."""
+    for patch in [patch for patch in ax.patches if patch.get_gid() == "floor"]:
+        (x0, _), (x1, _) = patch.get_path().get_extents(patch.get_patch_transform()).get_points()
+        left, right = min(left, float(x0)), max(right, float(x1))
+        patch.remove()
+    ax.axvspan(left, right, color="0.5", alpha=0.15, linewidth=0, zorder=0, gid="floor")
+
+
 def shell_profile(
     ax: Axes,
     profile: Any,
@@ -226,7 +235,7 @@ def shell_profile(
     value = getattr(profile, "floor", None)
     first = float(np.asarray(profile.shells.edges)[0])
     if floor and value is not None and float(value) > first:
-        ax.axvspan(first, float(value), color="0.5", alpha=0.15, linewidth=0, zorder=0)
+        _shade(ax, first, float(value))
     if not ax.get_xlabel():
         ax.set_xlabel(r"eigenvalue $\lambda$ of $M$ (1/time)")
     if not ax.get_ylabel():

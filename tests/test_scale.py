@@ -19,9 +19,9 @@ def reads_environment(source: str) -> bool:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"):
             return True
-        if isinstance(node, ast.ImportFrom) and node.module == "os":
-            if any(alias.name in ("environ", "environb", "getenv") for alias in node.names):
-                return True
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        if {"environ", "environb", "getenv"} & set(imported):
+            return True
     return False
 
 
@@ -65,9 +65,7 @@ def test_a_relative_cache_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_
     assert cache_dir() == tmp_path / "here"
 
 
-def test_without_variables_the_users_cache_folder_is_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_variables_the_users_cache_folder_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("GRSD_CACHE", "GRSD_EVIDENCE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
