@@ -57,9 +57,7 @@ VERDICTS: dict[str, Verdict] = {
     "refuted": Verdict("✗", "refuted", "False: a counterexample is shown."),
     "empty": Verdict("∅", "empty", "True, but it holds of everything and so says nothing."),
     "reproduced": Verdict("↻", "reproduced", "An experiment of the paper, run again with the same outcome."),
-    "not-reproduced": Verdict(
-        "↛", "not reproduced", "An experiment of the paper, run again with another outcome."
-    ),
+    "not-reproduced": Verdict("↛", "not reproduced", "An experiment of the paper, run again with another outcome."),
     "not-discriminating": Verdict(
         "≈", "not discriminating", "Seen, but a null model without the effect gives the same."
     ),
@@ -375,9 +373,7 @@ def evidence(claim_id: str) -> Evidence | None:
     try:
         found = Evidence(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the evidence file {path.name} is damaged ({error}); run its chapter again"
-        ) from error
+        raise ValueError(f"the evidence file {path.name} is damaged ({error}); run its chapter again") from error
     return found if found.id == claim.id and found.verdict == claim.verdict else None
 
 

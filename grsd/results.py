@@ -38,9 +38,7 @@ __all__ = [
 ]
 
 ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
-PROVENANCE_KEYS = frozenset(
-    {"command", "parameters", "seeds", "revision", "versions", "hardware", "scale", "date"}
-)
+PROVENANCE_KEYS = frozenset({"command", "parameters", "seeds", "revision", "versions", "hardware", "scale", "date"})
 PACKAGES = ("torch", "numpy", "scipy", "transformers", "tokenizers", "safetensors")
 
 
@@ -88,9 +86,7 @@ def _plain(value: Any, where: str) -> Any:
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(
-                f"{where} is {value!r}; only finite numbers are stored (leave the key out instead)"
-            )
+            raise ValueError(f"{where} is {value!r}; only finite numbers are stored (leave the key out instead)")
         return float(value)
     if isinstance(value, Path):
         return value.as_posix()
@@ -236,9 +232,7 @@ def packaged_dir() -> Path:
 
 def save(result: Result, folder: str | os.PathLike[str]) -> Path:
     """Write `result` as `<folder>/<id>.json`, whole or not at all; an older one is replaced."""
-    return atomic_write(
-        Path(folder) / f"{result.id}.json", dumps(asdict(result), where=f"result {result.id}")
-    )
+    return atomic_write(Path(folder) / f"{result.id}.json", dumps(asdict(result), where=f"result {result.id}"))
 
 
 def available(folder: str | os.PathLike[str] | None = None) -> list[str]:

@@ -101,9 +101,7 @@ def test_a_good_entry_is_read_and_a_folder_is_read_in_order(tmp_path: Path) -> N
         ({"statement": 3}, "statement is 3"),
     ],
 )
-def test_a_planted_fault_is_refused_and_quoted(
-    change: dict[str, object], message: str, tmp_path: Path
-) -> None:
+def test_a_planted_fault_is_refused_and_quoted(change: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         load(ledger(tmp_path, {**GOOD, **change}))
 

@@ -144,9 +144,7 @@ def test_packaged_results_can_all_be_read() -> None:
         assert load(name).id == name
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = atomic_write(tmp_path / "deep" / "file.json", "old")
 
     def refuse(*_: object) -> None:
