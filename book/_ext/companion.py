@@ -30,6 +30,7 @@ from grsd import claims
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
+STATUS = {"✅": "✓ ran", "❌": "✗ failed"}
 SHORTEST_ALT = 10  # characters; "a figure" or a file name says nothing to a reader who cannot see it
 
 
@@ -134,6 +135,12 @@ def fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             node.replace_self(companion_views.page(chosen, link))
 
 
+def spell_status(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Words for the emoji in myst-nb's table of executions, which many fonts lack."""
+    for text in [text for text in doctree.findall(nodes.Text) if text in STATUS]:
+        text.parent.replace(text, nodes.Text(STATUS[text]))
+
+
 def _in_room(claim: claims.Claim, room: str | None) -> bool:
     return room is None or claim.chapter.startswith(f"{room}/")
 
@@ -169,6 +176,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("env-merge-info", _merge)
     app.connect("env-updated", check_claims)
     app.connect("doctree-resolved", fill)
+    app.connect("doctree-resolved", spell_status)
     app.connect("doctree-resolved", check_images)
     companion_fresh.setup(app)
     companion_reader.setup(app)

@@ -99,15 +99,13 @@ def number(value: Any) -> str:
 
 
 def _evidence(claim: claims.Claim) -> list[nodes.Node]:
+    lines: list[nodes.Node] = [_named("Checked", claim.measured), _named("Required", claim.bound)]
     found = claims.evidence(claim.id)
     if found is None:
-        return [_line("No run of this build recorded evidence.", classes=["claim-missing"])]
-    lines: list[nodes.Node] = [_named("Measured in this build", nodes.Text(number(found.measured)))]
-    if found.bound is not None:
-        lines.append(_named("Bound", nodes.Text(number(found.bound))))
-    if found.note:
-        lines.append(_named("Note", found.note))
-    return lines
+        return [*lines, _line("No run of this build recorded evidence.", classes=["claim-missing"])]
+    compared = f"; compared with {number(found.bound)}" if found.bound is not None else ""
+    lines.append(_named("Measured in this build", nodes.Text(number(found.measured) + compared)))
+    return [*lines, _named("Note", found.note)] if found.note else lines
 
 
 def _settled(claim: claims.Claim) -> list[nodes.Node]:
