@@ -1,0 +1,249 @@
+"""The pages as sources: what a chapter must have, and that everything a page points at exists.
+
+What Sphinx itself finds under ``-W -n`` (roles, equation and citation targets) is left to the build.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import jupytext
+import pytest
+import yaml
+
+from grsd import claims
+from grsd.cli import main
+
+from .conftest import ROOT
+
+BOOK = ROOT / "book"
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+LISTED = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in BOOK.rglob("*.md"))
+CHAPTERS = [name for name in LISTED if len(Path(name).parts) > 2]  # book/<room>/<page>.md
+BOOTSTRAP = [
+    'REPOSITORY = ""  # a published copy of this notebook carries its own repository here',
+    "import importlib.util, subprocess, sys",
+    'if REPOSITORY and importlib.util.find_spec("grsd") is None:',
+    '    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", REPOSITORY], check=True)',
+]
+
+
+def normal(code: str) -> str:
+    """Code without comments, blank lines and the line breaks of a formatter."""
+    return re.sub(r"\s+", "", re.sub(r"#[^\n]*", "", code)).replace(",)", ")").replace("import", ",").replace(",,", ",")
+
+
+def ledger_ids(chapter: str) -> list[str]:
+    return [claim.id for claim in claims.load() if f"book/{claim.chapter}.md" == chapter]
+
+
+def faults(text: str, wanted: list[str]) -> list[str]:
+    """What a chapter lacks: claim box, bootstrap, records, assertions, closing sections, exercise with a folded solution."""
+    notebook = jupytext.reads(text, fmt="md:myst")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    found: list[str] = []
+    box = re.search(r"^```\{claim-box\}((?:\s+[\w.-]+)+)\s*\n```", text, re.M)
+    boxed = box.group(1).split() if box else []
+    if sorted(boxed) != sorted(wanted):
+        found.append(f"claim box: {sorted(set(boxed) ^ set(wanted))} differ from the ledger")
+    if not code or not normal(code[0].source).startswith(normal("\n".join(BOOTSTRAP))):
+        found.append("bootstrap: the first code cell does not open with the four lines of every chapter")
+    elif "hide-cell" not in code[0].metadata.get("tags", []):
+        found.append("bootstrap: the first code cell is not hidden")
+    source = "\n".join(cell.source for cell in code)
+    visible = [cell.source for cell in code if not {"hide-cell", "hide-input"} & set(cell.metadata.get("tags", []))]
+    if not any("assert " in cell for cell in visible):
+        found.append("check: no visible assertion")
+    if "claims.record(" not in source:
+        found.append("check: nothing is recorded")
+    found += [f"check: {name} is not recorded" for name in wanted if name not in source]
+    for heading in ("Check", "Summary", "What would change"):
+        if not re.search(rf"^#+ .*{heading}", text, re.M):
+            found.append(f"section: no heading with {heading!r}")
+    if not re.search(r"^`{3,}\{exercise", text, re.M):
+        found.append("exercise: none")
+    solutions = re.findall(r"^`{3,}\{solution(?:-start)?\}[^\n]*\n((?::[^\n]*\n)*)", text, re.M)
+    if not solutions or any("dropdown" not in options for options in solutions):
+        found.append("exercise: a solution is missing or not folded")
+    forbidden = {"skip-execution", "raises-exception", "remove-cell"}
+    found += [f"cell: tag {tag}" for cell in code for tag in forbidden & set(cell.metadata.get("tags", []))]
+    found += ["cell: stored outputs" for cell in code if cell.get("outputs")]
+    return found
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_has_every_part(chapter: str) -> None:
+    assert faults((ROOT / chapter).read_text(), ledger_ids(chapter)) == []
+
+
+GOOD = f"""---
+kernelspec: {{display_name: Python 3, language: python, name: python3}}
+---
+
+# A chapter
+
+```{{claim-box}} origin.kl-identity
+```
+
+```{{code-cell}} ipython3
+:tags: [hide-cell]
+
+{chr(10).join(BOOTSTRAP)}
+```
+
+## Check
+
+```{{code-cell}} ipython3
+assert gap < bound
+found = claims.record("origin.kl-identity", measured=gap, bound=bound)
+```
+
+## What would change this verdict
+
+```{{exercise}} A task
+:label: ex-a
+```
+
+```{{solution}} ex-a
+:label: sol-a
+:class: dropdown
+```
+
+## Summary
+"""
+
+
+def test_a_complete_chapter_has_no_fault() -> None:
+    assert faults(GOOD, ["origin.kl-identity"]) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("{claim-box} origin.kl-identity", "{claim-box} origin.kl-half-square", "claim box"),
+        ("{claim-box} origin.kl-identity", "{note}", "claim box"),
+        ('REPOSITORY = ""', 'REPOSITORY = "git+https://example.org/x"', "bootstrap"),
+        (":tags: [hide-cell]\n", "", "bootstrap"),
+        ("assert gap < bound\n", "", "check: no visible assertion"),
+        ('found = claims.record("origin.kl-identity", measured=gap, bound=bound)\n', "", "check: nothing is recorded"),
+        ("## What would change this verdict", "## Something else", "section"),
+        ("## Summary", "", "section"),
+        ("```{exercise}", "```{note}", "exercise: none"),
+        (":class: dropdown", "", "exercise: a solution"),
+        ("assert gap", "assert gap", ""),
+        (":tags: [hide-cell]", ":tags: [hide-cell, skip-execution]", "cell: tag"),
+    ],
+)
+def test_each_missing_part_is_a_fault(old: str, new: str, complaint: str) -> None:
+    assert old in GOOD
+    found = faults(GOOD.replace(old, new), ["origin.kl-identity"])
+    assert any(complaint in fault for fault in found) if complaint else found == []
+
+
+# --- Table of contents -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_contents_names_every_page_with_its_ending() -> None:
+    assert sorted(LISTED) == PAGES
+
+
+def test_every_chapter_of_the_ledger_is_in_the_book() -> None:
+    named = {f"book/{claim.chapter}.md" for claim in claims.load() if claim.chapter}
+    assert named and named <= set(LISTED), sorted(named - set(LISTED))
+
+
+def test_every_row_of_section_seven_has_a_claim() -> None:
+    rows = {row for claim in claims.load() if claim.paper == "origin" for row in claim.audit}
+    assert {f"C{number}" for number in range(54, 67)} <= rows
+
+
+# --- What pages point at -----------------------------------------------------------------------------------------------
+
+
+def dead_links(page: str, text: str) -> list[str]:
+    """Relative links, images and ``{doc}`` roles that lead nowhere."""
+    folder = (ROOT / page).parent
+    prose = re.sub(r"^(`{3,})(?:\{code-cell\}|python|sh|console).*?^\1", "", text, flags=re.M | re.S)
+    targets = [target for target in re.findall(r"\]\(([^)\s#]+)", prose) if "://" not in target]
+    targets += re.findall(r"^`{3,}\{(?:figure|image)\} (\S+)", prose, re.M)
+    documents = [re.sub(r".*<(.+)>", r"\1", target) for target in re.findall(r"\{doc\}`([^`]+)`", prose)]
+    dead = [target for target in targets if not (folder / target).exists()]
+    return dead + [name for name in documents if not (folder / f"{name}.md").is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    assert dead_links(page, (ROOT / page).read_text()) == []
+
+
+def test_a_dead_link_is_found() -> None:
+    text = "[a](nowhere.md) [b](claims.md#x) {doc}`gone` {doc}`text <claims>` [c](https://example.org)\n"
+    assert dead_links("book/index.md", text) == ["nowhere.md", "gone"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_source_names_a_repository_or_a_machine(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert not re.findall(r"(?:github\.com|colab\.research)[^\s)`]*", text)
+    assert not re.findall(r"(?<![\w.<])/(?:home|root|tmp|opt|usr)/[\w.-]+", text)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Lines ``$ grsd …`` of a page's console blocks, split as a shell would."""
+    blocks = re.findall(r"^```console\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line[2:])[1:] for line in lines if line.startswith("$ grsd")]
+
+
+def unknown_options(words: list[str]) -> list[str]:
+    """Subcommands and options that the command line does not have."""
+    command: click.Command = main
+    while words and isinstance(command, click.Group):
+        if words[0].startswith("-"):
+            break
+        if words[0] not in command.commands:
+            return [words[0]]
+        command, words = command.commands[words[0]], words[1:]
+    known = {name for parameter in command.params for name in parameter.opts + parameter.secondary_opts} | {"--help"}
+    return [word for word in words if word.startswith("--") and word not in known]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_text_exist(page: str) -> None:
+    assert [fault for words in commands((ROOT / page).read_text()) for fault in unknown_options(words)] == []
+
+
+def test_an_unknown_command_is_found() -> None:
+    text = "```console\n$ grsd shells MODEL --no-such-option 3\n$ grsd nothing\n$ make book\n$ grsd shells \\\n    --help\n```\n"
+    assert [unknown_options(words) for words in commands(text)] == [["--no-such-option"], ["nothing"], []]
+
+
+# --- Words and references ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_verdicts_explains_every_one_as_the_ledger_shows_it() -> None:
+    rows = re.findall(r"^\| (.+?) \|", (BOOK / "verdicts.md").read_text(), re.M)
+    assert [f"{symbol} {word}" for symbol, word, _ in claims.VERDICTS.values()] == [
+        row for row in rows if row[0] not in "V-"
+    ]
+
+
+def test_the_bibliography_is_complete_and_every_key_is_in_it() -> None:
+    entries = re.findall(r"^@\w+\{(\w+),(.*?)^(?=@|%|\Z)", (BOOK / "references.bib").read_text(), re.M | re.S)
+    keys = [key for key, _ in entries]
+    assert len(keys) == len(set(keys)) > 30
+    for key, fields in entries:
+        assert all(f"{name} = {{" in fields for name in ("author", "title", "year")), key
+        assert all(re.fullmatch(r"\d{4}\.\d{5}", number) for number in re.findall(r"eprint = \{([^}]+)\}", fields)), key
+        assert re.search(r"year = \{(\d{4})\}", fields)[1] in key, f"{key}: the year in its key is another"  # type: ignore[index]
+    cited = {
+        key
+        for page in PAGES
+        for found in re.findall(r"\{cite:\w+\}`([^`]+)`", (ROOT / page).read_text())
+        for key in found.split(",")
+    }
+    assert {key.strip() for key in cited} <= set(keys), sorted({key.strip() for key in cited} - set(keys))
