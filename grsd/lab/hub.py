@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from grsd import results
 from grsd.lab import corpora, suites
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]
@@ -253,7 +252,7 @@ def check_files(folder: Path) -> list[Path]:
 def checkpoint_fingerprint(folder: Path) -> str:
     """SHA-256 over the safetensors files and the configuration, without what changes from save to save."""
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
+    config = _raw_config(folder)
     digest.update(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
     for file in check_files(folder):
         digest.update(file.name.encode())
@@ -263,15 +262,21 @@ def checkpoint_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _raw_config(folder: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged: it holds a {type(raw).__name__}, not an object")
+    return raw
+
+
 def _build(folder: Path, files: list[Path], dtype: torch.dtype) -> tuple[nn.Module, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
-    if "auto_map" in raw:
+    if "auto_map" in _raw_config(folder):
         raise ValueError(f"{folder / 'config.json'} asks for code of its own (auto_map), which is never run")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -325,7 +330,21 @@ def tokenizer_of(folder: Path) -> Any:
         raise ValueError(f"the tokenizer in {folder} is damaged: {error}") from error
 
 
-def mini_cached(cache: Path | str | None = None) -> dict[str, list[str]]:
-    """Suites in the cache: folder name to its revisions."""
-    root = (Path(cache) if cache is not None else results.cache_dir()) / "suites"
-    return {p.name: revisions_in(p) for p in sorted(root.glob("*")) if revisions_in(p)}
+def available(model: str | Path, *, cache: Path | str | None = None) -> list[str]:
+    """Revisions of a suite, of a local folder, or of a model on the hub (its branches)."""
+    name = str(model)
+    if name in suites.MINI:
+        root = suites.locate(name, corpora.embedded(cache=cache), cache=cache).root
+    else:
+        root = Path(name).expanduser()
+    if name in suites.MINI or root.is_dir():
+        if not (have := revisions_in(root)):
+            _pick(root, None, name)
+            return ["main"]
+        return have
+    from huggingface_hub import list_repo_refs
+
+    try:
+        return sorted(branch.name for branch in list_repo_refs(name).branches)
+    except Exception as error:  # the HTTP client's own errors among them
+        raise RuntimeError(f"cannot list the revisions of {name!r} on the hub ({type(error).__name__})") from error
