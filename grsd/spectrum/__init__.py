@@ -4,7 +4,7 @@
 ``shells`` bins it, ``nulls`` holds what a profile must be compared with.
 """
 
-from grsd.spectrum import nulls
+from grsd.spectrum import fits, nulls
 from grsd.spectrum.krylov import Tridiagonal, lanczos
 from grsd.spectrum.measure import SpectralMeasure
 from grsd.spectrum.ntk import NTK
@@ -31,6 +31,7 @@ __all__ = [
     "TokenLogProb",
     "Tridiagonal",
     "average",
+    "fits",
     "lanczos",
     "nulls",
     "statistics",

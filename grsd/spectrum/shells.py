@@ -153,7 +153,23 @@ class AveragedProfile:
 
     @property
     def total(self) -> float:
+        """½ ⟨e, e⟩, mean over batches."""
         return float(self.energies.sum()) + self.below + self.above + self.kernel
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain lists and numbers (edges for the shells)."""
+        record: dict[str, Any] = {"edges": self.shells.edges.tolist()}
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            record[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> AveragedProfile:
+        """Rebuild an averaged profile from `to_json`."""
+        values: dict[str, Any] = {key: record[key] for key in (f.name for f in fields(cls)[1:])}
+        arrays = {key: np.asarray(value, float) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(shells=LogShells(np.asarray(record["edges"], float)), **arrays)
 
 
 def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
