@@ -72,7 +72,8 @@ def frozen(profile: ShellProfile | AveragedProfile, *, share: float = 1e-4) -> F
     top = float(centers[int(np.argmax(heights))])
 
     def model(x: Array) -> Array:
-        return x[0] + log_gamma_shells(profile.shells, float(np.exp(x[1])) - 1.0, float(np.exp(x[2])))
+        found: Array = x[0] + log_gamma_shells(profile.shells, float(np.exp(x[1])) - 1.0, float(np.exp(x[2])))
+        return found
 
     starts = []
     for exponent in (0.3, 1.0, 3.0):  # the peak of λ^(p+1) e^(−κλ) is at (p+1)/κ

@@ -168,7 +168,9 @@ class AveragedProfile:
     def from_json(cls, record: Mapping[str, Any]) -> AveragedProfile:
         """Rebuild an averaged profile from `to_json`."""
         values: dict[str, Any] = {key: record[key] for key in (f.name for f in fields(cls)[1:])}
-        arrays = {key: np.asarray(value, float) if isinstance(value, list) else value for key, value in values.items()}
+        arrays: dict[str, Any] = {
+            key: np.asarray(value, float) if isinstance(value, list) else value for key, value in values.items()
+        }
         return cls(shells=LogShells(np.asarray(record["edges"], float)), **arrays)
 
 
