@@ -1,7 +1,7 @@
 """Load a checkpoint: one code path for the mini suite, local folders, and models on the Hugging Face hub.
 
-Weights are read from safetensors files only, no code that comes with a checkpoint is run, and attention is the
-eager one, because fused attention has no second derivative. What cannot be trusted is refused by name.
+Weights are read from safetensors files only, and no code that comes with a checkpoint is run. What cannot be trusted
+is refused by name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from grsd.lab import corpora, suites
+from grsd.lab.models import quiet
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -65,6 +66,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    attention: str | None = None,
     cache: Path | str | None = None,
 ) -> Loaded:
     """Load one checkpoint.
@@ -79,6 +81,10 @@ def load(
     dtype : torch.dtype
         Floating dtype of the weights.
     device : str or torch.device
+    attention : str, optional
+        Implementation in transformers. Default ``"eager"``, which has a second derivative everywhere; in float64
+        ``"sdpa"``, because the eager one computes its softmax in float32. The operator of `grsd.spectrum` selects the
+        mathematical backend of the latter by itself.
     cache : path, optional
         Where the mini suite is looked for; default `grsd.results.cache_dir`.
 
@@ -96,8 +102,8 @@ def load(
     folder, found = resolve(model, revision, cache=cache)
     files = check_files(folder)
     fingerprint = checkpoint_fingerprint(folder)
-    net, config = _build(folder, files, dtype)
-    return Loaded(net.to(where).eval(), tokenizer_of(folder), str(model), found, config, fingerprint)
+    net = _build(folder, files, dtype, attention or ("sdpa" if dtype == torch.float64 else "eager"))
+    return Loaded(net.to(where).eval(), tokenizer_of(folder), str(model), found, net.config, fingerprint)
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -272,36 +278,26 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _build(folder: Path, files: list[Path], dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
+def _build(folder: Path, files: list[Path], dtype: torch.dtype, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
 
     if "auto_map" in _raw_config(folder):
         raise ValueError(f"{folder / 'config.json'} asks for code of its own (auto_map), which is never run")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would report is raised below
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError) as error:
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise ValueError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     absent = sorted(report["missing_keys"])
     if absent:
         raise ValueError(
@@ -314,8 +310,7 @@ def _build(folder: Path, files: list[Path], dtype: torch.dtype) -> tuple[nn.Modu
         if not bool(torch.isfinite(weight).all()):
             count = int((~torch.isfinite(weight)).sum())
             raise ValueError(f"{files[0].parent}: the weight {name} has {count} values that are not finite")
-    model.requires_grad_(True)
-    return model, config
+    return model.requires_grad_(True)
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -27,6 +27,7 @@ from torch import nn
 
 from grsd import results
 from grsd.lab.corpora import Corpus
+from grsd.lab.models import quiet
 
 _FORMAT = 1
 _PROGRESS = "progress.safetensors"
@@ -360,16 +361,13 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 def _save_revision(suite: Suite, model: nn.Module, corpus: Corpus, step: int) -> None:
     """Write one checkpoint folder in one rename. A folder that is there already was written whole."""
-    from safetensors.torch import save_file
-
     target = suite.root / f"step{step}"
     if (target / "model.safetensors").is_file():
         return
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=suite.root))
     try:
-        model.config.save_pretrained(draft)  # type: ignore[union-attr,operator]
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-        save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+        with quiet():
+            model.save_pretrained(draft)  # type: ignore[operator]
         corpus.tokenizer.save_pretrained(draft)
         os.rename(draft, target)
     finally:
