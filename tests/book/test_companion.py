@@ -105,6 +105,15 @@ def test_a_verdict_without_evidence_fails_the_build_and_keeps_failing(book: Book
     assert "No run of this build recorded evidence" in card(book.html("book/claims"), IDS[0])
 
 
+def test_a_build_that_warned_warns_again(book: Book) -> None:
+    book.write("book/lone.md", "# Lone\n\n```{nowhere}\n```\n")  # Sphinx warns when it reads this, and it reads it once
+    book.write("_toc.yml", (book.root / "_toc.yml").read_text() + "  - file: book/lone.md\n")
+    for _ in range(2):
+        status, log = book.build()
+        assert status != 0
+        assert "nowhere" in log
+
+
 def test_an_untested_claim_needs_no_evidence(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
     untested = [replace(claim, verdict="untested", assumption="not yet") for claim in claims.load()]
     monkeypatch.setattr(claims, "load", lambda path=None: untested)
