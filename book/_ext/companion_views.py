@@ -49,7 +49,7 @@ def docname(claim: claims.Claim) -> str:
 
 def anchor(claim_id: str) -> str:
     """HTML id of a claim's card on the claims page."""
-    return "claim-" + nodes.make_id(claim_id)
+    return f"claim-{nodes.make_id(claim_id)}"
 
 
 def inline(text: str) -> list[nodes.Node]:
