@@ -183,9 +183,7 @@ def _version(name: str) -> str | None:
 @main.command(epilog="\b\nExamples:\n  grsd suite\n  grsd suite --size mini-0.4m --steps 128\n")
 @click.option("--size", "sizes", multiple=True, help="mini-0.4m, mini-1.3m, mini-4.2m; repeat for several [all three].")
 @click.option("--steps", default=512, show_default=True, help="Updates; checkpoints at 0, 1, 2, 4, ..., 512, 1000, ...")
-@click.option(
-    "--corpus", default="embedded", show_default=True, help="embedded, text files, or hub:NAME[:config[:split]]."
-)
+@click.option("--corpus", help="embedded[:VOCAB], text files, or hub:NAME[:config[:split]] [of the size].")
 @click.option("--batch-size", default=16, show_default=True, help="Sequences per update.")
 @click.option("--length", default=128, show_default=True, help="Tokens per sequence.")
 @click.option("--lr", type=float, default=None, help="Peak learning rate [of the size].")
@@ -196,7 +194,7 @@ def _version(name: str) -> str | None:
 def suite(
     sizes: tuple[str, ...],
     steps: int,
-    corpus: str,
+    corpus: str | None,
     batch_size: int,
     length: int,
     lr: float | None,
@@ -220,9 +218,9 @@ def suite(
     recipe: dict[str, Any] = {"batch_size": batch_size, "length": length, "seed": seed, "schedule": schedule}
     if lr is not None:
         recipe["lr"] = lr
-    text = corpora.open_corpus(corpus)
     found = []
     for name in names:
+        text = corpora.of_suite(name) if corpus is None else corpora.open_corpus(corpus)
         made = _train(name, text, steps, where, recipe)
         record = made.training()
         found.append(
@@ -232,12 +230,13 @@ def suite(
                 "steps": steps,
                 "revisions": list(made.revisions),
                 "loss": record["loss"][-1] if record["loss"] else None,
+                "corpus": {"name": text.name, "tokens": len(text.tokens)},
                 "heldout": record["heldout"].get(made.revisions[-1]),
                 "folder": str(made.root),
             }
         )
     if as_json:
-        _emit({"corpus": {"name": text.name, "tokens": len(text.tokens)}, "suites": found})
+        _emit({"suites": found})
         return
     columns = ["size", "parameters", "checkpoints", "loss", "held-out", "folder"]
     rows = [
@@ -265,7 +264,10 @@ def _train(name: str, text: Any, steps: int, device: str, recipe: dict[str, Any]
 @click.argument("model")
 @click.option("--revision", "revisions", multiple=True, help="Checkpoint, e.g. step512; repeat, or 'all' [the last].")
 @click.option(
-    "--corpus", default="embedded", show_default=True, help="embedded, text files, or hub:NAME[:config[:split]]."
+    "--corpus",
+    default="embedded",
+    show_default=True,
+    help="embedded[:VOCAB], text files, or hub:NAME[:config[:split]].",
 )
 @click.option(
     "--split", type=click.Choice(["train", "heldout", "all"]), help="Part of the corpus [heldout if embedded]."
@@ -274,7 +276,7 @@ def _train(name: str, text: Any, steps: int, device: str, recipe: dict[str, Any]
 @click.option("--batches", default=5, show_default=True, help="Independent batches, for the spread.")
 @click.option("--batch-size", default=4, show_default=True, help="Sequences per batch.")
 @click.option("--length", default=128, show_default=True, help="Tokens per sequence.")
-@click.option("--start", "starts", multiple=True, help="error, ones, random; repeat for several [error, ones].")
+@click.option("--start", "starts", multiple=True, help="error, ones, signs, random; repeat for several [error, ones].")
 @click.option("--targets", default="text", show_default=True, help="text, or shuffled (a null model).")
 @click.option("--normalize", default="mean", show_default=True, help="mean: J J^T / T; sum: J J^T.")
 @click.option("--ratio", default=2.0, show_default=True, help="Width of a shell, as a ratio of eigenvalues.")
@@ -332,7 +334,6 @@ def shells(
     if "all" in revisions:
         every = tuple(hub.available(model))
         spec = runs.RunSpec(**{**asdict(spec), "revisions": every})
-    _say(f"measuring {max(1, len(spec.revisions)) * spec.batches} batches of {spec.batch_size} x {spec.length} tokens")
     with _bar("shells") as update:
         run = runs.shell_run(spec, resume=resume, progress=update)
     edges = given or run.common_shells(ratio)
@@ -363,7 +364,7 @@ def _prepare(model: str, revisions: Sequence[str], device: str) -> None:
     from grsd.lab import corpora, hub, suites
 
     if model in suites.MINI:
-        text = corpora.embedded()
+        text = corpora.of_suite(model)
         made = suites.locate(model, text)
         have = set(hub.revisions_in(made.root))
         asked = set(made.revisions) if not revisions or "all" in revisions else set(revisions)
@@ -449,7 +450,9 @@ def recompute(id: str, output: str | None, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / f"{old.id}.json"
         with open(os.devnull, "w") as quiet, _stdout(quiet):
-            main.main(["shells", *argv[1:], "--output", str(draft)], prog_name="grsd", standalone_mode=False)
+            main.main(
+                ["shells", *argv[1:], "--no-resume", "--output", str(draft)], prog_name="grsd", standalone_mode=False
+            )
         if not draft.is_file():  # the failure was reported by the command itself
             click.get_current_context().exit(2)
         new = stored.load(old.id, folder)

@@ -259,15 +259,20 @@ def hub(
 
 
 def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = None) -> Corpus:
-    """The corpus a command line names: ``embedded``, a path or pattern, or ``hub:NAME[:config[:split]]``.
+    """The corpus a command line names: ``embedded[:VOCAB]``, a path or pattern, or ``hub:NAME[:config[:split]]``.
+
+    ``VOCAB`` is the size of the tokenizer that is trained on the embedded text; with ``tokenizer`` it has no effect.
 
     Raises
     ------
     ValueError
         An unknown name; the errors of `embedded`, `files` and `hub` otherwise.
     """
-    if spec == "embedded":
-        return embedded(cache=cache, tokenizer=tokenizer)
+    if spec.partition(":")[0] == "embedded":
+        size = spec.partition(":")[2] or "2048"
+        if not size.isdecimal():
+            raise ValueError(f"corpus {spec!r} is not of the form embedded[:VOCAB], such as embedded:4096")
+        return embedded(int(size), cache=cache, tokenizer=tokenizer)
     if spec.startswith("hub:"):
         parts = spec[4:].split(":")
         if not parts[0] or len(parts) > 3:
@@ -284,6 +289,15 @@ def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = 
             f"unknown corpus {spec!r}: expected 'embedded', an existing text file or pattern, "
             "or 'hub:NAME[:config[:split]]'"
         ) from error
+
+
+def of_suite(size: str, *, cache: Path | str | None = None) -> Corpus:
+    """The corpus that a size of `grsd.lab.suites.MINI` is trained on."""
+    from grsd.lab import suites  # which imports this module
+
+    if size not in suites.MINI:
+        raise ValueError(f"unknown size {size!r}: expected one of {', '.join(suites.MINI)}")
+    return open_corpus(suites.MINI[size].corpus, cache=cache)
 
 
 def from_texts(

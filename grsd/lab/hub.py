@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,23 @@ def resolve(model: str | Path, revision: str | None = None, *, cache: Path | str
     ValueError, RuntimeError
         As `load`.
     """
+    return resolve_all(model, [revision], cache=cache)[0]
+
+
+def resolve_all(
+    model: str | Path, revisions: Sequence[str | None], *, cache: Path | str | None = None
+) -> list[tuple[Path, str]]:
+    """`resolve` for several revisions of one model."""
     name = str(model)
-    if name in suites.MINI:
-        root = suites.locate(name, corpora.embedded(cache=cache), cache=cache).root
-        if not revisions_in(root):
-            raise ValueError(f"the suite {name} is not trained yet; run: grsd suite --size {name}")
-        return _pick(root, revision, name)
+    if name not in suites.MINI:
+        return [_resolve(name, revision) for revision in revisions]
+    root = suites.locate(name, corpora.of_suite(name, cache=cache), cache=cache).root
+    if not revisions_in(root):
+        raise ValueError(f"the suite {name} is not trained yet; run: grsd suite --size {name}")
+    return [_pick(root, revision, name) for revision in revisions]
+
+
+def _resolve(name: str, revision: str | None) -> tuple[Path, str]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _pick(path, revision, name)
@@ -329,7 +341,7 @@ def available(model: str | Path, *, cache: Path | str | None = None) -> list[str
     """Revisions of a suite, of a local folder, or of a model on the hub (its branches)."""
     name = str(model)
     if name in suites.MINI:
-        root = suites.locate(name, corpora.embedded(cache=cache), cache=cache).root
+        root = suites.locate(name, corpora.of_suite(name, cache=cache), cache=cache).root
     else:
         root = Path(name).expanduser()
     if name in suites.MINI or root.is_dir():

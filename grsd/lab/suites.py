@@ -46,6 +46,7 @@ class Size:
     vocab_size: int
     lr: float
     positions: int = 2048
+    corpus: str = "embedded"  # as `corpora.open_corpus`; what `grsd suite` trains on
 
     def config(self) -> Any:
         """The transformers configuration."""
@@ -80,8 +81,8 @@ MINI: dict[str, Size] = {
     "mini-0.4m": Size("mini-0.4m", hidden=64, layers=3, heads=4, vocab_size=2048, lr=4e-3),
     "mini-1.3m": Size("mini-1.3m", hidden=128, layers=4, heads=4, vocab_size=2048, lr=3e-3),
     "mini-4.2m": Size("mini-4.2m", hidden=256, layers=4, heads=8, vocab_size=2048, lr=2e-3),
-    "pythia-14m": Size("pythia-14m", hidden=128, layers=6, heads=4, vocab_size=50304, lr=1e-3),
-    "pythia-70m": Size("pythia-70m", hidden=512, layers=6, heads=8, vocab_size=50304, lr=1e-3),
+    "pythia-14m": Size("pythia-14m", hidden=128, layers=6, heads=4, vocab_size=50304, lr=1e-3, corpus="embedded:16384"),
+    "pythia-70m": Size("pythia-70m", hidden=512, layers=6, heads=8, vocab_size=50304, lr=1e-3, corpus="embedded:16384"),
 }
 
 
@@ -205,7 +206,8 @@ def locate(
 ) -> Suite:
     """Where `train` with the same arguments keeps its suite, whether or not it is there yet."""
     size, made = _resolve(size, recipe)
-    content = [_FORMAT, asdict(size), asdict(made), corpus.fingerprint]
+    shape = {k: v for k, v in asdict(size).items() if k != "corpus"}  # the fingerprint says it
+    content = [_FORMAT, shape, asdict(made), corpus.fingerprint]
     if made.schedule == "cosine":
         content.append(steps)
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -107,7 +107,7 @@ def test_unknown_names_list_what_is_there(suite: suites.Suite, folder: Path, tmp
 
 def test_mini_suite_by_name(corpus: corpora.Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(suites.MINI, "mini-test", TINY)
-    monkeypatch.setattr(corpora, "embedded", lambda **_: corpus)
+    monkeypatch.setattr(corpora, "embedded", lambda *_, **__: corpus)
     with pytest.raises(ValueError, match="not trained yet; run: grsd suite --size mini-test"):
         hub.load("mini-test")
     suites.train("mini-test", corpus, steps=1)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,14 @@ def test_profiles_lose_nothing_and_average(spec: runs.RunSpec) -> None:
     assert far.energies.sum() == 0 and far.below + far.kernel == pytest.approx(far.total)
 
 
-def test_random_start_has_the_mass_of_the_error(spec: runs.RunSpec) -> None:
-    run = runs.shell_run(spec)
-    for error, random in zip(run.tridiagonals("step5", "error"), run.tridiagonals("step5", "random"), strict=True):
-        assert random.mass == pytest.approx(error.mass, rel=1e-5)  # float32 norms
-        assert not np.array_equal(random.alphas, error.alphas)
+def test_null_starts_have_the_mass_of_the_error_and_do_not_depend_on_each_other(spec: runs.RunSpec) -> None:
+    run = runs.shell_run(replace(spec, starts=("error", "signs", "random")))
+    for start in ("signs", "random"):
+        for error, null in zip(run.tridiagonals("step5", "error"), run.tridiagonals("step5", start), strict=True):
+            assert null.mass == pytest.approx(error.mass, rel=1e-5)  # float32 norms
+            assert not np.array_equal(null.alphas, error.alphas)
+        alone = runs.shell_run(replace(spec, starts=(start,)))
+        assert np.array_equal(alone.tridiagonals("step5", start)[2].alphas, run.tridiagonals("step5", start)[2].alphas)
 
 
 def test_sum_is_rows_times_mean(spec: runs.RunSpec) -> None:
@@ -201,7 +205,7 @@ def test_killed_run_resumes_to_the_same_numbers(
     child = subprocess.Popen(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
     if how == "from outside":
         while child.poll() is None and not list(cache.glob("runs/*/*.json")):
-            pass
+            time.sleep(0.01)
         child.kill()  # wherever it is by now; a child that was faster has left a whole run
     child.communicate(timeout=240)
     assert child.returncode in ((-signal.SIGKILL,) if how == "itself" else (-signal.SIGKILL, 0))
@@ -221,7 +225,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "float16"}, "unknown dtype 'float16': expected one of float32, float64, bfloat16"),
     ({"normalize": "none"}, "unknown normalize 'none'"),
     ({"targets": "random"}, "unknown targets 'random'"),
-    ({"starts": ()}, "expected one or more of error, ones, random"),
+    ({"starts": ()}, "expected one or more of error, ones, signs, random"),
     ({"starts": ("error", "delta")}, "'delta'"),
     ({"revisions": ("step0", "step0")}, "twice: step0, step0"),
     ({"split": "test"}, "unknown split 'test'"),
