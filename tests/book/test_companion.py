@@ -92,6 +92,23 @@ def test_ledger_text_is_marked_up_and_adjoints_are_not_emphasis(text: str, kinds
     assert [type(node).__name__ for node in companion_views.inline(text)] == kinds
 
 
+@pytest.mark.parametrize(
+    ("measured", "bound", "shown"),
+    [
+        (3e-15, 1e-12, "Measured in this build: 3e-15; compared with 1e-12"),
+        (3e-15, None, "Measured in this build: 3e-15"),
+        ({"gap": 0.5, "error": 2}, {"gap": 0.1}, "Measured in this build:  gap: 0.5 (compared with 0.1) error: 2"),
+        ({"gap": 0.5}, {"other": 1.0}, "Measured in this build:  gap: 0.5 Compared with: other = 1"),
+        ({"gap": 0.5}, "rounding", "Measured in this build:  gap: 0.5 Compared with: rounding"),
+    ],
+)
+def test_every_number_of_the_evidence_is_shown(
+    measured: claims.Measured, bound: claims.Measured | None, shown: str
+) -> None:
+    drawn = companion_views._measured(measured, bound)
+    assert " ".join(node.astext().replace("\n\n", " ") for node in drawn) == shown
+
+
 # --- Evidence ------------------------------------------------------------------------------------------------------------
 
 
