@@ -118,7 +118,7 @@ class RunSpec:
     @property
     def part(self) -> str:
         """The split that is measured."""
-        return self.split or ("heldout" if self.corpus.partition(":")[0] == "embedded" else "all")
+        return self.split or ("heldout" if self.corpus.partition(":")[0] in corpora.SOURCES else "all")
 
     def argv(self) -> list[str]:
         """The ``grsd`` command line that makes this run."""

@@ -47,6 +47,8 @@ class Size:
     lr: float
     positions: int = 2048
     corpus: str = "embedded"  # as `corpora.open_corpus`; what `grsd suite` trains on
+    batch_size: int = 16  # sequences per update, and the precision: defaults of the recipe
+    precision: str = "float32"
 
     def config(self) -> Any:
         """The transformers configuration."""
@@ -77,12 +79,13 @@ class Size:
 
 # The mini sizes share one shape family (head size 16 to 32, V = 2048); learning rates fall with width as in Pythia.
 # The last two have Pythia's own shapes and learning rates, for runs on an accelerator.
+_LARGE: dict[str, Any] = {"corpus": "installed:32768", "batch_size": 128, "precision": "bfloat16"}
 MINI: dict[str, Size] = {
     "mini-0.4m": Size("mini-0.4m", hidden=64, layers=3, heads=4, vocab_size=2048, lr=4e-3),
     "mini-1.3m": Size("mini-1.3m", hidden=128, layers=4, heads=4, vocab_size=2048, lr=3e-3),
     "mini-4.2m": Size("mini-4.2m", hidden=256, layers=4, heads=8, vocab_size=2048, lr=2e-3),
-    "pythia-14m": Size("pythia-14m", hidden=128, layers=6, heads=4, vocab_size=50304, lr=1e-3, corpus="embedded:16384"),
-    "pythia-70m": Size("pythia-70m", hidden=512, layers=6, heads=8, vocab_size=50304, lr=1e-3, corpus="embedded:16384"),
+    "pythia-14m": Size("pythia-14m", hidden=128, layers=6, heads=4, vocab_size=50304, lr=1e-3, **_LARGE),
+    "pythia-70m": Size("pythia-70m", hidden=512, layers=6, heads=8, vocab_size=50304, lr=1e-3, **_LARGE),
 }
 
 
@@ -206,7 +209,7 @@ def locate(
 ) -> Suite:
     """Where `train` with the same arguments keeps its suite, whether or not it is there yet."""
     size, made = _resolve(size, recipe)
-    shape = {k: v for k, v in asdict(size).items() if k != "corpus"}  # the fingerprint says it
+    shape = {k: v for k, v in asdict(size).items() if k not in ("corpus", "batch_size", "precision")}  # said below
     content = [_FORMAT, shape, asdict(made), corpus.fingerprint]
     if made.schedule == "cosine":
         content.append(steps)
@@ -220,7 +223,7 @@ def _resolve(size: Size | str, recipe: dict[str, Any]) -> tuple[Size, Recipe]:
         if size not in MINI:
             raise ValueError(f"unknown size {size!r}: expected one of {', '.join(MINI)}")
         size = MINI[size]
-    return size, Recipe(**{"lr": size.lr, **recipe})
+    return size, Recipe(**{"lr": size.lr, "batch_size": size.batch_size, "precision": size.precision, **recipe})
 
 
 def train(

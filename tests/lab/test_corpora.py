@@ -142,7 +142,6 @@ def test_tokenizer_is_byte_level_and_loses_nothing() -> None:
 def test_vocabulary_of_the_embedded_corpus_and_of_a_suite() -> None:
     assert corpora.open_corpus("embedded:400").vocab_size == 400
     assert corpora.of_suite("mini-0.4m").fingerprint == corpora.embedded(2048).fingerprint
-    assert corpora.of_suite("pythia-14m").fingerprint == corpora.embedded(16384).fingerprint
     with pytest.raises(ValueError, match="'embedded:many' is not of the form"):
         corpora.open_corpus("embedded:many")
     with pytest.raises(ValueError, match=r"unknown size 'mini-2m'"):
