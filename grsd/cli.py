@@ -83,7 +83,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 @contextmanager
 def _bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on an interactive stderr that appears after a second; otherwise nothing."""
+    """A progress bar on an interactive stderr, shown at step 0 or after a second; otherwise nothing."""
     from tqdm import tqdm
 
     bar: Any = tqdm(desc=label, file=sys.stderr, disable=not sys.stderr.isatty(), delay=1.0, leave=False)
@@ -92,6 +92,8 @@ def _bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
         bar.total = total
         bar.set_postfix_str(note, refresh=False)
         bar.update(done - bar.n)
+        if done == 0:
+            bar.refresh()
 
     try:
         yield update
@@ -335,6 +337,7 @@ def shells(
         every = tuple(hub.available(model))
         spec = runs.RunSpec(**{**asdict(spec), "revisions": every})
     with _bar("shells") as update:
+        update(0, max(1, len(spec.revisions)) * spec.batches, "first batch")
         run = runs.shell_run(spec, resume=resume, progress=update)
     edges = given or run.common_shells(ratio)
     data = reports.summary(run, edges)

@@ -367,7 +367,7 @@ def _measure(
             raise
         raise MemoryError(
             f"not enough memory on {spec.device} for T = {spec.batch_size} x {spec.length} rows in {spec.dtype}: "
-            "lower --batch-size first, then --length, or take --dtype float32"
+            "lower --batch-size first, then --length" + (", or take --dtype float32" if spec.dtype == "float64" else "")
         ) from error_
     return BatchResult(revision, fingerprint, index, loss, int(M.shape[0]), spectra, origin)
 
