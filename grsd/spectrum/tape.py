@@ -39,6 +39,13 @@ if hasattr(aten, "_fused_rms_norm_backward"):
     NORMS[aten._fused_rms_norm_backward.default] = (4, False)
 
 
+# of a tensor they take the shape alone
+SHAPES = frozenset(
+    getattr(aten, name).default
+    for name in "new_zeros zeros_like new_empty empty_like new_ones ones_like new_full full_like new_empty_strided".split()
+)
+
+
 class Unrecordable(RuntimeError):
     """The pass does something that a linear program cannot repeat."""
 
@@ -208,7 +215,7 @@ class _Tape(TorchDispatchMode):
             id(x) not in self._slots and x.untyped_storage().data_ptr() in self._written for x in leaves
         ):
             raise Unrecordable(f"{func} reads a tensor that was written in place through another view")
-        if not followed:
+        if not followed or func in SHAPES:
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
