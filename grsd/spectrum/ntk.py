@@ -1,14 +1,15 @@
 """The operator M = J Jᵀ of a network on a batch, as a matrix that is only ever multiplied.
 
-One forward pass is kept, with its graph. A product M u is then a vector–Jacobian product (v = Jᵀ u) followed by
-a Jacobian–vector product (J v), the latter taken as the derivative of a VJP with respect to its own input, so that
-only reverse-mode differentiation is needed. Lanczos, which calls it, is in :mod:`grsd.spectrum.krylov`.
+By default a product is the factored one, J_ε K J_εᵀ u, which forms no parameter gradient (:mod:`grsd.spectrum.factored`).
+The plain form, a vector–Jacobian product followed by a Jacobian–vector product on a retained graph, is the definition and
+the other engine (:mod:`grsd.spectrum.retained`). Lanczos, which calls either, is in :mod:`grsd.spectrum.krylov`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,16 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
+from grsd.spectrum.factored import Factored, Plan, PlanRow
 from grsd.spectrum.observables import Observable, raw_output
+from grsd.spectrum.retained import CHANGED, Retained
+from grsd.spectrum.uses import Trace
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Method = Literal["auto", "graph", "factored"]
+_FORWARD = threading.RLock()  # buffers are swapped for copies during a pass, which two threads must not do at once
 
 
 class NTK:
@@ -35,6 +42,9 @@ class NTK:
         What the rows are: `Outputs`, `ClassLogits`, `TokenLogProb`, or an object with the same three methods.
     normalize
         ``"mean"``: M = J Jᵀ / n for the empirical measure of n samples (the operator of ė = −M e); ``"sum"``: J Jᵀ.
+    method
+        ``"factored"``: J_ε K J_εᵀ; ``"graph"``: VJP and JVP on a retained graph; ``"auto"``: factored, and the graph
+        for a model whose backward pass cannot be recorded (`plan` says so).
 
     Attributes
     ----------
@@ -43,19 +53,24 @@ class NTK:
     samples : int, n. For language models n = T.
     inner_weight : float, 1/n for "mean" and 1 for "sum": ⟨u, v⟩ = inner_weight · Σ u v.
     eps : float, the relative accuracy of a product (unit of rounding of the arithmetic that is used).
+    method : "factored" or "graph", the one that is in use.
 
     Raises
     ------
     ValueError
         Active dropout, no trainable parameter, non-finite outputs, targets that do not fit, an output that does
-        not depend on the parameters, or an operation without a second derivative.
+        not depend on the parameters, layers whose inputs are overwritten in place, or an operation without a second
+        derivative.
+    RuntimeError
+        A product after the parameters were changed.
 
     Notes
     -----
-    Cost: one forward and two backward passes to build; about 1.4 forward-plus-backward passes per product. The
-    graph of one forward and one backward pass is held until the object goes. Scaled-dot-product attention is run with
-    its mathematical backend while the graph is built: the fused ones have no second derivative. The model is left as
-    it was found: parameters, gradients, buffers and flags. Source: 2512.10427, section 2.2.
+    Cost of "factored": see :mod:`grsd.spectrum.factored`. Cost of "graph": one forward and two backward passes to build;
+    about 1.4 forward-plus-backward passes per product, and the graph of one forward and one backward pass is held until
+    the object goes. Scaled-dot-product attention is run with its mathematical backend: the fused ones have no second
+    derivative. The model is left as it was found: parameters, gradients, buffers and flags; the state of the random
+    generator is put back. Source: 2512.10427, section 2.2.
     """
 
     def __init__(
@@ -65,38 +80,59 @@ class NTK:
         observable: Observable,
         *,
         normalize: Literal["mean", "sum"] = "mean",
+        method: Method = "auto",
     ) -> None:
         if normalize not in ("mean", "sum"):
             raise ValueError(f'normalize must be "mean" or "sum", got {normalize!r}')
-        self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        if method not in ("auto", "graph", "factored"):
+            raise ValueError(f'method must be "auto", "graph" or "factored", got {method!r}')
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
         if not self._parameters:
             raise ValueError("no parameter of the model requires a gradient, so J is empty")
         _refuse_dropout(model)
-        rows = _forward(model, inputs, observable)
-        self._rows = rows
-        self._observable = observable
+        self._model, self._inputs, self._observable = model, inputs, observable
+        self._versions = [p._version for p in self._parameters]
+        self._graph: Retained | None = None
+        self._factored: Factored | None = None
+        self._why = ""
+        if method != "graph":
+            self._factor(strict=method == "factored")
+        if self._factored is None:
+            self._retain()
+        self.method = "graph" if self._factored is None else "factored"
         self.normalize = normalize
-        self.outputs: Tensor = rows.detach()
         self.samples: int = observable.samples(self.outputs)
         self.inner_weight: float = 1.0 / self.samples if normalize == "mean" else 1.0
-        self._probe = torch.zeros_like(self.outputs, requires_grad=True)
-        self._used, self._vjp = self._transposable_vjp()
 
-    def _transposable_vjp(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the parameters that f depends on, and Jᵀu₀ as a graph whose derivative in u₀ is J."""
-        products = torch.autograd.grad(self._rows, self._parameters, self._probe, create_graph=True, allow_unused=True)
-        used = [(p, w) for p, w in zip(self._parameters, products, strict=True) if w is not None]
-        if not used:
-            raise ValueError("no parameter of the model reaches the outputs, so J is zero")
-        parameters, vjp = [p for p, _ in used], [w for _, w in used]
+    def _factor(self, strict: bool) -> None:
+        trace = Trace(self._parameters)
+        rows = _forward(self._model, self._inputs, self._observable, trace)
+        trace.check_inputs()
+        self.outputs: Tensor = rows.detach()
         try:
-            torch.autograd.grad(vjp, self._probe, vjp, retain_graph=True)
+            self._factored = Factored(rows, trace, self._names)
         except RuntimeError as failure:
-            raise ValueError(
-                f"an operation of this model has no second derivative ({str(failure).splitlines()[0]}). Fused "
-                'attention is the usual cause: load the model with attn_implementation="eager"'
-            ) from failure
-        return parameters, vjp
+            self._why = str(failure).splitlines()[0]
+            if strict:
+                raise ValueError(
+                    f'the backward pass of this model cannot be recorded ({self._why}); use method="auto" or "graph"'
+                ) from failure
+
+    def _retain(self) -> Retained:
+        """Return the retained graph of the model, made on first use."""
+        if self._graph is None:
+            self._same_parameters()
+            rows = _forward(self._model, self._inputs, self._observable)
+            if self._factored is not None and not torch.equal(rows.detach(), self.outputs):
+                raise RuntimeError("the model or its inputs were changed after this operator was made; make a new NTK")
+            self.outputs = rows.detach()
+            self._graph = Retained(rows, self._parameters)
+        return self._graph
+
+    def _same_parameters(self) -> None:
+        if any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True)):
+            raise RuntimeError(CHANGED)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,27 +156,44 @@ class NTK:
         """The observable's error vector, (T,): target − output, onehot − softmax, or −log q."""
         return self._observable.error(self.outputs)
 
+    def plan(self) -> Plan:
+        """Return what a product does, parameter by parameter, with FLOPs and bytes; prints as a table."""
+        if self._factored is not None:
+            return Plan("factored", tuple(self._factored.plan_rows))
+        rule = f"cannot be recorded: {self._why}" if self._why else "as asked"
+        return Plan("graph", (PlanRow("all parameters", rule, "VJP, then JVP; not counted", 0, 0),))
+
     def __repr__(self) -> str:
-        count = sum(p.numel() for p in self._used)
-        return f"NTK(T={self.shape[0]}, parameters={count}, normalize={self.normalize!r}, {self.dtype}, {self.device})"
+        used = self._retain().used if self._factored is None else [self._parameters[k] for k in self._factored.used]
+        count = sum(p.numel() for p in used)
+        return (
+            f"NTK(T={self.shape[0]}, parameters={count}, normalize={self.normalize!r}, method={self.method!r}, "
+            f"{self.dtype}, {self.device})"
+        )
 
     def vjp(self, u: Tensor) -> tuple[Tensor, ...]:
-        """Return Jᵀu as one tensor per parameter in use (no normalisation). Cost: one backward pass."""
+        """Return Jᵀu as one tensor per parameter in use (no normalisation).
+
+        Cost: one backward pass; the first call of `vjp`, `jvp` or `jacobian` on a factored operator runs the model again.
+        """
         self._check(u, (self.shape[0],))
-        with _same_parameters():
-            return torch.autograd.grad(self._rows, self._used, u, retain_graph=True)
+        return self._retain().vjp(u)
 
     def jvp(self, v: tuple[Tensor, ...]) -> Tensor:
         """Return J v, shape (T,), for one tensor per parameter in use. Cost: one pass through the doubled graph."""
-        with _same_parameters():
-            return torch.autograd.grad(self._vjp, self._probe, v, retain_graph=True)[0]
+        return self._retain().jvp(v)
 
     def __matmul__(self, u: Tensor) -> Tensor:
-        """Return M u for u of shape (T,) or (T, k), same dtype and device. Cost: about 1.4 (F + B) a column."""
+        """Return M u for u of shape (T,) or (T, k), same dtype and device. Cost: one product a column."""
         if u.ndim == 2:
             self._check(u, (self.shape[0], u.shape[1]))
             return torch.stack([self @ column for column in u.unbind(1)], dim=1)
-        return self.jvp(self.vjp(u)) * self.inner_weight
+        self._check(u, (self.shape[0],))
+        if self._factored is None:
+            graph = self._retain()
+            return graph.jvp(graph.vjp(u)) * self.inner_weight
+        self._same_parameters()
+        return self._factored(u) * self.inner_weight
 
     def jacobian(self) -> Tensor:
         """Return J itself, (T, P), in the order of `model.parameters()`. Cost: T backward passes, T·P numbers."""
@@ -150,7 +203,7 @@ class NTK:
         return torch.stack(rows)
 
     def to_dense(self) -> Tensor:
-        """Return M as a (T, T) matrix by T products. Cost: about 1.4 T (F + B); no (T, P) matrix is formed."""
+        """Return M as a (T, T) matrix by T products; no (T, P) matrix is formed."""
         return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
 
     def scipy(self) -> LinearOperator:
@@ -169,19 +222,6 @@ class NTK:
             raise ValueError(f"M is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}")
 
 
-@contextmanager
-def _same_parameters() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as failure:
-        if "modified by an inplace operation" not in str(failure):
-            raise
-        raise RuntimeError(
-            "the model's parameters were changed in place after this operator was made, so its graph is gone; "
-            "make a new NTK after every training step"
-        ) from failure
-
-
 def _refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         rate = getattr(module, "p", 0.0)
@@ -191,12 +231,14 @@ def _refuse_dropout(model: nn.Module) -> None:
             )
 
 
-def _forward(model: nn.Module, inputs: Inputs, observable: Observable) -> Tensor:
+def _forward(model: nn.Module, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
     """Run the model once with its graph and return the rows; what the pass writes to buffers goes to copies."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     args: tuple[Any, ...] = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    args, kwargs = tree_map(_copied, args), tree_map(_copied, kwargs)
+    fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
+    with _FORWARD, fork, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), trace or nullcontext():
         rows = observable.rows(raw_output(functional_call(model, buffers, args, kwargs)))
     if rows.ndim != 1:
         raise ValueError(f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}")
@@ -206,3 +248,8 @@ def _forward(model: nn.Module, inputs: Inputs, observable: Observable) -> Tensor
     if bad:
         raise ValueError(f"{bad} of {rows.numel()} outputs are not finite; check the checkpoint and the inputs")
     return rows
+
+
+def _copied(x: Any) -> Any:
+    """Copy a tensor, so that a model that writes into its inputs writes into the copy."""
+    return x.detach().clone() if isinstance(x, Tensor) else x

@@ -161,7 +161,6 @@ X = torch.ones(4, 3, dtype=torch.float64)
         (nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.25)), Outputs(), "dropout '1' is active"),
         (nn.Linear(3, 2).requires_grad_(False), Outputs(), "requires a gradient"),
         (Detached(3, 2), Outputs(), "carry no gradient"),
-        (Fused(3, 2), Outputs(), "attn_implementation"),
         (nn.Linear(3, 2), Outputs(X), r"targets have shape \(4, 3\)"),
         (nn.Linear(3, 2), ClassLogits(torch.tensor([0, 1, 2, 0])), "from 0 to 2, but the model's output has 2"),
         (nn.Linear(3, 2), TokenLogProb(torch.full((4,), -100)), "no target is counted"),
@@ -170,6 +169,11 @@ X = torch.ones(4, 3, dtype=torch.float64)
 def test_wrong_use_is_refused(model: nn.Module, observable: Observable, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         NTK(model.double(), X, observable)
+
+
+def test_a_graph_without_second_derivative_is_refused() -> None:
+    with pytest.raises(ValueError, match="attn_implementation"):
+        NTK(Fused(3, 2).double(), X, Outputs(), method="graph")
 
 
 def test_non_finite_outputs_are_refused() -> None:

@@ -1,0 +1,248 @@
+"""Layers that output i reaches only at its own position: their share of M is a T × T matrix, and needs no pass.
+
+In the backward pass from u, a value is *own-position* when its row i is u_i times a fixed vector: everything after the last
+operation that mixes positions (in a decoder: head, last norm, last MLP, output projection of the last attention). The
+recorded backward program says which values these are, operation by operation, so that no architecture has to be named; an
+operation without a rule here ends the region. The passes of a product then start from the fixed vectors at its border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grsd.spectrum.factors import Grams, gram
+from grsd.spectrum.tape import NORMS, Node, Program, Slot, pullback
+from grsd.spectrum.uses import Use
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the T outputs lie in a value whose leading axes have n elements in all: at `positions`, or in order (None)."""
+
+    count: int
+    positions: Tensor | None = None  # (T,) int64
+
+    def front(self, shape: Sequence[int]) -> int | None:
+        """Return how many leading axes make up the n rows, or None when no number of them does."""
+        for k in range(len(shape) + 1):
+            if prod(shape[:k]) == self.count:
+                return k
+        return None
+
+    def pick(self, x: Tensor) -> Tensor:
+        """Return the T rows of x as (T, rest)."""
+        x = x.reshape(self.count, -1)
+        return x if self.positions is None else x[self.positions]
+
+
+def own_positions(program: Program, values: dict[int, Tensor], size: int) -> dict[int, Rows]:
+    """Return the slots of `program` (a backward pass from u of shape (size,)) whose row i is u_i times a fixed vector."""
+    own: dict[int, Rows] = {program.inputs[0]: Rows(size)}
+    constant: set[int] = set()
+    for node in program.nodes:
+        sources = node.sources()
+        if all(s in constant for s in sources):
+            constant.update(node.outs)
+            continue
+        entering = [s for s in sources if s not in constant]
+        if not all(s in own for s in entering):
+            continue
+        rows = own[entering[0]]
+        if any(own[s] is not rows for s in entering):
+            continue
+        after = _rows_after(node, rows, entering, values)
+        if after is not None:
+            own.update((out, after) for out in node.outs if out >= 0)
+    return own
+
+
+def _rows_after(node: Node, rows: Rows, entering: list[int], values: dict[int, Tensor]) -> Rows | None:
+    value, result = values[entering[0]], values[node.outs[0]]
+    front = rows.front(value.shape)
+    if node.func in RESHAPING:
+        return rows
+    if node.func in PUTTING:
+        return _put(node, rows, entering, result)
+    if front is None or (node.func in ALIGNED and any(values[s].ndim != result.ndim for s in entering)):
+        return None
+    if any(values[s].shape[:front] != value.shape[:front] for s in entering):
+        return None
+    rule = SEPARATE.get(node.func)
+    if rule is None or not rule(node, front, value.ndim) or result.shape[:front] != value.shape[:front]:
+        return None
+    return rows
+
+
+def _put(node: Node, rows: Rows, entering: list[int], result: Tensor) -> Rows | None:
+    """Rows that are written to chosen positions of a larger tensor of zeros (the backward of boolean indexing)."""
+    target, indices, values = node.args[:3]
+    if rows.positions is not None or values != Slot(entering[0]) or target == values or len(entering) != 1:
+        return None
+    places = [x.nonzero().unbind(1) if x.dtype == torch.bool else (x,) for x in indices if x is not None]
+    flat = [x for place in places for x in place]
+    lengths = result.shape[: len(flat)]
+    if any(x is None for x in indices[: len(places)]) or any(x.shape != (rows.count,) for x in flat):
+        return None
+    position = torch.zeros_like(flat[0])
+    for x, length in zip(flat, lengths, strict=True):
+        position = position * length + x % length
+    if position.unique().numel() != rows.count:
+        return None
+    return Rows(prod(lengths), position)
+
+
+def _always(node: Node, front: int, ndim: int) -> bool:
+    return True
+
+
+def _first_only(node: Node, front: int, ndim: int) -> bool:
+    return isinstance(node.args[0], Slot) and not isinstance(node.args[1], Slot) and front < ndim
+
+
+def _axis(place: int, shift: int = 0) -> Callable[[Node, int, int], bool]:
+    def behind(node: Node, front: int, ndim: int) -> bool:
+        axes = node.args[place] if len(node.args) > place else 0
+        axes = axes if isinstance(axes, (tuple, list)) else (axes,)
+        return all(front <= (axis + ndim + shift if axis < 0 else axis) for axis in axes) and bool(axes)
+
+    return behind
+
+
+def _two_axes(node: Node, front: int, ndim: int) -> bool:
+    return all(front <= axis % ndim for axis in node.args[1:3])
+
+
+def _norm(node: Node, front: int, ndim: int) -> bool:
+    kernel, rest = node.args[1], node.args[2]
+    if kernel is aten.native_batch_norm_backward.default:
+        return False
+    return front <= 1 if NORMS[kernel][1] else front <= ndim - len(rest[1])
+
+
+def _samples(node: Node, front: int, ndim: int) -> bool:
+    return front <= 1 and not any(isinstance(x, Slot) for x in node.args[1:])
+
+
+def _scattering(node: Node, front: int, ndim: int) -> bool:
+    return front <= node.args[1] % ndim and not isinstance(node.args[2], Slot)
+
+
+RESHAPING = {
+    getattr(getattr(aten, name), overload)
+    for name, overload in (
+        ("view", "default"),
+        ("_unsafe_view", "default"),
+        ("reshape", "default"),
+        ("unsqueeze", "default"),
+        ("squeeze", "dim"),
+        ("squeeze", "dims"),
+        ("squeeze", "default"),
+        ("clone", "default"),
+        ("alias", "default"),
+        ("_to_copy", "default"),
+        ("neg", "default"),
+        ("mul", "Scalar"),
+        ("div", "Scalar"),
+    )
+}
+PUTTING = {aten.index_put_.default, aten._index_put_impl_.default, aten.index_put.default}
+ALIGNED = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.expand.default}
+# operation → whether it keeps rows apart, from the node, the number of leading axes that are rows, and the value's ndim
+SEPARATE: dict[Any, Callable[[Node, int, int], bool]] = {
+    aten.mul.Tensor: lambda node, front, ndim: len(node.sources()) == 1,
+    aten.div.Tensor: lambda node, front, ndim: isinstance(node.args[0], Slot) and len(node.sources()) == 1,
+    aten.add.Tensor: lambda node, front, ndim: len(node.sources()) == 2,
+    aten.sub.Tensor: lambda node, front, ndim: len(node.sources()) == 2,
+    aten.expand.default: _always,
+    aten.mm.default: _first_only,
+    aten.bmm.default: _first_only,
+    pullback: _norm,
+    aten._softmax_backward_data.default: _axis(2),
+    aten._log_softmax_backward_data.default: _axis(2),
+    aten.sum.dim_IntList: _axis(1),
+    aten.slice.Tensor: _axis(1),
+    aten.select.int: _axis(1),
+    aten.slice_backward.default: _axis(2),
+    aten.select_backward.default: _axis(2, shift=1),
+    aten.cat.default: _axis(1),
+    aten.transpose.int: _two_axes,
+    aten.scatter_add_.default: _scattering,
+    aten.scatter_add.default: _scattering,
+    aten.convolution_backward.default: _samples,
+    aten.max_pool2d_with_indices_backward.default: _samples,
+    aten.avg_pool2d_backward.default: _samples,
+}
+
+
+def share(uses: Sequence[Use], delta: Tensor, rows: Rows, grams: Grams) -> Tensor | None:
+    """Return the T × T share of M of single-use parameters at one own-position output; None when a use has no closed form.
+
+    `delta` is δ at u = 1. Linear layers and biases: (Σ A Aᵀ + b 1 1ᵀ) ⊙ (δ δᵀ); gains: (x̂ ⊙ δ)(x̂ ⊙ δ)ᵀ; embeddings:
+    [t_i = t_j] ⊙ (δ δᵀ). Cost: n² out FLOPs once.
+    """
+    front = rows.front(delta.shape)
+    if front is None or any(not foldable(use, rows, front) for use in uses):
+        return None
+    flat = rows.pick(delta)
+    total = flat.new_zeros(flat.shape[0], flat.shape[0])
+    rest = tuple(delta.shape[front:])
+    whole = [u for u in uses if u.rule in ("rows", "gather") or (u.rule == "shift" and u.spread == rest)]
+    if whole:
+        inputs = [u.data for u in whole if u.rule == "rows" and u.data is not None]
+        biases = sum(u.rule == "shift" for u in whole)
+        weight = total.clone()
+        if inputs:
+            kernel = grams.of(inputs, biases, delta.dtype)
+            at = rows.positions
+            weight += kernel if at is None else kernel[at][:, at]
+        else:
+            weight += biases
+        for u in whole:
+            if u.rule == "gather" and u.data is not None:
+                t = rows.pick(u.data)
+                weight += ((t == t.T) & (t != (-1 if u.options["padding"] is None else u.options["padding"]))).to(
+                    weight
+                )
+        total += weight.mul_(gram(flat))
+    for u in uses:
+        if u.rule == "scale" or (u.rule == "shift" and u.spread != rest):
+            g = delta if u.data is None else u.data * delta
+            g = g.sum_to_size(*g.shape[:front], *[1] * (g.ndim - front - len(u.spread)), *u.spread)
+            total += gram(rows.pick(g))
+    return total
+
+
+def foldable(use: Use, rows: Rows, front: int) -> bool:
+    """Say whether `share` knows the use: its parameter must see rows that do not mix."""
+    if use.rule in ("rows", "gather"):
+        assert use.data is not None
+        return front == len(use.shape) - 1 and prod(use.shape[:-1]) == rows.count
+    if use.rule in ("scale", "shift"):
+        return len(use.spread) <= len(use.shape) - front
+    return False
+
+
+def spread(u: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
+    """Return the own-position value at u: row i of `fixed`, (n, ...), times u_i."""
+    if rows.positions is not None:
+        u = u.new_zeros(rows.count).index_copy(0, rows.positions, u)
+    return (u.view(-1, 1) * fixed.reshape(rows.count, -1)).view(fixed.shape)
+
+
+def unfold(program: Program, values: dict[int, Tensor], own: dict[int, Rows], outputs: Sequence[int]) -> Program:
+    """Return the backward program that starts at the border of the own-position region and ends at `outputs`."""
+    inner = [node for node in program.nodes if not any(out in own for out in node.outs)]
+    needed = {s for node in inner for s in node.sources()} | set(outputs)
+    start = program.inputs[0]
+    border = [
+        Node(spread, (Slot(start), own[s], values[s].detach()), {}, (s,)) for s in sorted(needed & set(own) - {start})
+    ]
+    return Program(border + inner, [start], outputs)
