@@ -112,7 +112,7 @@ def check_device(device: str | torch.device) -> torch.device:
     try:
         where = torch.device(device)
         torch.empty(1, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         have = "cpu" + (f", cuda (x{torch.cuda.device_count()})" if torch.cuda.is_available() else "")
         raise RuntimeError(f"no device {str(device)!r} on this machine; there is: {have}") from error
     return where
