@@ -123,7 +123,8 @@ def _measured(measured: claims.Measured, bound: claims.Measured | None) -> list[
 
 
 def _settled(claim: claims.Claim) -> list[nodes.Node]:
-    fields = (("What holds instead", claim.corrected), ("Needs", claim.assumption))
+    holds = "What holds instead" if claim.verdict in ("corrected", "refuted") else "Precisely"
+    fields = ((holds, claim.corrected), ("Needs" if claim.verdict != "untested" else "Why", claim.assumption))
     return [_named(name, text) for name, text in fields if text]
 
 
