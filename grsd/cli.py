@@ -186,7 +186,7 @@ def _version(name: str) -> str | None:
 @click.option("--size", "sizes", multiple=True, help="mini-0.4m, mini-1.3m, mini-4.2m; repeat for several [all three].")
 @click.option("--steps", default=512, show_default=True, help="Updates; checkpoints at 0, 1, 2, 4, ..., 512, 1000, ...")
 @click.option("--corpus", help="embedded[:VOCAB], text files, or hub:NAME[:config[:split]] [of the size].")
-@click.option("--batch-size", default=16, show_default=True, help="Sequences per update.")
+@click.option("--batch-size", type=int, default=None, help="Sequences per update [of the size].")
 @click.option("--length", default=128, show_default=True, help="Tokens per sequence.")
 @click.option("--lr", type=float, default=None, help="Peak learning rate [of the size].")
 @click.option("--seed", default=0, show_default=True, help="Of the initial weights and the order of the text.")
@@ -197,7 +197,7 @@ def suite(
     sizes: tuple[str, ...],
     steps: int,
     corpus: str | None,
-    batch_size: int,
+    batch_size: int | None,
     length: int,
     lr: float | None,
     seed: int,
@@ -217,9 +217,8 @@ def suite(
         if name not in suites.MINI:
             raise ValueError(f"unknown size {name!r}: expected one of {', '.join(suites.MINI)}")
     where = str(hub.check_device(_device(device)))
-    recipe: dict[str, Any] = {"batch_size": batch_size, "length": length, "seed": seed, "schedule": schedule}
-    if lr is not None:
-        recipe["lr"] = lr
+    recipe: dict[str, Any] = {"length": length, "seed": seed, "schedule": schedule}
+    recipe |= {key: value for key, value in (("lr", lr), ("batch_size", batch_size)) if value is not None}
     found = []
     for name in names:
         text = corpora.of_suite(name) if corpus is None else corpora.open_corpus(corpus)
@@ -355,6 +354,37 @@ def shells(
         click.echo(reports.text(data))
 
 
+@main.command(epilog="\b\nExamples:\n  grsd protocol mini\n  grsd protocol pythia-shapes --output pythia-shapes.json\n")
+@click.argument("name")
+@click.option("--output", type=click.Path(dir_okay=False), help="Store the cells as a result (.json), with provenance.")
+@_json_option
+def protocol(name: str, output: str | None, as_json: bool) -> None:
+    """Train and measure what a chapter shows: `mini` (minutes on two cores) or `pythia-shapes` (a GPU, half an hour).
+
+    Every net, checkpoint, batch size and null model of the protocol becomes one averaged profile. What was measured
+    before is read from the cache, so a run that was stopped goes on where it was.
+    """
+    from grsd.lab import protocol as rooms
+
+    if name not in rooms.PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}: expected one of {', '.join(rooms.PROTOCOLS)}")
+    asked = rooms.PROTOCOLS[name]
+    target = _output_id(output) if output else None
+    with _bar("training") as update:
+        rooms.train(asked, progress=lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}"))
+    with _bar(name) as update:
+        cells = rooms.measure(asked, progress=update)
+    data = {"protocol": asdict(asked), "training": rooms.curves(asked), "cells": [c.to_json() for c in cells]}
+    if output and target:
+        origin = stored.provenance(["protocol", name], asdict(asked), [asked.seed])
+        stored.save(stored.Result(target, data, origin), Path(output).absolute().parent)
+        _say(f"wrote {output}")
+    if as_json:
+        _emit(data)
+        return
+    _table(*rooms.table(cells))
+
+
 def _output_id(output: str) -> str:
     path = Path(output)
     if path.suffix != ".json":
@@ -446,16 +476,15 @@ def recompute(id: str, output: str | None, as_json: bool) -> None:
     """Run the command of result ID again and say how far the numbers differ."""
     old = stored.load(id)
     argv = list(old.provenance["command"])
-    if not argv or argv[0] != "shells":
-        raise ValueError(f"result {id!r} is not made by `grsd shells` but by {argv!r}; run that by hand")
+    again = {"shells": ["--no-resume"], "protocol": []}
+    if not argv or argv[0] not in again:
+        raise ValueError(f"result {id!r} is not made by grsd {' or '.join(again)} but by {argv!r}; run that by hand")
     if output is not None:
         _output_id(output)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / f"{old.id}.json"
         with open(os.devnull, "w") as quiet, _stdout(quiet):
-            main.main(
-                ["shells", *argv[1:], "--no-resume", "--output", str(draft)], prog_name="grsd", standalone_mode=False
-            )
+            main.main([*argv, *again[argv[0]], "--output", str(draft)], prog_name="grsd", standalone_mode=False)
         if not draft.is_file():  # the failure was reported by the command itself
             click.get_current_context().exit(2)
         new = stored.load(old.id, folder)

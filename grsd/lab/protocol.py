@@ -246,6 +246,27 @@ def _cell(result: runs.RunResult, revision: str, start: str, profiles: list[Shel
     )
 
 
+def curves(protocol: Protocol, *, cache: Path | str | None = None) -> dict[str, Any]:
+    """Return for every model its parameter count, corpus, recipe and held-out loss (revision → nats per token)."""
+    found = {}
+    for model in protocol.models:
+        suite = suites.locate(model, corpora.of_suite(model, cache=cache), steps=protocol.training_steps, cache=cache)
+        record = suite.training()
+        found[model] = {key: record[key] for key in ("parameters", "corpus", "recipe", "heldout")}
+    return found
+
+
+def table(cells: list[Cell]) -> tuple[list[str], list[list[object]]]:
+    """Return columns and rows for a terminal: where each profile stands."""
+    columns = ["model", "revision", "start", "targets", "T", "loss", "energy", "peak", "frontier", "one peak"]
+    rows: list[list[object]] = []
+    for c in cells:
+        s = statistics(c.profile)
+        numbers = [f"{x:.4g}" for x in (c.loss, c.profile.total, s.peak, s.frontier)]
+        rows.append([c.model, c.revision, c.start, c.targets, c.rows, *numbers, "yes" if s.unimodal else "no"])
+    return columns, rows
+
+
 def pick(cells: list[Cell], **wanted: Any) -> Cell:
     """Return the one cell with these attributes, e.g. ``pick(cells, model=…, revision=…, start="error", rows=512)``."""
     found = [c for c in cells if all(getattr(c, key) == value for key, value in wanted.items())]

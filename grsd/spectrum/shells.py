@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grsd.spectrum.measure import SpectralMeasure
 
 Array = NDArray[np.float64]
+SHOULDER = 0.01  # what stands lower than this share of the peak is no second peak
 FRONTIER = 0.99  # the frontier is the λ below which this share of the energy in the shells lies
 
 
@@ -207,8 +208,9 @@ class ProfileStatistics:
     peak : float, centre of the shell with the most energy.
     peak_low, peak_high : float, outer edges of all shells that may hold the peak, given the intervals.
     frontier : float, λ below which 99 % of the energy in the shells lies (log-linear inside a shell).
-    dip : float, the deepest valley: the largest min(E_i, E_k)/E_j with i < j < k, at least 1; 1 for one peak.
-    unimodal : bool, no valley survives the intervals: nowhere min(lower_i, lower_k) > upper_j.
+    dip : float, the deepest valley: the largest min(E_i, E_k)/E_j with i < j < k, at least 1; 1 for one peak. Shoulders
+        under 1 % of the peak's energy make no valley.
+    unimodal : bool, no such valley survives the intervals: nowhere min(lower_i, lower_k) > upper_j.
     slope : float, d log E / d log λ on the low side: least squares from the first shell with energy to the peak
         (NaN with fewer than three shells there).
     """
@@ -234,24 +236,22 @@ def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
     share = (FRONTIER - cumulative[place - 1]) / (cumulative[place] - cumulative[place - 1])
     rising = np.flatnonzero(e[: top + 1] > 0)
     slope = float(np.polyfit(np.log(centers[rising]), np.log(e[rising]), 1)[0]) if rising.size >= 3 else float("nan")
-    filled = np.flatnonzero(e > 0)
-    span = slice(int(filled[0]), int(filled[-1]) + 1)
     return ProfileStatistics(
         peak=float(centers[top]),
         peak_low=float(edges[may[0]]),
         peak_high=float(edges[may[-1] + 1]),
         frontier=float(edges[place - 1] * (edges[place] / edges[place - 1]) ** share),
-        dip=_valley(e[span], e[span]),
-        unimodal=_valley(profile.lower, profile.upper) <= 1.0,
+        dip=_valley(e, e, SHOULDER * e.max()),
+        unimodal=_valley(profile.lower, profile.upper, SHOULDER * e.max()) <= 1.0,
         slope=slope,
     )
 
 
-def _valley(shoulders: Array, floor: Array) -> float:
-    """Return max over i < j < k of min(shoulders_i, shoulders_k) / floor_j, at least 1 (0/0 counts as no valley)."""
+def _valley(shoulders: Array, floor: Array, least: float) -> float:
+    """Return max over i < j < k of min(shoulders_i, shoulders_k) / floor_j where that min is at least `least`; or 1."""
     left = np.maximum.accumulate(shoulders)[:-2]
     right = np.maximum.accumulate(shoulders[::-1])[::-1][2:]
     walls, bottom = np.minimum(left, right), floor[1:-1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(walls > 0, walls / bottom, 1.0)
+        ratio = np.where(walls >= least, walls / bottom, 1.0)
     return float(max(1.0, ratio.max(initial=1.0)))

@@ -105,6 +105,10 @@ def test_unimodality_catches_a_valley_and_passes_a_null() -> None:
     assert not two.unimodal and two.dip == pytest.approx(3.0)
     blurred = statistics(profile([1, 6, 5, 8, 1], half_width=0.2))  # a valley that the intervals do not resolve
     assert blurred.unimodal and blurred.dip == pytest.approx(1.2)
+    speck = statistics(
+        profile([0.05, 0, 1, 9, 1])
+    )  # half a percent of the peak beyond an empty shell is no second peak
+    assert speck.unimodal and speck.dip == 1.0
     empty = statistics(profile([1, 4, 0, 4, 1]))
     assert not empty.unimodal and empty.dip == np.inf
 
