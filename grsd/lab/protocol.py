@@ -33,7 +33,7 @@ class Protocol:
     ----------
     name : str
     models : tuple of str
-        Names in `suites.MINI`, by size. All are compared at their last checkpoint.
+        Names in `suites.MINI`, by size. All are compared at their last checkpoint and untrained.
     followed : tuple of str
         The models that are followed over `revisions`, with all start vectors and with shuffled targets at the end.
     training_steps : int
@@ -86,7 +86,7 @@ class Protocol:
         for model in self.models:
             here = replace(base, model=model, corpus=suites.MINI[model].corpus)
             if model not in self.followed:
-                yield replace(here, starts=("error", "ones"))
+                yield replace(here, revisions=(self.revisions[0], self.last), starts=("error", "ones"))
                 continue
             yield replace(here, revisions=self.revisions, starts=STARTS)
             yield replace(here, targets="shuffled", starts=("error",))
@@ -102,7 +102,7 @@ MINI = Protocol(
     followed=("mini-1.3m",),
     training_steps=512,
     revisions=("step0", "step16", "step64", "step128", "step256", "step512"),
-    batches=4,
+    batches=6,
     batch_size=2,
     length=128,
     steps=50,
@@ -139,7 +139,7 @@ class Cell:
     ones_share : float, share of the energy ½⟨e, e⟩ that the constant vector carries, ⟨e⟩²/⟨e²⟩ (mean over batches).
     top : float, largest Ritz value, mean over batches.
     profile : AveragedProfile, on `SHELLS`.
-    peaks, frontiers : tuple of float, one per batch: peak and frontier of that batch's own profile.
+    medians, frontiers : tuple of float, one per batch: λ below which 50 % and 99 % of that batch's energy lies.
     """
 
     model: str
@@ -153,7 +153,7 @@ class Cell:
     ones_share: float
     top: float
     profile: AveragedProfile
-    peaks: tuple[float, ...]
+    medians: tuple[float, ...]
     frontiers: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Cell:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Cell:
-        lists = {key: tuple(record[key]) for key in ("peaks", "frontiers")}
+        lists = {key: tuple(record[key]) for key in ("medians", "frontiers")}
         return cls(**{**record, **lists, "profile": AveragedProfile.from_json(record["profile"])})
 
 
@@ -209,7 +209,7 @@ def measure(
             for start in spec.starts:
                 profiles = result.profiles(revision, start, SHELLS)
                 cells.append(_cell(result, revision, start, profiles))
-        for before, after in pairwise(result.revisions):
+        for before, after in pairwise(result.revisions) if spec.model in protocol.followed else ():
             cells.append(_cell(result, after, FROZEN, _decayed(result, before, after)))
     return cells
 
@@ -241,7 +241,7 @@ def _cell(result: runs.RunResult, revision: str, start: str, profiles: list[Shel
         ones_share=float(np.mean(0.5 * losses**2 / half_square)),
         top=float(np.mean([mu.nodes[-1] for mu in result.measures(revision, spec.starts[0])])),
         profile=average(profiles),
-        peaks=tuple(s.peak for s in stats),
+        medians=tuple(s.median for s in stats),
         frontiers=tuple(s.frontier for s in stats),
     )
 
@@ -258,11 +258,11 @@ def curves(protocol: Protocol, *, cache: Path | str | None = None) -> dict[str, 
 
 def table(cells: list[Cell]) -> tuple[list[str], list[list[object]]]:
     """Return columns and rows for a terminal: where each profile stands."""
-    columns = ["model", "revision", "start", "targets", "T", "loss", "energy", "peak", "frontier", "one peak"]
+    columns = ["model", "revision", "start", "targets", "T", "loss", "energy", "median", "frontier", "one peak"]
     rows: list[list[object]] = []
     for c in cells:
         s = statistics(c.profile)
-        numbers = [f"{x:.4g}" for x in (c.loss, c.profile.total, s.peak, s.frontier)]
+        numbers = [f"{x:.4g}" for x in (c.loss, c.profile.total, s.median, s.frontier)]
         rows.append([c.model, c.revision, c.start, c.targets, c.rows, *numbers, "yes" if s.unimodal else "no"])
     return columns, rows
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grsd import results
+from grsd import results, spectrum
 from grsd.lab import corpora, hub
 from grsd.lab.corpora import Corpus
 from grsd.spectrum import (
@@ -137,6 +137,7 @@ class RunSpec:
         names = ("batch_size", "length", "steps", "starts", "seed", "dtype", "normalize", "targets", "part")
         content: dict[str, Any] = {name: getattr(self, name) for name in names}
         content |= {"format": _FORMAT, "corpus": corpus.fingerprint, "device": torch.device(self.device).type}
+        content["code"] = results.code_fingerprint(Path(spectrum.__file__).parent)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -207,7 +207,7 @@ class ProfileStatistics:
     ----------
     peak : float, centre of the shell with the most energy.
     peak_low, peak_high : float, outer edges of all shells that may hold the peak, given the intervals.
-    frontier : float, λ below which 99 % of the energy in the shells lies (log-linear inside a shell).
+    median, frontier : float, λ below which 50 % and 99 % of the energy in the shells lies (log-linear inside a shell).
     dip : float, the deepest valley: the largest min(E_i, E_k)/E_j with i < j < k, at least 1; 1 for one peak. Shoulders
         under 1 % of the peak's energy make no valley.
     unimodal : bool, no such valley survives the intervals: nowhere min(lower_i, lower_k) > upper_j.
@@ -218,6 +218,7 @@ class ProfileStatistics:
     peak: float
     peak_low: float
     peak_high: float
+    median: float
     frontier: float
     dip: float
     unimodal: bool
@@ -231,20 +232,26 @@ def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
         raise ValueError("no energy in any shell: the edges miss the spectrum, see below, above and kernel")
     top = int(e.argmax())
     may = np.flatnonzero(profile.upper >= profile.lower.max())
-    cumulative = np.concatenate([[0.0], np.cumsum(e)]) / e.sum()
-    place = int(np.searchsorted(cumulative, FRONTIER))
-    share = (FRONTIER - cumulative[place - 1]) / (cumulative[place] - cumulative[place - 1])
     rising = np.flatnonzero(e[: top + 1] > 0)
     slope = float(np.polyfit(np.log(centers[rising]), np.log(e[rising]), 1)[0]) if rising.size >= 3 else float("nan")
     return ProfileStatistics(
         peak=float(centers[top]),
         peak_low=float(edges[may[0]]),
         peak_high=float(edges[may[-1] + 1]),
-        frontier=float(edges[place - 1] * (edges[place] / edges[place - 1]) ** share),
+        median=_quantile(e, edges, 0.5),
+        frontier=_quantile(e, edges, FRONTIER),
         dip=_valley(e, e, SHOULDER * e.max()),
         unimodal=_valley(profile.lower, profile.upper, SHOULDER * e.max()) <= 1.0,
         slope=slope,
     )
+
+
+def _quantile(energies: Array, edges: Array, share: float) -> float:
+    """Return the λ below which `share` of the energy lies, with the energy of a shell spread evenly over log λ."""
+    cumulative = np.concatenate([[0.0], np.cumsum(energies)]) / energies.sum()
+    place = int(np.searchsorted(cumulative, share))
+    inside = (share - cumulative[place - 1]) / (cumulative[place] - cumulative[place - 1])
+    return float(edges[place - 1] * (edges[place] / edges[place - 1]) ** inside)
 
 
 def _valley(shoulders: Array, floor: Array, least: float) -> float:

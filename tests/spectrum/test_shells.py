@@ -96,6 +96,7 @@ def test_peak_and_its_interval() -> None:
 def test_frontier_is_the_99_percent_point() -> None:
     assert statistics(profile([98, 1, 1])).frontier == pytest.approx(4.0)
     assert statistics(profile([50, 0, 48, 2])).frontier == pytest.approx(8 * 2**0.5)
+    assert statistics(profile([25, 50, 25])).median == pytest.approx(2 * 2**0.5)
 
 
 def test_unimodality_catches_a_valley_and_passes_a_null() -> None:
