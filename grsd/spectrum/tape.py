@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-SHADOW = 1e10  # FLOPs, about 0.1 s of a CPU: what shape inference for a few hundred operations costs
+SHADOW = 1e9  # FLOPs, some 20 ms of a CPU: below, real arithmetic is cheaper than what shape inference for a few hundred operations costs
 # derivative at x times the incoming gradient: with constant x the derivative is evaluated once
 POINTWISE = frozenset(
     getattr(aten, name).default
