@@ -154,7 +154,10 @@ class TokenLogProb:
             raise ValueError(f"token logits need shape (batch, length, vocabulary), got {tuple(output.shape)}")
         _check_targets(self.targets, output.shape[:-1], "logits")
         counted = _check_classes(self.targets, output.shape[-1])
-        logits, targets = output[counted], self.targets[counted]
+        if bool(counted.all()):  # no copy of the logits
+            logits, targets = output.flatten(0, -2), self.targets.flatten()
+        else:
+            logits, targets = output[counted], self.targets[counted]
         return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
     def error(self, rows: Tensor) -> Tensor:

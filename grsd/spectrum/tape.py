@@ -9,17 +9,18 @@ What the programs are for is in :mod:`grsd.spectrum.factored`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
+SHADOW = 1e9  # FLOPs, some 20 ms of a CPU: below, real arithmetic is cheaper than what shape inference for a few hundred operations costs
 # derivative at x times the incoming gradient: with constant x the derivative is evaluated once
 POINTWISE = frozenset(
     getattr(aten, name).default
@@ -68,7 +69,8 @@ class Node:
     flops: int = 0
 
     def sources(self) -> list[int]:
-        return [leaf.index for leaf in _leaves((self.args, tuple(self.kwargs.values()))) if isinstance(leaf, Slot)]
+        """Return the slots that the node reads."""
+        return [leaf.index for leaf in _leaves(self.args, self.kwargs) if isinstance(leaf, Slot)]
 
 
 class Pullback(torch.autograd.Function):
@@ -123,7 +125,7 @@ class Program:
         """Return the bytes of the distinct tensors that the program holds (weights included)."""
         held: dict[int, int] = {}
         for node in self.nodes:
-            for leaf in _leaves((node.args, tuple(node.kwargs.values()))):
+            for leaf in _leaves(node.args, node.kwargs):
                 if isinstance(leaf, Tensor):
                     held[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
         return sum(held.values())
@@ -148,12 +150,14 @@ class Program:
     def transpose(self, *inputs: Tensor) -> Program:
         """Return the transposed map, from one vector per output to one per input; `inputs` only lend their shapes.
 
-        Cost: one run of each.
+        Cost: one run of each; of a program that is large for a CPU, no arithmetic: the vectors then live on the meta
+        device while the program's backward pass is recorded, next to constants that are real.
         """
-        with torch.enable_grad():
-            starts = [x.detach().clone().requires_grad_() for x in inputs]
+        shadow = self.flops > SHADOW and all(x.device.type == "cpu" for x in inputs)
+        starts = [x.detach().to("meta" if shadow else x.device, copy=True).requires_grad_() for x in inputs]
+        with torch.enable_grad(), _Tape() if shadow else nullcontext():
             results = self.run(*starts)
-            seeds = [torch.ones_like(x) for x in results]
+        seeds = [torch.empty_like(x) for x in results]
 
         def backward(*seeds: Tensor) -> Sequence[Tensor | None]:
             return torch.autograd.grad(results, starts, seeds, allow_unused=True)
@@ -209,22 +213,27 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = [x for x in _leaves((args, tuple(kwargs.values()))) if isinstance(x, Tensor)]
+        leaves = [x for x in _leaves(args, kwargs) if isinstance(x, Tensor)]
+        if any(x.is_meta for x in leaves):
+            return self._dispatch(func, args, kwargs, leaves, _on_meta)
+        return self._dispatch(func, args, kwargs, leaves, _as_it_is)
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor], call: Callable[..., Any]) -> Any:
         followed = [x for x in leaves if id(x) in self._slots]
         if self._written and any(
             id(x) not in self._slots and x.untyped_storage().data_ptr() in self._written for x in leaves
         ):
             raise Unrecordable(f"{func} reads a tensor that was written in place through another view")
         if not followed or func in SHAPES:
-            return func(*args, **kwargs)
+            return call(func, args, kwargs)
         if func._schema.is_mutable:
-            return self._in_place(func, args, kwargs)
+            return self._in_place(func, args, kwargs, call)
         alone = not any(x is not args[0] for x in followed)
         if func is aten.detach.default:
             func = aten.alias.default  # the same for values, and transparent to the transpose
         elif alone and func in POINTWISE:
-            func, args, kwargs = aten.mul.Tensor, (args[0], func(torch.ones_like(args[0]), *args[1:], **kwargs)), {}
-        result = func(*args, **kwargs)
+            func, args, kwargs = aten.mul.Tensor, (args[0], _derivative(func, args, kwargs)), {}
+        result = call(func, args, kwargs)
         if alone and func in NORMS and all(x is None for x in result[1:]):
             self._emit(pullback, (args[0], func, tuple(args[1:])), {}, result[:1])
             return result
@@ -237,11 +246,11 @@ class _Tape(TorchDispatchMode):
         return result
 
     def _emit(self, func: Any, args: Any, kwargs: Any, outs: Sequence[Tensor | None], flops: int = 0) -> None:
-        args, kwargs = tree_map(self._refer, args), tree_map(self._refer, kwargs)
+        args, kwargs = self._refer(args), self._refer(kwargs)
         places = tuple(-1 - len(self.values) if x is None else self.enter(x) for x in outs)
         self.nodes.append(Node(func, tuple(args), kwargs, places, flops))
 
-    def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _in_place(self, func: Any, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
         """Record an operation that writes into its first argument as one on a copy of that argument."""
         target, slot = args[0], self._slots.get(id(args[0]))
         if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments[1:]):
@@ -256,26 +265,61 @@ class _Tape(TorchDispatchMode):
         copy = len(self.values)
         self.values[copy] = target
         self.nodes.append(Node(aten.clone.default, (source,), {}, (copy,)))
-        rest = tree_map(self._refer, args[1:])
-        result = func(*args, **kwargs)
+        rest = self._refer(args[1:])
+        result = call(func, args, kwargs)
         after = len(self.values)
         self.values[after] = target
         self._slots[id(target)] = after
         self._written.add(storage)
-        self.nodes.append(Node(func, (Slot(copy), *rest), tree_map(self._refer, kwargs), (after,)))
+        self.nodes.append(Node(func, (Slot(copy), *rest), self._refer(kwargs), (after,)))
         return result
 
     def _refer(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        slot = self._slots.get(id(x))
-        return x.detach() if slot is None else Slot(slot)
+        if isinstance(x, Tensor):
+            slot = self._slots.get(id(x))
+            return x.detach() if slot is None else Slot(slot)
+        return _rebuild(self._refer, x)
 
 
-def _leaves(tree: Any) -> list[Any]:
+def _as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    """Carry out an operation on shapes alone."""
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    return func(*_to_meta(args), **_to_meta(kwargs))
+
+
+def _to_meta(x: Any) -> Any:
+    return x.to("meta") if isinstance(x, Tensor) else _rebuild(_to_meta, x)
+
+
+def _derivative(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Return the derivative of a pointwise function, on the device of its saved tensor."""
+    saved = next((x for x in args[1:] if isinstance(x, Tensor)), args[0])
+    result: Tensor = func(torch.ones_like(args[0], device=saved.device), *args[1:], **kwargs)
+    return result
+
+
+def _rebuild(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply `function` to what a tuple, list or dict holds; return anything else as it is."""
     if isinstance(tree, (tuple, list)):
-        return [leaf for branch in tree for leaf in _leaves(branch)]
-    return [tree]
+        return type(tree)([function(branch) for branch in tree])
+    if isinstance(tree, dict):
+        return {key: function(branch) for key, branch in tree.items()}
+    return tree
+
+
+def _leaves(args: Any, kwargs: dict[str, Any] | None = None) -> list[Any]:
+    found: list[Any] = []
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(x, (tuple, list)):
+            found.extend(_leaves(x))
+        else:
+            found.append(x)
+    return found
 
 
 def _reachable(nodes: Sequence[Node], outputs: Sequence[int]) -> list[Node]:
@@ -292,7 +336,7 @@ def _compile(node: Node, dead: tuple[int, ...]) -> tuple[Any, ...]:
     for k, arg in enumerate(node.args):
         if isinstance(arg, Slot):
             holes.append((k, arg.index))
-        elif any(isinstance(leaf, Slot) for leaf in _leaves(arg)):
+        elif isinstance(arg, (tuple, list)) and any(isinstance(leaf, Slot) for leaf in _leaves(arg)):
             holes.append((k, arg))
     return node.func, node.args, node.kwargs, holes, node.outs, dead
 
@@ -300,8 +344,4 @@ def _compile(node: Node, dead: tuple[int, ...]) -> tuple[Any, ...]:
 def _fill(tree: Any, values: dict[int, Any]) -> Any:
     if isinstance(tree, Slot):
         return values[tree.index]
-    if isinstance(tree, (tuple, list)):
-        return [_fill(branch, values) for branch in tree]
-    if isinstance(tree, dict):
-        return {key: _fill(branch, values) for key, branch in tree.items()}
-    return tree
+    return _rebuild(lambda branch: _fill(branch, values), tree)
