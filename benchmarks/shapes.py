@@ -135,7 +135,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tf32", action="store_true", help="also measure with TF32 products")
-    parser.add_argument("--check", nargs="*", default=["tiny", "14m", "70m"], help="shapes compared with the plain form")
+    parser.add_argument(
+        "--check", nargs="*", default=["tiny", "14m", "70m"], help="shapes compared with the plain form"
+    )
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -148,7 +150,11 @@ def main() -> None:
             gc.collect()
             if asked.device == "cuda":
                 torch.cuda.empty_cache()
-            print(*(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in rows[-1].items()), sep=" | ", flush=True)
+            print(
+                *(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in rows[-1].items()),
+                sep=" | ",
+                flush=True,
+            )
             if asked.output:
                 command = ["python", "benchmarks/shapes.py", "--device", asked.device, "--shapes", *asked.shapes]
                 origin = results.provenance(command, {"steps": asked.steps, "batch": [4, 128]}, [0, 1])

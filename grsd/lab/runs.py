@@ -39,6 +39,7 @@ from grsd.spectrum import (
 )
 
 _FORMAT = 1
+_CODE = results.code_fingerprint(Path(spectrum.__file__).parent)  # a change of the operator makes every spectrum anew
 STARTS = ("error", "ones", "signs", "random")
 TARGETS = ("text", "shuffled")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -137,7 +138,7 @@ class RunSpec:
         names = ("batch_size", "length", "steps", "starts", "seed", "dtype", "normalize", "targets", "part")
         content: dict[str, Any] = {name: getattr(self, name) for name in names}
         content |= {"format": _FORMAT, "corpus": corpus.fingerprint, "device": torch.device(self.device).type}
-        content["code"] = results.code_fingerprint(Path(spectrum.__file__).parent)
+        content["code"] = _CODE
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
