@@ -6,13 +6,13 @@ of K (:mod:`grsd.spectrum.factors`) and one T × T matrix (:mod:`grsd.spectrum.f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grsd.spectrum.factors import Factor, Gram, Grams, Span, Through, Tied, Tokens, Vectors, gram, matrix
+from grsd.spectrum.factors import Factor, Gram, Grams, Span, Through, Tied, Tokens, Vectors, accumulate, matrix
 from grsd.spectrum.folding import Rows, own_positions, share, unfold
 from grsd.spectrum.tape import Program, record
 from grsd.spectrum.uses import Place, Trace, Use
@@ -107,6 +107,8 @@ class Factored:
         own = own_positions(adjoint, values, self._size) if self._size <= FOLD_LIMIT else {}
         needed = self._build(by_parameter, own, values)
         self.slots = sorted(needed)
+        last = {slot: k for k, factor in enumerate(self._factors) for slot in factor.slots}
+        self._done = [[slot for slot, at in last.items() if at == k] for k in range(len(self._factors))]
         self.adjoint: Program | None = None
         self.forward: Program | None = None
         if self.slots:
@@ -120,15 +122,18 @@ class Factored:
         with torch.no_grad():
             result = torch.zeros_like(u) if self.share is None else self.share @ u
             if self.adjoint is not None and self.forward is not None:
-                deltas: Vectors = dict(zip(self.slots, self.adjoint.run(u), strict=True))
+                found = self.adjoint.run(u)
+                deltas: Vectors = dict(zip(self.slots, found, strict=True))
+                del found
                 out: Vectors = {}
-                for factor in self._factors:
-                    factor.add(deltas, out)
                 for tie in self._folded_ties:
                     result += tie.add(u, deltas, out)
-                seeds = [out[s] for s in self.slots]
-                del deltas, out
-                result += self.forward.run(*seeds)[0]
+                for factor, done in zip(self._factors, self._done, strict=True):
+                    factor.add(deltas, out)
+                    for slot in done:
+                        del deltas[slot]
+                seeds = [out.pop(s) for s in self.slots]
+                result += self.forward.consume(seeds)[0]
             return result
 
     def _build(
@@ -252,14 +257,14 @@ class FoldedTie:
         delta = deltas[self.embedding]
         back = (self.fixed.T @ (u[:, None] * self.a)) * self.kept
         result = (self.a * (self.fixed @ (matrix(delta) * self.kept))).sum(1)
-        out[self.embedding] = out[self.embedding] + back.view(delta.shape)
+        accumulate(out, self.embedding, back.view(delta.shape))
         return result
 
 
 def _tokens(use: Use, slot: int, dtype: torch.dtype) -> Tokens:
     assert use.data is not None
     tokens = use.data.reshape(-1)
-    distinct, group = tokens.unique(return_inverse=True)
+    distinct, group = torch.unique(tokens, return_inverse=True)
     padding = use.options["padding"]
     kept: Tensor | float = 1.0 if padding is None else (tokens[:, None] != padding).to(dtype)
     return Tokens(slot, group, distinct.numel(), kept)
@@ -277,7 +282,3 @@ def _backward(
     found = iter(program.outputs)
     slots = [None if k in missing else next(found) for k in range(len(places))]
     return program, values, slots
-
-
-Product = Callable[[Tensor], Tensor]
-__all__ = ["Factored", "Plan", "PlanRow", "gram"]

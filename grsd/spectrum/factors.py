@@ -73,12 +73,15 @@ def _kept(use: Use, like: Tensor) -> Tensor | float:
     padding = use.options["padding"]
     if padding is None or use.data is None:
         return 1.0
-    return (use.data.reshape(-1, 1) != padding).to(like.dtype)
+    mask: Tensor = use.data.reshape(-1, 1) != padding
+    return mask.to(like.dtype)
 
 
 class Factor(Protocol):
     """One block of K. `add` reads δ at its slots and adds K δ to `out`."""
 
+    @property
+    def slots(self) -> tuple[int, ...]: ...
     def add(self, deltas: Vectors, out: Vectors) -> None: ...
 
 
@@ -94,6 +97,10 @@ class Gram:
     slot: int
     gram: Tensor  # (n, n)
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return (self.slot,)
+
     def add(self, deltas: Vectors, out: Vectors) -> None:
         delta = deltas[self.slot]
         accumulate(out, self.slot, (self.gram @ matrix(delta)).view(delta.shape))
@@ -106,6 +113,10 @@ class Span:
     slot: int
     inputs: tuple[Tensor, ...]  # each (n, in)
     biases: int
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return (self.slot,)
 
     def add(self, deltas: Vectors, out: Vectors) -> None:
         delta = matrix(deltas[self.slot])
@@ -123,6 +134,10 @@ class Tokens:
     group: Tensor  # (n,) int64, number of the token among the distinct ones
     distinct: int
     kept: Tensor | float  # (n, 1), 0 at the padding token
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return (self.slot,)
 
     def add(self, deltas: Vectors, out: Vectors) -> None:
         delta = deltas[self.slot]
@@ -162,6 +177,10 @@ class Tied:
     a: Tensor  # (n, h)
     tokens: Tensor  # (m,)
     kept: Tensor | float  # (m, 1)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return (self.head, self.embedding)
 
     def add(self, deltas: Vectors, out: Vectors) -> None:
         dz, ds = deltas[self.head], deltas[self.embedding]

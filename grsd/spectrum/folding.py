@@ -94,7 +94,7 @@ def _put(node: Node, rows: Rows, entering: list[int], result: Tensor) -> Rows | 
     position = torch.zeros_like(flat[0])
     for x, length in zip(flat, lengths, strict=True):
         position = position * length + x % length
-    if position.unique().numel() != rows.count:
+    if torch.unique(position).numel() != rows.count:
         return None
     return Rows(prod(lengths), position)
 
@@ -167,6 +167,7 @@ SEPARATE: dict[Any, Callable[[Node, int, int], bool]] = {
     pullback: _norm,
     aten._softmax_backward_data.default: _axis(2),
     aten._log_softmax_backward_data.default: _axis(2),
+    aten.nll_loss_backward.default: lambda node, front, ndim: front == ndim == 1 and node.args[4] == 0,
     aten.sum.dim_IntList: _axis(1),
     aten.slice.Tensor: _axis(1),
     aten.select.int: _axis(1),

@@ -241,7 +241,7 @@ def _forward(model: nn.Module, inputs: Inputs, observable: Observable, trace: Tr
     args: tuple[Any, ...] = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     args, kwargs = tree_map(_copied, args), tree_map(_copied, kwargs)
-    fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
+    fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())  # type: ignore[no-untyped-call]
     with _FORWARD, fork, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), trace or nullcontext():
         rows = observable.rows(raw_output(functional_call(model, buffers, args, kwargs)))
     if rows.ndim != 1:

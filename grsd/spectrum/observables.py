@@ -158,7 +158,7 @@ class TokenLogProb:
             logits, targets = output.flatten(0, -2), self.targets.flatten()
         else:
             logits, targets = output[counted], self.targets[counted]
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+        return -functional.cross_entropy(logits, targets, reduction="none")
 
     def error(self, rows: Tensor) -> Tensor:
         return -rows

@@ -6,7 +6,7 @@ to its own input. The factored form, which is the default of :class:`grsd.spectr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ CHANGED = (
 class Retained:
     """J and Jᵀ of `rows`, (T,), with respect to those of `parameters` that it depends on (`used`)."""
 
-    def __init__(self, rows: Tensor, parameters: list[Tensor]) -> None:
+    def __init__(self, rows: Tensor, parameters: Sequence[Tensor]) -> None:
         self._rows = rows
         self._probe = torch.zeros_like(rows.detach(), requires_grad=True)
         products = torch.autograd.grad(rows, parameters, self._probe, create_graph=True, allow_unused=True)

@@ -95,7 +95,7 @@ class Pullback(torch.autograd.Function):
 
 def pullback(g: Tensor, func: Any, args: tuple[Any, ...]) -> Tensor:
     """Call `Pullback`; a function of its own so that a program can name it."""
-    result: Tensor = Pullback.apply(g, func, args)
+    result: Tensor = Pullback.apply(g, func, args)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -112,7 +112,7 @@ class Program:
                 last.setdefault(out, k)
         dead: list[list[int]] = [[] for _ in self.nodes]
         for slot, k in last.items():
-            if slot not in self.outputs and slot not in self.inputs:
+            if slot not in self.outputs:
                 dead[k].append(slot)
         self._steps = [_compile(node, tuple(d)) for node, d in zip(self.nodes, dead, strict=True)]
 
@@ -132,7 +132,12 @@ class Program:
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
         """Return the outputs at `inputs`. Cost: the recorded operations; temporaries are freed after their last use."""
+        return self.consume(list(inputs))
+
+    def consume(self, inputs: list[Tensor]) -> list[Tensor]:
+        """As `run`, and empty the list, so that an input is freed after its last use."""
         values: dict[int, Any] = dict(zip(self.inputs, inputs, strict=True))
+        inputs.clear()
         for func, args, kwargs, holes, outs, dead in self._steps:
             call = list(args)
             for k, slot in holes:
@@ -192,11 +197,11 @@ def record(
     return program, tape.values, missing
 
 
-class _Tape(TorchDispatchMode):
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the inputs through every ATen operation. Values are kept alive so that their identities stay unique."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         self.values: dict[int, Tensor] = {}
         self._slots: dict[int, int] = {}

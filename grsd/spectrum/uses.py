@@ -8,7 +8,7 @@ stays in the graph. What is done with the records is in :mod:`grsd.spectrum.fact
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ class Use:
 class Trace(TorchFunctionMode):
     """Records the uses of `parameters` (trainable ones) in the calls that are made under it."""
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.parameters = parameters
         self.uses: list[Use] = []
@@ -76,6 +76,7 @@ class Trace(TorchFunctionMode):
 
     def note(self, out: Tensor, *uses: Parts) -> Tensor:
         """Record `uses` = (parameter, fields of Use) of the parameters that are trainable, and return the output."""
+        place: Place
         if not out.requires_grad:  # nothing trainable before this call: make its output a leaf
             leaf = out.detach().requires_grad_()
             out, place = leaf.clone(), leaf
@@ -224,10 +225,10 @@ def _batch_norm(
     if not trace.has(weight, bias):
         return None
     with torch.no_grad():
-        seen = (None, None) if training else (running_mean, running_var)
-        plain = functional.batch_norm(input, *seen, None, None, training, momentum, eps) if trace.has(weight) else None
-    affine = (trace.free(weight), trace.free(bias))
-    out = functional.batch_norm(input, running_mean, running_var, *affine, training, momentum, eps)
+        mean, var = (None, None) if training else (running_mean, running_var)
+        plain = functional.batch_norm(input, mean, var, None, None, training, eps=eps) if trace.has(weight) else None
+    w, b = trace.free(weight), trace.free(bias)
+    out = functional.batch_norm(input, running_mean, running_var, w, b, training, momentum, eps)
     spread = (input.shape[1], *[1] * (input.ndim - 2))
     return trace.note(out, _scale(weight, plain, spread), _shift(bias, spread))
 

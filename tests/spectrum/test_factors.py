@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grsd.spectrum import NTK, ClassLogits, Outputs, TokenLogProb
-from grsd.spectrum.factors import accumulate
+from grsd.spectrum.factors import Factor, accumulate
 from grsd.spectrum.observables import Observable, raw_output
 
 from .cases import CASES, Case, gpt2, gpt_neox
@@ -53,8 +53,8 @@ def check(model: nn.Module, x: Tensor, observable: Observable, seed: int = 0, re
 class Nothing:
     """A factor that adds zero where another one added K δ."""
 
-    def __init__(self, factor: object) -> None:
-        self.slots: tuple[int, ...] = getattr(factor, "slots", None) or (factor.slot,)  # type: ignore[attr-defined]
+    def __init__(self, factor: Factor) -> None:
+        self.slots = factor.slots
 
     def add(self, deltas: dict[int, Tensor], out: dict[int, Tensor]) -> None:
         for slot in self.slots:
