@@ -14,7 +14,8 @@ from torch import Tensor
 
 from grsd.spectrum.factors import Factor, Gram, Grams, Span, Through, Tied, Tokens, Vectors, accumulate, matrix
 from grsd.spectrum.folding import Rows, own_positions, share, unfold
-from grsd.spectrum.tape import Program, record
+from grsd.spectrum.recording import record, transpose
+from grsd.spectrum.tape import Program
 from grsd.spectrum.uses import Place, Trace, Use
 
 FOLD_LIMIT = 8192  # a T × T matrix larger than this costs more than the passes that it saves
@@ -113,7 +114,7 @@ class Factored:
         self.forward: Program | None = None
         if self.slots:
             self.adjoint = unfold(adjoint, values, own, self.slots)
-            self.forward = self.adjoint.transpose(start)
+            self.forward = transpose(self.adjoint, start)
             for name, program in (("J_εᵀ", self.adjoint), ("J_ε", self.forward)):
                 self.plan_rows.append(PlanRow(f"({name})", "pass", "recorded program", program.flops, 0))
 
