@@ -31,7 +31,7 @@ help:
 	@echo "make lint       style, types, and the layer contract"
 	@echo "make unit       the unit tests alone"
 	@echo "make bench      every script in benchmarks/, each prints a table of ratios"
-	@echo "make suite      the checkpoints that the chapters measure (cached)"
+	@echo "make suite      the checkpoints and spectra that the chapters show (cached)"
 	@echo "make notebooks  the chapters as notebooks for readers, in $(BUILD)/_build/jupyter"
 	@echo "make lock       resolve the dependencies again and write requirements.txt"
 	@echo "make clean      remove what was built; distclean also removes .venv and .cache"
@@ -64,8 +64,8 @@ lock: $(BASED)
 
 # --- Checkpoints: cached by content in $GRSD_CACHE, so the stamp only spares asking ------------------------
 
-$(GRSD_CACHE)/.suite-$(SCALE): $(STAMPS)/package $(wildcard grsd/lab/*.py) grsd/scale.py
-	grsd suite
+$(GRSD_CACHE)/.suite-$(SCALE): $(STAMPS)/package $(wildcard grsd/lab/*.py grsd/spectrum/*.py) grsd/scale.py
+	grsd protocol $(if $(filter gpu,$(SCALE)),pythia-shapes,mini)
 	@mkdir -p $(@D) && touch $@
 
 suite: $(GRSD_CACHE)/.suite-$(SCALE)

@@ -166,9 +166,9 @@ def shell_profile(
     ax : Axes
         Drawn into; labelled with units when it has no labels yet.
     profile : object
-        With `shells.centers` (n,), `shells.edges` (n+1,), and `energies` (n,) or, for an average over
-        batches, `mean` (n,) and `sem` (n,). Optional: `lower` and `upper` (n,), `floor` (an eigenvalue, below
-        which rounding decides), `below`, `above` and `kernel` (energies that no shell holds).
+        With `shells.centers` (n,), `shells.edges` (n+1,) and `energies` (n,). Optional: `lower` and `upper` (n,),
+        `floor` (an eigenvalue, below which rounding decides), `below`, `above` and `kernel` (energies that no shell
+        holds).
     label : str, optional
         Name in the legend.
     index : int, optional
@@ -176,7 +176,7 @@ def shell_profile(
     scale : float
         Factor on every energy, e.g. 1 / total to compare shapes.
     interval : bool
-        Draw a bar per shell: [lower, upper], or mean ± sem when the profile is an average.
+        Draw a bar [lower, upper] per shell.
     floor : bool
         Shade the eigenvalues below `profile.floor`.
     remainder : bool
@@ -197,16 +197,12 @@ def shell_profile(
     """
     centers = np.asarray(profile.shells.centers, dtype=np.float64)
     count = len(centers)
-    averaged = getattr(profile, "energies", None) is None
-    energies = _array(profile, "mean" if averaged else "energies", count)
+    energies = _array(profile, "energies", count)
     if energies is None:
-        raise ValueError(f"{type(profile).__name__} has neither energies nor mean; is it a profile?")
+        raise ValueError(f"{type(profile).__name__} has no energies; is it a profile?")
     if not np.all(np.isfinite(energies)) or np.any(energies < 0):
         raise ValueError(f"shell energies must be finite and not negative; found {energies.min()!r}")
     lower, upper = _array(profile, "lower", count), _array(profile, "upper", count)
-    sem = _array(profile, "sem", count) if averaged else None
-    if sem is not None:
-        lower, upper = energies - sem, energies + sem
 
     ax.set_xscale("log")
     ax.set_yscale("log", nonpositive="clip")

@@ -7,6 +7,7 @@ is its own `command`; running that command is the business of `grsd.lab`, one la
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ __all__ = [
     "atomic_write",
     "available",
     "cache_dir",
+    "code_fingerprint",
     "dumps",
     "load",
     "packaged_dir",
@@ -69,6 +71,14 @@ class Result:
         missing = sorted(PROVENANCE_KEYS - set(self.provenance))
         if missing:
             raise ValueError(f"result {self.id!r}: its provenance lacks {missing}; make it with provenance()")
+
+
+def code_fingerprint(folder: Path) -> str:
+    """SHA-256 over the Python sources under `folder`: what a cached number must name when that code computed it."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def check_id(name: str) -> str:

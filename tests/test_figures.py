@@ -82,16 +82,15 @@ def test_scale_multiplies_line_and_bars_alike(ax: Axes) -> None:
     assert "scaled" in ax.get_ylabel()
 
 
-def test_an_average_shows_mean_and_standard_error(ax: Axes) -> None:
+def test_bars_span_the_interval(ax: Axes) -> None:
     profile = SimpleNamespace(
         shells=shells(2),
-        mean=np.array([1.0, 4.0]),
-        sem=np.array([0.25, 1.0]),
-        lower=np.array([0.0, 0.0]),
-        upper=np.array([9.0, 9.0]),
+        energies=np.array([1.0, 4.0]),
+        lower=np.array([0.75, 3.0]),
+        upper=np.array([1.25, 5.0]),
     )
     line = shell_profile(ax, profile)
-    np.testing.assert_array_equal(line.get_ydata(), profile.mean)
+    np.testing.assert_array_equal(line.get_ydata(), profile.energies)
     spans = sorted((bar[0][1], bar[1][1]) for bar in bars(ax))
     np.testing.assert_allclose(spans, [(0.75, 1.25), (3.0, 5.0)])
 
@@ -136,7 +135,7 @@ def test_several_floors_share_one_shade_as_wide_as_the_widest(ax: Axes) -> None:
         (np.ones(3), "one number per shell"),
         (np.array([1.0, -1.0, 1.0, 1.0]), "not negative"),
         (np.array([1.0, np.nan, 1.0, 1.0]), "finite"),
-        (None, "neither energies nor mean"),
+        (None, "has no energies"),
     ],
 )
 def test_what_is_no_profile_is_refused(ax: Axes, energies: Any, message: str) -> None:

@@ -181,3 +181,13 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> No
         child.stdout.close()
         content = target.read_bytes()
         assert len(content) == 400_000 and content in (b"a" * 400_000, b"b" * 400_000)
+
+
+def test_code_fingerprint_changes_with_the_code_and_with_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "a.py").write_text("x = 1\n")
+    first = results.code_fingerprint(tmp_path)
+    (tmp_path / "room" / "notes.txt").write_text("not code")
+    assert results.code_fingerprint(tmp_path) == first
+    (tmp_path / "room" / "a.py").write_text("x = -1\n")
+    assert results.code_fingerprint(tmp_path) != first

@@ -86,8 +86,8 @@ def before(app: Sphinx, config: Config) -> None:
     code = code_fingerprint(root)
     pages = digest(files_under(Path(__file__).parent), Path(__file__).parent)
     if state.get("code") != code or state.get("evidence") != str(evidence):
-        for folder in (cache, evidence):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(cache, ignore_errors=True)
+        _drop(claims.load())
         state = {}
     if state.get("pages") != pages or not state.get("finished"):
         shutil.rmtree(app.doctreedir, ignore_errors=True)
@@ -114,6 +114,12 @@ def recorded(claim: claims.Claim) -> bool:
         return False
 
 
+def _drop(unproved: Iterable[claims.Claim]) -> None:
+    """Delete the evidence of these claims, file by file: the folder may be anyone's."""
+    for claim in unproved:
+        (claims.evidence_dir() / f"{claim.id}.json").unlink(missing_ok=True)
+
+
 def _chapters(root: Path, known: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Hashes of the chapters that settle claims, and those whose evidence is stale or missing (it is deleted here)."""
     current: dict[str, str] = {}
@@ -127,8 +133,7 @@ def _chapters(root: Path, known: dict[str, str]) -> tuple[dict[str, str], list[s
         mine = [claim for claim in ledger if docname(claim) == chapter]
         if current[chapter] != known.get(chapter) or not all(map(recorded, mine)):
             again.append(chapter)
-            for claim in mine:
-                (claims.evidence_dir() / f"{claim.id}.json").unlink(missing_ok=True)
+            _drop(mine)
     return current, again
 
 

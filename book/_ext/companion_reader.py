@@ -18,7 +18,7 @@ import nbformat
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
-from sphinx.util.console import bold  # type: ignore[attr-defined]
+from sphinx.util.console import bold
 from sphinx_tojupyter.builders.jupyter import JupyterBuilder
 from sphinx_tojupyter.writers.jupyter import JupyterWriter
 from sphinx_tojupyter.writers.translate_all import JupyterTranslator
@@ -139,12 +139,15 @@ def publishable(notebook: Any, address: str) -> Any:
     return notebook
 
 
-class ReaderTranslator(JupyterTranslator):  # type: ignore[misc]
+class ReaderTranslator(JupyterTranslator):
     """Notebook text with what the original loses or garbles.
 
     Markup inside tables, alternative text of images, captions of figures that a cell draws, titles of boxes, and links: on Colab a
     link to a neighbouring file leads nowhere, so links between pages lead to the published site.
     """
+
+    markdown_lines: list[str]
+    table_builder: Any
 
     def visit_entry(self, node: nodes.entry) -> None:
         self._outside, self._table = self.markdown_lines, self.table_builder
@@ -223,14 +226,14 @@ class ReaderTranslator(JupyterTranslator):  # type: ignore[misc]
         return f"{mine.site}/{page}.html{'#' + fragment if fragment else ''}" if mine else ""
 
 
-class ReaderWriter(JupyterWriter):  # type: ignore[misc]
+class ReaderWriter(JupyterWriter):
     """Writer that uses `ReaderTranslator`."""
 
     def _identify_translator(self, builder: Any) -> type:
         return ReaderTranslator
 
 
-class ReaderNotebooks(JupyterBuilder):  # type: ignore[misc]
+class ReaderNotebooks(JupyterBuilder):
     """The notebook builder without its ``exit()``, which ends the process with status 0 whatever ``-W`` found."""
 
     name = "jupyter"
@@ -246,7 +249,7 @@ class ReaderNotebooks(JupyterBuilder):  # type: ignore[misc]
         for page in sorted(self.env.found_docs):
             path = Path(self.outdir) / f"{page}.ipynb"
             if "kernelspec" in self.env.metadata.get(page, {}):
-                nbformat.validate(nbformat.read(path, as_version=4))
+                nbformat.validate(nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
             else:
                 path.unlink(missing_ok=True)  # a page without code is read on the web
         self.logger.info(bold("reader notebooks: ") + str(self.outdir))

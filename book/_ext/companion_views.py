@@ -49,7 +49,7 @@ def docname(claim: claims.Claim) -> str:
 
 def anchor(claim_id: str) -> str:
     """HTML id of a claim's card on the claims page."""
-    return "claim-" + nodes.make_id(claim_id)
+    return f"claim-{nodes.make_id(claim_id)}"
 
 
 def inline(text: str) -> list[nodes.Node]:
@@ -103,13 +103,28 @@ def _evidence(claim: claims.Claim) -> list[nodes.Node]:
     found = claims.evidence(claim.id)
     if found is None:
         return [*lines, _line("No run of this build recorded evidence.", classes=["claim-missing"])]
-    compared = f"; compared with {number(found.bound)}" if found.bound is not None else ""
-    lines.append(_named("Measured in this build", nodes.Text(number(found.measured) + compared)))
+    lines += _measured(found.measured, found.bound)
     return [*lines, _named("Note", found.note)] if found.note else lines
 
 
+def _measured(measured: claims.Measured, bound: claims.Measured | None) -> list[nodes.Node]:
+    """One line for one number; for several a list, each with its own bound where there is one under the same name."""
+    if not isinstance(measured, Mapping):
+        compared = f"; compared with {number(bound)}" if bound is not None else ""
+        return [_named("Measured in this build", nodes.Text(number(measured) + compared))]
+    bounds = bound if isinstance(bound, Mapping) else {}
+    items = nodes.bullet_list(classes=["claim-numbers"])
+    for name, value in measured.items():
+        compared = f" (compared with {number(bounds[name])})" if name in bounds else ""
+        items += nodes.list_item("", nodes.paragraph("", f"{name}: {number(value)}{compared}"))
+    rest = {name: value for name, value in bounds.items() if name not in measured} if bounds else bound
+    out: list[nodes.Node] = [_named("Measured in this build", ""), items]
+    return [*out, _named("Compared with", nodes.Text(number(rest)))] if rest not in (None, {}) else out
+
+
 def _settled(claim: claims.Claim) -> list[nodes.Node]:
-    fields = (("What holds instead", claim.corrected), ("Needs", claim.assumption))
+    holds = "What holds instead" if claim.verdict in ("corrected", "refuted") else "Precisely"
+    fields = ((holds, claim.corrected), ("Needs" if claim.verdict != "untested" else "Why", claim.assumption))
     return [_named(name, text) for name, text in fields if text]
 
 

@@ -27,6 +27,7 @@ from grsd import results
 END_OF_TEXT = "<|endoftext|>"
 HELDOUT_FRACTION = 0.05
 SPLITS = ("train", "heldout", "all")
+SOURCES = ("embedded", "installed")  # corpora that are the source text on this machine
 _FORMAT = 1
 # Folders of the standard library that are not its text: tests, installed packages, character tables, bundled wheels.
 _EXCLUDED = frozenset(
@@ -158,13 +159,27 @@ def embedded(vocab_size: int = 2048, cache: Path | str | None = None, *, tokeniz
     ValueError
         No source text (a Python without .py files), or ``vocab_size`` below the 257 a byte-level BPE needs.
     """
-    paths = standard_library()
+    return _source_text("embedded", standard_library(), vocab_size, cache, tokenizer)
+
+
+def installed(vocab_size: int = 32768, cache: Path | str | None = None, *, tokenizer: Any = None) -> Corpus:
+    """The embedded corpus and the source text of every installed Python package: another text on every machine.
+
+    With a deep-learning environment this is 50 to 100 million tokens, enough for the larger sizes of
+    `grsd.lab.suites`; its fingerprint says which text it was. Parameters and errors as for `embedded`.
+    """
+    folders = sorted({sysconfig.get_paths()[key] for key in ("purelib", "platlib")})
+    packages = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
+    return _source_text("installed", standard_library() + packages, vocab_size, cache, tokenizer)
+
+
+def _source_text(name: str, paths: list[Path], vocab_size: int, cache: Path | str | None, tokenizer: Any) -> Corpus:
     texts = [path.read_bytes().decode("utf-8", errors="replace") for path in paths]
     if sum(map(len, texts)) < 100_000:
         raise ValueError(
             "this Python carries no source text of its standard library; pass text files of your own as the corpus"
         )
-    return from_texts("embedded", texts, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
+    return from_texts(name, texts, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
 
 
 def files(
@@ -259,15 +274,22 @@ def hub(
 
 
 def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = None) -> Corpus:
-    """The corpus a command line names: ``embedded``, a path or pattern, or ``hub:NAME[:config[:split]]``.
+    """The corpus a command line names: ``embedded[:VOCAB]``, ``installed[:VOCAB]``, a path or pattern, or
+    ``hub:NAME[:config[:split]]``.
+
+    ``VOCAB`` is the size of the tokenizer that is trained on the source text; with ``tokenizer`` it has no effect.
 
     Raises
     ------
     ValueError
         An unknown name; the errors of `embedded`, `files` and `hub` otherwise.
     """
-    if spec == "embedded":
-        return embedded(cache=cache, tokenizer=tokenizer)
+    name, _, size = spec.partition(":")
+    if name in SOURCES:
+        if size and not size.isdecimal():
+            raise ValueError(f"corpus {spec!r} is not of the form {name}[:VOCAB], such as {name}:4096")
+        make = embedded if name == "embedded" else installed
+        return make(cache=cache, tokenizer=tokenizer) if not size else make(int(size), cache, tokenizer=tokenizer)
     if spec.startswith("hub:"):
         parts = spec[4:].split(":")
         if not parts[0] or len(parts) > 3:
@@ -284,6 +306,15 @@ def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = 
             f"unknown corpus {spec!r}: expected 'embedded', an existing text file or pattern, "
             "or 'hub:NAME[:config[:split]]'"
         ) from error
+
+
+def of_suite(size: str, *, cache: Path | str | None = None) -> Corpus:
+    """The corpus that a size of `grsd.lab.suites.MINI` is trained on."""
+    from grsd.lab import suites  # which imports this module
+
+    if size not in suites.MINI:
+        raise ValueError(f"unknown size {size!r}: expected one of {', '.join(suites.MINI)}")
+    return open_corpus(suites.MINI[size].corpus, cache=cache)
 
 
 def from_texts(

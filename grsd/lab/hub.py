@@ -1,7 +1,7 @@
 """Load a checkpoint: one code path for the mini suite, local folders, and models on the Hugging Face hub.
 
-Weights are read from safetensors files only, no code that comes with a checkpoint is run, and attention is the
-eager one, because fused attention has no second derivative. What cannot be trusted is refused by name.
+Weights are read from safetensors files only, and no code that comes with a checkpoint is run. What cannot be trusted
+is refused by name.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from grsd import results
 from grsd.lab import corpora, suites
+from grsd.lab.models import quiet
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -66,6 +67,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    attention: str | None = None,
     cache: Path | str | None = None,
 ) -> Loaded:
     """Load one checkpoint.
@@ -80,6 +82,10 @@ def load(
     dtype : torch.dtype
         Floating dtype of the weights.
     device : str or torch.device
+    attention : str, optional
+        Implementation in transformers. Default ``"eager"``, which has a second derivative everywhere; in float64
+        ``"sdpa"``, because the eager one computes its softmax in float32. The operator of `grsd.spectrum` selects the
+        mathematical backend of the latter by itself.
     cache : path, optional
         Where the mini suite is looked for; default `grsd.results.cache_dir`.
 
@@ -97,8 +103,8 @@ def load(
     folder, found = resolve(model, revision, cache=cache)
     files = check_files(folder)
     fingerprint = checkpoint_fingerprint(folder)
-    net, config = _build(folder, files, dtype)
-    return Loaded(net.to(where).eval(), tokenizer_of(folder), str(model), found, config, fingerprint)
+    net = _build(folder, files, dtype, attention or ("sdpa" if dtype == torch.float64 else "eager"))
+    return Loaded(net.to(where).eval(), tokenizer_of(folder), str(model), found, net.config, fingerprint)
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -106,7 +112,7 @@ def check_device(device: str | torch.device) -> torch.device:
     try:
         where = torch.device(device)
         torch.empty(1, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         have = "cpu" + (f", cuda (x{torch.cuda.device_count()})" if torch.cuda.is_available() else "")
         raise RuntimeError(f"no device {str(device)!r} on this machine; there is: {have}") from error
     return where
@@ -120,12 +126,23 @@ def resolve(model: str | Path, revision: str | None = None, *, cache: Path | str
     ValueError, RuntimeError
         As `load`.
     """
+    return resolve_all(model, [revision], cache=cache)[0]
+
+
+def resolve_all(
+    model: str | Path, revisions: Sequence[str | None], *, cache: Path | str | None = None
+) -> list[tuple[Path, str]]:
+    """`resolve` for several revisions of one model."""
     name = str(model)
-    if name in suites.MINI:
-        root = suites.locate(name, corpora.embedded(cache=cache), cache=cache).root
-        if not revisions_in(root):
-            raise ValueError(f"the suite {name} is not trained yet; run: grsd suite --size {name}")
-        return _pick(root, revision, name)
+    if name not in suites.MINI:
+        return [_resolve(name, revision) for revision in revisions]
+    root = suites.locate(name, corpora.of_suite(name, cache=cache), cache=cache).root
+    if not revisions_in(root):
+        raise ValueError(f"the suite {name} is not trained yet; run: grsd suite --size {name}")
+    return [_pick(root, revision, name) for revision in revisions]
+
+
+def _resolve(name: str, revision: str | None) -> tuple[Path, str]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _pick(path, revision, name)
@@ -253,7 +270,7 @@ def check_files(folder: Path) -> list[Path]:
 def checkpoint_fingerprint(folder: Path) -> str:
     """SHA-256 over the safetensors files and the configuration, without what changes from save to save."""
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
+    config = _raw_config(folder)
     digest.update(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
     for file in check_files(folder):
         digest.update(file.name.encode())
@@ -263,40 +280,36 @@ def checkpoint_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _build(folder: Path, files: list[Path], dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
+def _raw_config(folder: Path) -> dict[str, Any]:
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
-    if "auto_map" in raw:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged: it holds a {type(raw).__name__}, not an object")
+    return raw
+
+
+def _build(folder: Path, files: list[Path], dtype: torch.dtype, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if "auto_map" in _raw_config(folder):
         raise ValueError(f"{folder / 'config.json'} asks for code of its own (auto_map), which is never run")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would report is raised below
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError) as error:
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise ValueError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     absent = sorted(report["missing_keys"])
     if absent:
         raise ValueError(
@@ -309,8 +322,7 @@ def _build(folder: Path, files: list[Path], dtype: torch.dtype) -> tuple[nn.Modu
         if not bool(torch.isfinite(weight).all()):
             count = int((~torch.isfinite(weight)).sum())
             raise ValueError(f"{files[0].parent}: the weight {name} has {count} values that are not finite")
-    model.requires_grad_(True)
-    return model, config
+    return model.requires_grad_(True)
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -325,7 +337,21 @@ def tokenizer_of(folder: Path) -> Any:
         raise ValueError(f"the tokenizer in {folder} is damaged: {error}") from error
 
 
-def mini_cached(cache: Path | str | None = None) -> dict[str, list[str]]:
-    """Suites in the cache: folder name to its revisions."""
-    root = (Path(cache) if cache is not None else results.cache_dir()) / "suites"
-    return {p.name: revisions_in(p) for p in sorted(root.glob("*")) if revisions_in(p)}
+def available(model: str | Path, *, cache: Path | str | None = None) -> list[str]:
+    """Revisions of a suite, of a local folder, or of a model on the hub (its branches)."""
+    name = str(model)
+    if name in suites.MINI:
+        root = suites.locate(name, corpora.of_suite(name, cache=cache), cache=cache).root
+    else:
+        root = Path(name).expanduser()
+    if name in suites.MINI or root.is_dir():
+        if not (have := revisions_in(root)):
+            _pick(root, None, name)
+            return ["main"]
+        return have
+    from huggingface_hub import list_repo_refs
+
+    try:
+        return sorted(branch.name for branch in list_repo_refs(name).branches)
+    except Exception as error:  # the HTTP client's own errors among them
+        raise RuntimeError(f"cannot list the revisions of {name!r} on the hub ({type(error).__name__})") from error

@@ -7,7 +7,8 @@ one is left alone. Nets of a size worth training are in `grsd.lab.suites`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -68,10 +69,11 @@ def mlp(
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"widths need two or more positive numbers, got {list(widths)}")
     layers: list[nn.Module] = []
-    for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
-        if index:
-            layers.append(_activation(activation))
-        layers.append(nn.Linear(fan_in, fan_out, bias=bias))
+    with torch.random.fork_rng(devices=[]):  # torch draws values that are overwritten below
+        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
+            if index:
+                layers.append(_activation(activation))
+            layers.append(nn.Linear(fan_in, fan_out, bias=bias))
     net = nn.Sequential(*layers)
     _draw(net, seed, gain, dtype)
     return net
@@ -93,12 +95,13 @@ def conv_net(
     if len(channels) < 2 or min(channels) < 1 or classes < 1:
         raise ValueError(f"channels need two or more positive numbers and classes one, got {list(channels)}, {classes}")
     layers: list[nn.Module] = []
-    for index, (fan_in, fan_out) in enumerate(pairwise(channels)):
-        layers.append(nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2))
-        if index == 0:
-            layers.append(nn.GroupNorm(1, fan_out))
-        layers.append(_activation(activation))
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes)]
+    with torch.random.fork_rng(devices=[]):  # as above
+        for index, (fan_in, fan_out) in enumerate(pairwise(channels)):
+            layers.append(nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2))
+            if index == 0:
+                layers.append(nn.GroupNorm(1, fan_out))
+            layers.append(_activation(activation))
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes)]
     net = nn.Sequential(*layers)
     _draw(net, seed, 1.0, dtype)
     return net
@@ -176,3 +179,19 @@ def gpt_neox(
         use_cache=False,
     )
     return _language_model(config, seed, dtype, attention)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and warnings of transformers; what they would report is checked by the caller."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grsd import results
+from grsd import results, spectrum
 from grsd.lab import corpora, hub
 from grsd.lab.corpora import Corpus
 from grsd.spectrum import (
@@ -39,7 +39,8 @@ from grsd.spectrum import (
 )
 
 _FORMAT = 1
-STARTS = ("error", "ones", "random")
+_CODE = results.code_fingerprint(Path(spectrum.__file__).parent)  # a change of the operator makes every spectrum anew
+STARTS = ("error", "ones", "signs", "random")
 TARGETS = ("text", "shuffled")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 Progress = Callable[[int, int, str], None]  # (files done, files in all, what)
@@ -62,7 +63,8 @@ class RunSpec:
     steps : int
         Lanczos steps m, at most T.
     starts : tuple of str
-        ``"error"`` (e = −log q), ``"ones"`` (what evolves under cross-entropy) and ``"random"`` (Gaussian null).
+        ``"error"`` (e = −log q), ``"ones"`` (what evolves under cross-entropy), and two nulls: ``"signs"`` (e with
+        random signs) and ``"random"`` (Gaussian). Both have the norm of e.
     seed : int
         Of the batches, the random start vectors and the shuffled targets.
     dtype, device : str
@@ -117,14 +119,14 @@ class RunSpec:
     @property
     def part(self) -> str:
         """The split that is measured."""
-        return self.split or ("heldout" if self.corpus == "embedded" else "all")
+        return self.split or ("heldout" if self.corpus.partition(":")[0] in corpora.SOURCES else "all")
 
     def argv(self) -> list[str]:
         """The ``grsd`` command line that makes this run."""
         words = ["shells", self.model]
         for revision in self.revisions:
             words += ["--revision", revision]
-        words += ["--corpus", self.corpus, "--split", self.part]
+        words += ["--corpus", self.corpus, *(["--split", self.split] if self.split else [])]
         for name in ("batches", "batch_size", "length", "steps", "seed", "dtype", "device", "normalize", "targets"):
             words += ["--" + name.replace("_", "-"), str(getattr(self, name))]
         for start in self.starts:
@@ -136,6 +138,7 @@ class RunSpec:
         names = ("batch_size", "length", "steps", "starts", "seed", "dtype", "normalize", "targets", "part")
         content: dict[str, Any] = {name: getattr(self, name) for name in names}
         content |= {"format": _FORMAT, "corpus": corpus.fingerprint, "device": torch.device(self.device).type}
+        content["code"] = _CODE
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -339,9 +342,8 @@ def _measure(
     fingerprint: str,
     origin: dict[str, Any],
 ) -> BatchResult:
-    generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + index)
     if spec.targets == "shuffled":
-        targets = nulls.shuffled(targets, generator=generator)
+        targets = nulls.shuffled(targets, generator=_generator(spec, index, "shuffled"))
     spectra: dict[str, Tridiagonal] = {}
     try:
         with torch.enable_grad():
@@ -358,7 +360,8 @@ def _measure(
                 elif start == "ones":
                     vector = torch.ones_like(error)
                 else:
-                    vector = nulls.random_start(error, generator=generator)
+                    null = nulls.random_signs if start == "signs" else nulls.random_start
+                    vector = null(error, generator=_generator(spec, index, start))
                 spectra[start] = lanczos(M, vector, spec.steps)
             loss = float(error.double().mean())
     except (torch.OutOfMemoryError, RuntimeError) as error_:
@@ -366,9 +369,15 @@ def _measure(
             raise
         raise MemoryError(
             f"not enough memory on {spec.device} for T = {spec.batch_size} x {spec.length} rows in {spec.dtype}: "
-            "lower --batch-size first, then --length, or take --dtype float32"
+            "lower --batch-size first, then --length" + (", or take --dtype float32" if spec.dtype == "float64" else "")
         ) from error_
     return BatchResult(revision, fingerprint, index, loss, int(M.shape[0]), spectra, origin)
+
+
+def _generator(spec: RunSpec, index: int, purpose: str) -> torch.Generator:
+    """A stream of its own for each batch and purpose, so that none depends on what else is asked for."""
+    digest = hashlib.sha256(f"{spec.seed} {index} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _is_memory(error: Exception) -> bool:

@@ -27,6 +27,7 @@ from torch import nn
 
 from grsd import results
 from grsd.lab.corpora import Corpus
+from grsd.lab.models import quiet
 
 _FORMAT = 1
 _PROGRESS = "progress.safetensors"
@@ -45,6 +46,9 @@ class Size:
     vocab_size: int
     lr: float
     positions: int = 2048
+    corpus: str = "embedded"  # as `corpora.open_corpus`; what `grsd suite` trains on
+    batch_size: int = 16  # sequences per update, and the precision: defaults of the recipe
+    precision: str = "float32"
 
     def config(self) -> Any:
         """The transformers configuration."""
@@ -75,12 +79,13 @@ class Size:
 
 # The mini sizes share one shape family (head size 16 to 32, V = 2048); learning rates fall with width as in Pythia.
 # The last two have Pythia's own shapes and learning rates, for runs on an accelerator.
+_LARGE: dict[str, Any] = {"corpus": "installed:32768", "batch_size": 128, "precision": "bfloat16"}
 MINI: dict[str, Size] = {
     "mini-0.4m": Size("mini-0.4m", hidden=64, layers=3, heads=4, vocab_size=2048, lr=4e-3),
     "mini-1.3m": Size("mini-1.3m", hidden=128, layers=4, heads=4, vocab_size=2048, lr=3e-3),
     "mini-4.2m": Size("mini-4.2m", hidden=256, layers=4, heads=8, vocab_size=2048, lr=2e-3),
-    "pythia-14m": Size("pythia-14m", hidden=128, layers=6, heads=4, vocab_size=50304, lr=1e-3),
-    "pythia-70m": Size("pythia-70m", hidden=512, layers=6, heads=8, vocab_size=50304, lr=1e-3),
+    "pythia-14m": Size("pythia-14m", hidden=128, layers=6, heads=4, vocab_size=50304, lr=1e-3, **_LARGE),
+    "pythia-70m": Size("pythia-70m", hidden=512, layers=6, heads=8, vocab_size=50304, lr=1e-3, **_LARGE),
 }
 
 
@@ -204,7 +209,8 @@ def locate(
 ) -> Suite:
     """Where `train` with the same arguments keeps its suite, whether or not it is there yet."""
     size, made = _resolve(size, recipe)
-    content = [_FORMAT, asdict(size), asdict(made), corpus.fingerprint]
+    shape = {k: v for k, v in asdict(size).items() if k not in ("corpus", "batch_size", "precision")}  # said below
+    content = [_FORMAT, shape, asdict(made), corpus.fingerprint]
     if made.schedule == "cosine":
         content.append(steps)
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -217,7 +223,7 @@ def _resolve(size: Size | str, recipe: dict[str, Any]) -> tuple[Size, Recipe]:
         if size not in MINI:
             raise ValueError(f"unknown size {size!r}: expected one of {', '.join(MINI)}")
         size = MINI[size]
-    return size, Recipe(**{"lr": size.lr, **recipe})
+    return size, Recipe(**{"lr": size.lr, "batch_size": size.batch_size, "precision": size.precision, **recipe})
 
 
 def train(
@@ -360,16 +366,13 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 def _save_revision(suite: Suite, model: nn.Module, corpus: Corpus, step: int) -> None:
     """Write one checkpoint folder in one rename. A folder that is there already was written whole."""
-    from safetensors.torch import save_file
-
     target = suite.root / f"step{step}"
     if (target / "model.safetensors").is_file():
         return
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=suite.root))
     try:
-        model.config.save_pretrained(draft)  # type: ignore[union-attr,operator]
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-        save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+        with quiet():
+            model.save_pretrained(draft)  # type: ignore[operator]
         corpus.tokenizer.save_pretrained(draft)
         os.rename(draft, target)
     finally:

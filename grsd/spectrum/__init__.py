@@ -8,7 +8,7 @@ programs, ``factors`` holds the blocks of K, ``folding`` takes own-position laye
 ``retained`` is the plain form. ``lockstep`` does all of it for many independent batches at once.
 """
 
-from grsd.spectrum import nulls
+from grsd.spectrum import fits, nulls
 from grsd.spectrum.krylov import Tridiagonal, lanczos
 from grsd.spectrum.measure import SpectralMeasure
 from grsd.spectrum.ntk import NTK
@@ -35,6 +35,7 @@ __all__ = [
     "TokenLogProb",
     "Tridiagonal",
     "average",
+    "fits",
     "lanczos",
     "nulls",
     "statistics",

@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from grsd.spectrum.measure import SpectralMeasure
 
-BREAKDOWN = 16.0  # in units of √T eps |M|: products leave 0.3 to 11 of them in spaces that are exhausted
+BREAKDOWN = 8.0  # in units of eps |M|: the products of an exhausted space leave 2 to 5 of them
 
 
 class Operator(Protocol):
@@ -98,7 +98,7 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
         m, between 1 and T.
     reorthogonalize
         True: every new vector is orthogonalised twice against all earlier ones by classical Gram–Schmidt, so that it
-        is orthogonal to rounding, and the recurrence ends at β ≤ 16 √T eps |M|: the rounding of a product is of that size, so
+        is orthogonal to rounding, and the recurrence ends at β ≤ 8 eps |M|: the rounding of a product is of that size, so
         what is left is noise. False: Algorithm 1 of 2512.10427 as printed, which ends only at β = 0.
 
     Returns
@@ -152,7 +152,7 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
 
     a, b = (x.to("cpu", torch.float64).numpy() for x in (alphas, betas))
     eps = float(getattr(M, "eps", torch.finfo(M.dtype).eps))
-    used = _usable_steps(a, b, BREAKDOWN * size**0.5 * eps if reorthogonalize else 0.0)
+    used = _usable_steps(a, b, BREAKDOWN * eps if reorthogonalize else 0.0)
     exhausted = used < steps
     return Tridiagonal(
         alphas=a[:used],

@@ -18,6 +18,7 @@ from grsd.spectrum.krylov import BREAKDOWN, Tridiagonal, _usable_steps
 from grsd.spectrum.ntk import Inputs, forward_rows, refuse_dropout
 from grsd.spectrum.observables import Observable
 from grsd.spectrum.plan import Plan
+from grsd.spectrum.replay import replayed
 from grsd.spectrum.retained import CHANGED
 from grsd.spectrum.uses import Trace
 
@@ -82,6 +83,7 @@ class NTKBatches:
         except RuntimeError as failure:
             reason = str(failure).splitlines()[0]
             raise ValueError(f"the backward pass of this model cannot be recorded ({reason})") from failure
+        self._product = replayed(self._factored, self._rows)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -118,7 +120,7 @@ class NTKBatches:
             )
         if any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True)):
             raise RuntimeError(CHANGED)
-        return self._factored(u.reshape(-1)).view(self.outputs.shape) * self.inner_weight
+        return self._product(u.reshape(-1)).view(self.outputs.shape) * self.inner_weight
 
 
 def lanczos_batches(M: NTKBatches, starts: Tensor, steps: int) -> list[Tridiagonal]:
@@ -175,7 +177,7 @@ def lanczos_batches(M: NTKBatches, starts: Tensor, steps: int) -> list[Tridiagon
     masses = norms.to("cpu", torch.float64).numpy() ** 2 * M.inner_weight
     found = []
     for g in range(groups):
-        used = _usable_steps(a[g], b[g], BREAKDOWN * size**0.5 * M.eps)
+        used = _usable_steps(a[g], b[g], BREAKDOWN * M.eps)
         found.append(
             Tridiagonal(
                 alphas=a[g, :used],

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from grsd.spectrum.factored import Factored
 from grsd.spectrum.observables import Observable, raw_output
 from grsd.spectrum.plan import Plan, PlanRow
+from grsd.spectrum.replay import Product, replayed
 from grsd.spectrum.retained import CHANGED, Retained
 from grsd.spectrum.uses import Trace
 
@@ -96,6 +97,7 @@ class NTK:
         self._versions = [p._version for p in self._parameters]
         self._graph: Retained | None = None
         self._factored: Factored | None = None
+        self._product: Product | None = None
         self._why = ""
         if method != "graph":
             self._factor(strict=method == "factored")
@@ -194,7 +196,9 @@ class NTK:
             graph = self._retain()
             return graph.jvp(graph.vjp(u)) * self.inner_weight
         self._same_parameters()
-        return self._factored(u) * self.inner_weight
+        if self._product is None:
+            self._product = replayed(self._factored, u)
+        return self._product(u) * self.inner_weight
 
     def jacobian(self) -> Tensor:
         """Return J itself, (T, P), in the order of `model.parameters()`. Cost: T backward passes, T·P numbers."""

@@ -26,6 +26,16 @@ def random_start(like: Tensor, *, generator: torch.Generator) -> Tensor:
     return draw * scale
 
 
+def random_signs(like: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Return `like` with a fair random sign on every row.
+
+    How large the error is on each token is kept, how it is coordinated between tokens is not: what remains of a profile is
+    the expectation of the diagonal, Σ e_i² times the spectral measure of row i.
+    """
+    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int64).mul_(2).sub_(1)
+    return like * signs.to(like)
+
+
 def shuffled(targets: Tensor, *, generator: torch.Generator) -> Tensor:
     """Return the counted targets in random order: their frequencies are kept, their relation to the inputs is not."""
     flat = targets.reshape(-1).clone()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from grsd.spectrum.measure import SpectralMeasure
 
 Array = NDArray[np.float64]
+SHOULDER = 0.01  # what stands lower than this share of the peak is no second peak
 FRONTIER = 0.99  # the frontier is the λ below which this share of the energy in the shells lies
 
 
@@ -153,7 +154,25 @@ class AveragedProfile:
 
     @property
     def total(self) -> float:
+        """½ ⟨e, e⟩, mean over batches."""
         return float(self.energies.sum()) + self.below + self.above + self.kernel
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain lists and numbers (edges for the shells)."""
+        record: dict[str, Any] = {"edges": self.shells.edges.tolist()}
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            record[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> AveragedProfile:
+        """Rebuild an averaged profile from `to_json`."""
+        values: dict[str, Any] = {key: record[key] for key in (f.name for f in fields(cls)[1:])}
+        arrays: dict[str, Any] = {
+            key: np.asarray(value, float) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(shells=LogShells(np.asarray(record["edges"], float)), **arrays)
 
 
 def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
@@ -188,9 +207,10 @@ class ProfileStatistics:
     ----------
     peak : float, centre of the shell with the most energy.
     peak_low, peak_high : float, outer edges of all shells that may hold the peak, given the intervals.
-    frontier : float, λ below which 99 % of the energy in the shells lies (log-linear inside a shell).
-    dip : float, the deepest valley: the largest min(E_i, E_k)/E_j with i < j < k, at least 1; 1 for one peak.
-    unimodal : bool, no valley survives the intervals: nowhere min(lower_i, lower_k) > upper_j.
+    median, frontier : float, λ below which 50 % and 99 % of the energy in the shells lies (log-linear inside a shell).
+    dip : float, the deepest valley: the largest min(E_i, E_k)/E_j with i < j < k, at least 1; 1 for one peak. Shoulders
+        under 1 % of the peak's energy make no valley.
+    unimodal : bool, no such valley survives the intervals: nowhere min(lower_i, lower_k) > upper_j.
     slope : float, d log E / d log λ on the low side: least squares from the first shell with energy to the peak
         (NaN with fewer than three shells there).
     """
@@ -198,6 +218,7 @@ class ProfileStatistics:
     peak: float
     peak_low: float
     peak_high: float
+    median: float
     frontier: float
     dip: float
     unimodal: bool
@@ -211,29 +232,33 @@ def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
         raise ValueError("no energy in any shell: the edges miss the spectrum, see below, above and kernel")
     top = int(e.argmax())
     may = np.flatnonzero(profile.upper >= profile.lower.max())
-    cumulative = np.concatenate([[0.0], np.cumsum(e)]) / e.sum()
-    place = int(np.searchsorted(cumulative, FRONTIER))
-    share = (FRONTIER - cumulative[place - 1]) / (cumulative[place] - cumulative[place - 1])
     rising = np.flatnonzero(e[: top + 1] > 0)
     slope = float(np.polyfit(np.log(centers[rising]), np.log(e[rising]), 1)[0]) if rising.size >= 3 else float("nan")
-    filled = np.flatnonzero(e > 0)
-    span = slice(int(filled[0]), int(filled[-1]) + 1)
     return ProfileStatistics(
         peak=float(centers[top]),
         peak_low=float(edges[may[0]]),
         peak_high=float(edges[may[-1] + 1]),
-        frontier=float(edges[place - 1] * (edges[place] / edges[place - 1]) ** share),
-        dip=_valley(e[span], e[span]),
-        unimodal=_valley(profile.lower, profile.upper) <= 1.0,
+        median=_quantile(e, edges, 0.5),
+        frontier=_quantile(e, edges, FRONTIER),
+        dip=_valley(e, e, SHOULDER * e.max()),
+        unimodal=_valley(profile.lower, profile.upper, SHOULDER * e.max()) <= 1.0,
         slope=slope,
     )
 
 
-def _valley(shoulders: Array, floor: Array) -> float:
-    """Return max over i < j < k of min(shoulders_i, shoulders_k) / floor_j, at least 1 (0/0 counts as no valley)."""
+def _quantile(energies: Array, edges: Array, share: float) -> float:
+    """Return the λ below which `share` of the energy lies, with the energy of a shell spread evenly over log λ."""
+    cumulative = np.concatenate([[0.0], np.cumsum(energies)]) / energies.sum()
+    place = int(np.searchsorted(cumulative, share))
+    inside = (share - cumulative[place - 1]) / (cumulative[place] - cumulative[place - 1])
+    return float(edges[place - 1] * (edges[place] / edges[place - 1]) ** inside)
+
+
+def _valley(shoulders: Array, floor: Array, least: float) -> float:
+    """Return max over i < j < k of min(shoulders_i, shoulders_k) / floor_j where that min is at least `least`; or 1."""
     left = np.maximum.accumulate(shoulders)[:-2]
     right = np.maximum.accumulate(shoulders[::-1])[::-1][2:]
     walls, bottom = np.minimum(left, right), floor[1:-1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(walls > 0, walls / bottom, 1.0)
+        ratio = np.where(walls >= least, walls / bottom, 1.0)
     return float(max(1.0, ratio.max(initial=1.0)))

@@ -92,6 +92,23 @@ def test_ledger_text_is_marked_up_and_adjoints_are_not_emphasis(text: str, kinds
     assert [type(node).__name__ for node in companion_views.inline(text)] == kinds
 
 
+@pytest.mark.parametrize(
+    ("measured", "bound", "shown"),
+    [
+        (3e-15, 1e-12, "Measured in this build: 3e-15; compared with 1e-12"),
+        (3e-15, None, "Measured in this build: 3e-15"),
+        ({"gap": 0.5, "error": 2}, {"gap": 0.1}, "Measured in this build:  gap: 0.5 (compared with 0.1) error: 2"),
+        ({"gap": 0.5}, {"other": 1.0}, "Measured in this build:  gap: 0.5 Compared with: other = 1"),
+        ({"gap": 0.5}, "rounding", "Measured in this build:  gap: 0.5 Compared with: rounding"),
+    ],
+)
+def test_every_number_of_the_evidence_is_shown(
+    measured: claims.Measured, bound: claims.Measured | None, shown: str
+) -> None:
+    drawn = companion_views._measured(measured, bound)
+    assert " ".join(node.astext().replace("\n\n", " ") for node in drawn) == shown
+
+
 # --- Evidence ------------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +120,15 @@ def test_a_verdict_without_evidence_fails_the_build_and_keeps_failing(book: Book
         assert f"claim {IDS[0]!r} has the verdict" in log
         assert not any(f"claim {name!r} has the verdict" in log for name in IDS[1:])
     assert "No run of this build recorded evidence" in card(book.html("book/claims"), IDS[0])
+
+
+def test_a_build_that_warned_warns_again(book: Book) -> None:
+    book.write("book/lone.md", "# Lone\n\n```{nowhere}\n```\n")  # Sphinx warns when it reads this, and it reads it once
+    book.write("_toc.yml", (book.root / "_toc.yml").read_text() + "  - file: book/lone.md\n")
+    for _ in range(2):
+        status, log = book.build()
+        assert status != 0
+        assert "nowhere" in log
 
 
 def test_an_untested_claim_needs_no_evidence(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,3 +68,10 @@ def test_fit_finds_the_time() -> None:
     for impossible in (0.25, 4.5):  # the kernel's half energy is never lost; energy never rises
         with pytest.raises(ValueError, match=f"asked for {impossible}"):
             nulls.fit_frozen_kernel(mu, impossible)
+
+
+def test_random_signs_keep_every_size() -> None:
+    like = torch.linspace(-1, 2, 1001, dtype=torch.float64)
+    out = nulls.random_signs(like, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(out.abs(), like.abs()) and out.dtype == like.dtype
+    assert abs(float((out * like > 0).double().mean()) - 0.5) < 4 * 0.5 / 1001**0.5

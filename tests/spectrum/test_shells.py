@@ -96,6 +96,7 @@ def test_peak_and_its_interval() -> None:
 def test_frontier_is_the_99_percent_point() -> None:
     assert statistics(profile([98, 1, 1])).frontier == pytest.approx(4.0)
     assert statistics(profile([50, 0, 48, 2])).frontier == pytest.approx(8 * 2**0.5)
+    assert statistics(profile([25, 50, 25])).median == pytest.approx(2 * 2**0.5)
 
 
 def test_unimodality_catches_a_valley_and_passes_a_null() -> None:
@@ -105,6 +106,10 @@ def test_unimodality_catches_a_valley_and_passes_a_null() -> None:
     assert not two.unimodal and two.dip == pytest.approx(3.0)
     blurred = statistics(profile([1, 6, 5, 8, 1], half_width=0.2))  # a valley that the intervals do not resolve
     assert blurred.unimodal and blurred.dip == pytest.approx(1.2)
+    speck = statistics(
+        profile([0.05, 0, 1, 9, 1])
+    )  # half a percent of the peak beyond an empty shell is no second peak
+    assert speck.unimodal and speck.dip == 1.0
     empty = statistics(profile([1, 4, 0, 4, 1]))
     assert not empty.unimodal and empty.dip == np.inf
 
