@@ -2,6 +2,10 @@
 
 ``observables`` says what f is, ``ntk`` multiplies by M, ``krylov`` runs Lanczos, ``measure`` bounds the spectral measure,
 ``shells`` bins it, ``nulls`` holds what a profile must be compared with.
+
+How ``ntk`` multiplies: ``uses`` records where parameters enter, ``recording`` and ``tape`` turn the backward pass into linear
+programs, ``factors`` holds the blocks of K, ``folding`` takes own-position layers out, ``factored`` puts them together;
+``retained`` is the plain form. ``lockstep`` does all of it for many independent batches at once.
 """
 
 from grsd.spectrum import fits, nulls

@@ -7,62 +7,19 @@ of K (:mod:`grsd.spectrum.factors`) and one T × T matrix (:mod:`grsd.spectrum.f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grsd.spectrum.factors import Factor, Gram, Grams, Span, Through, Tied, Tokens, Vectors, accumulate, matrix
 from grsd.spectrum.folding import Rows, own_positions, share, unfold
-from grsd.spectrum.tape import Program, record
+from grsd.spectrum.plan import PlanRow
+from grsd.spectrum.recording import record, transpose
+from grsd.spectrum.tape import Program
 from grsd.spectrum.uses import Place, Trace, Use
 
 FOLD_LIMIT = 8192  # a T × T matrix larger than this costs more than the passes that it saves
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One line of `NTK.plan()`: what a product does for one parameter or pass.
-
-    Attributes
-    ----------
-    layer : str, names of the parameters, or the pass.
-    rule : str, how the parameter enters ("rows", "gather", "scale", "shift", "conv", "plain", joined by "+").
-    association : str, the form of K that is used.
-    flops : int, multiplications and additions of one product.
-    bytes : int, memory held for it beyond the weights.
-    """
-
-    layer: str
-    rule: str
-    association: str
-    flops: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The rows of a plan; prints as a table."""
-
-    method: str
-    rows: tuple[PlanRow, ...]
-
-    @property
-    def flops(self) -> int:
-        return sum(row.flops for row in self.rows)
-
-    def __str__(self) -> str:
-        head = ("layer", "rule", "association", "MFLOP", "MB")
-        body = [(r.layer, r.rule, r.association, f"{r.flops / 1e6:.3f}", f"{r.bytes / 1e6:.3f}") for r in self.rows]
-        total = ("total", self.method, "", f"{self.flops / 1e6:.3f}", f"{sum(r.bytes for r in self.rows) / 1e6:.3f}")
-        lines = [head, *body, total]
-        widths = [max(len(line[k]) for line in lines) for k in range(5)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if k < 3 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
 
 
 class Factored:
@@ -73,6 +30,8 @@ class Factored:
     rows : Tensor, (T,), with its graph.
     trace : Trace, what was recorded during that pass.
     names : names of `trace.parameters`.
+    groups : the first axis of the inputs holds this many independent batches of equal size, one after another; what one
+        does to a parameter is not seen by the others, so that the operator is block-diagonal.
 
     Notes
     -----
@@ -80,7 +39,8 @@ class Factored:
     about one forward pass each for J_εᵀ and J_ε without head and last block's tail, and 2 n² out FLOPs a layer for K.
     """
 
-    def __init__(self, rows: Tensor, trace: Trace, names: Sequence[str]) -> None:
+    def __init__(self, rows: Tensor, trace: Trace, names: Sequence[str], groups: int = 1) -> None:
+        self.groups = groups
         self._names, self._parameters = list(names), trace.parameters
         self.plan_rows: list[PlanRow] = []
         self.share: Tensor | None = None
@@ -104,7 +64,9 @@ class Factored:
         if not self.used:
             raise ValueError("no parameter of the model reaches the outputs, so J is zero")
 
-        own = own_positions(adjoint, values, self._size) if self._size <= FOLD_LIMIT else {}
+        if groups > 1:
+            self._check_groups(by_parameter, adjoint, start, values)
+        own = own_positions(adjoint, values, self._size) if self._size // groups <= FOLD_LIMIT else {}
         needed = self._build(by_parameter, own, values)
         self.slots = sorted(needed)
         last = {slot: k for k, factor in enumerate(self._factors) for slot in factor.slots}
@@ -113,14 +75,17 @@ class Factored:
         self.forward: Program | None = None
         if self.slots:
             self.adjoint = unfold(adjoint, values, own, self.slots)
-            self.forward = self.adjoint.transpose(start)
+            self.forward = transpose(self.adjoint, start)
             for name, program in (("J_εᵀ", self.adjoint), ("J_ε", self.forward)):
                 self.plan_rows.append(PlanRow(f"({name})", "pass", "recorded program", program.flops, 0))
 
     def __call__(self, u: Tensor) -> Tensor:
         """Return J Jᵀ u for u of shape (T,)."""
         with torch.no_grad():
-            result = torch.zeros_like(u) if self.share is None else self.share @ u
+            if self.share is None:
+                result = torch.zeros_like(u)
+            else:
+                result = (self.share @ u.view(*self.share.shape[:-1], 1)).view(-1)
             if self.adjoint is not None and self.forward is not None:
                 found = self.adjoint.run(u)
                 deltas: Vectors = dict(zip(self.slots, found, strict=True))
@@ -148,13 +113,65 @@ class Factored:
             else:
                 needed |= self._several(uses, own, values, singles)
         for slot, single in singles.items():
-            block = share(single, values[slot], own[slot], self._grams) if slot in own else None
+            block = self._share(single, values[slot], own[slot]) if slot in own else None
             if block is not None:
                 self._fold(single, block)
             else:
                 self._one_slot(slot, single, values[slot])
                 needed.add(slot)
         return needed
+
+    def _check_groups(
+        self,
+        by_parameter: dict[int, list[tuple[Use, int]]],
+        adjoint: Program,
+        start: Tensor,
+        values: dict[int, Tensor],
+    ) -> None:
+        """Raise ValueError when a parameter does not see the groups apart along the first axis of δ.
+
+        A backward pass from the first group alone must give zero in the others, and in the first what all groups give.
+        """
+        first = torch.zeros_like(start)
+        first[: self._size // self.groups] = 1
+        found = dict(zip(adjoint.outputs, adjoint.run(first), strict=True))
+        for k, uses in by_parameter.items():
+            for use, slot in uses:
+                delta = found[slot]
+                size = delta.shape[0] // self.groups if delta.ndim > 1 and use.rule != "plain" else 0
+                apart = size * self.groups == (delta.shape[0] if delta.ndim else -1) and not bool(delta[size:].any())
+                if apart:
+                    rest = torch.linalg.vector_norm(values[slot][:size] - delta[:size])
+                    eps = torch.finfo(delta.dtype).eps
+                    apart = bool(rest <= 1e3 * eps * torch.linalg.vector_norm(values[slot]))
+                if not apart:
+                    raise ValueError(
+                        f"parameter {self._names[k]!r} enters without a batch axis of its own (rule {use.rule!r}), so the "
+                        "batches cannot be kept apart in one pass; make one NTK for each"
+                    )
+
+    def _share(self, uses: Sequence[Use], delta: Tensor, rows: Rows) -> Tensor | None:
+        """Return the share of M of own-position uses: (T, T), or (groups, T / groups, T / groups)."""
+        if self.groups == 1:
+            return share(uses, delta, rows, self._grams)
+        count, size = rows.count // self.groups, self._size // self.groups
+        blocks = []
+        for g in range(self.groups):
+            at = None if rows.positions is None else rows.positions[g * size : (g + 1) * size] - g * count
+            parts = [_group(use, g, self.groups) for use in uses]
+            block = share(parts, delta.chunk(self.groups)[g], Rows(count, at), Grams())
+            if block is None:
+                return None
+            blocks.append(block)
+        return torch.stack(blocks)
+
+    def _same(self, n: int, m: int, like: Tensor) -> Tensor | float:
+        """Return the (n, m) matrix that is 1 where two rows belong to one group."""
+        if self.groups == 1:
+            return 1.0
+        ones = like.new_ones(n // self.groups, m // self.groups)
+        same: Tensor = torch.block_diag(*[ones] * self.groups)  # type: ignore[no-untyped-call]
+        return same
 
     def _fold(self, uses: Sequence[Use], block: Tensor) -> None:
         self.share = block if self.share is None else self.share.add_(block)
@@ -164,16 +181,19 @@ class Factored:
         """Make the factors of single-use parameters with the same δ."""
         item, width = delta.element_size(), delta.shape[-1] if delta.ndim else 1
         n = delta.numel() // width
+        block = n // self.groups
         linear = [u for u in uses if u.rule == "rows"]
         biases = [u for u in uses if u.rule == "shift" and u.spread == (width,)] if linear else []
         if linear:
             fan_in = sum(u.data.shape[-1] for u in linear if u.data is not None)
             inputs = [u.data for u in linear if u.data is not None]
-            if n <= 2 * fan_in:
-                self._factors.append(Gram(slot, self._grams.of(inputs, len(biases), delta.dtype)))
-                self._note([*linear, *biases], "(A Aᵀ + b 1 1ᵀ) δ", 2 * n * n * width, n * n * item)
+            if block <= 2 * fan_in:
+                self._factors.append(Gram(slot, self._grams.of(inputs, len(biases), delta.dtype, self.groups)))
+                self._note([*linear, *biases], "(A Aᵀ + b 1 1ᵀ) δ", 2 * n * block * width, n * block * item)
             else:
                 flat = tuple(matrix(a).to(delta.dtype) for a in inputs)
+                if self.groups > 1:
+                    flat = tuple(a.view(self.groups, block, -1) for a in flat)
                 self._factors.append(Span(slot, flat, len(biases)))
                 held = sum(a.numel() for a in flat) * item
                 self._note([*linear, *biases], "A (Aᵀ δ) + b 1 (1ᵀ δ)", 4 * n * fan_in * width, held)
@@ -181,11 +201,11 @@ class Factored:
             if any(use is u for u in (*linear, *biases)):
                 continue
             if use.rule == "gather":
-                self._factors.append(_tokens(use, slot, delta.dtype))
+                self._factors.append(_tokens(use, slot, delta.dtype, self.groups))
                 self._note([use], "sum over equal tokens", 2 * delta.numel(), 8 * n)
                 continue
             shape = self._parameters[use.parameter].shape
-            self._factors.append(Through((use,), (slot,), shape))
+            self._factors.append(Through((use,), (slot,), shape, self.groups))
             self._note(
                 [use], "through its gradient", self._passes(use), 0 if use.data is None else use.data.numel() * item
             )
@@ -205,22 +225,22 @@ class Factored:
             (head, hs), (table, ts) = heads[0], tables[0]
             assert head.data is not None and table.data is not None
             a, tokens = matrix(head.data), table.data.reshape(-1)
-            kept = _tokens(table, ts, a.dtype).kept
+            kept = _tokens(table, ts, a.dtype, 1).kept
             flops = 4 * a.shape[0] * tokens.numel() * a.shape[1]
             rows = own.get(hs)
             front = None if rows is None else rows.front(head.shape)
             singles.setdefault(ts, []).append(table)
             singles.setdefault(hs, []).append(head)
             if rows is not None and front == len(head.shape) - 1 and ts not in own:
-                fixed = rows.pick(values[hs])[:, tokens]
+                fixed = rows.pick(values[hs])[:, tokens] * self._same(self._size, tokens.numel(), a)
                 self._folded_ties.append(FoldedTie(ts, rows.pick(a), fixed, tokens, kept))
                 self._note(plain, "cross terms, head folded", flops, fixed.numel() * fixed.element_size())
                 return {ts}
-            self._factors.append(Tied(hs, ts, a, tokens, kept))
+            self._factors.append(Tied(hs, ts, a, tokens, kept, self._same(a.shape[0], tokens.numel(), a)))
             self._note(plain, "cross terms of table and head", flops, 0)
             return {hs, ts}
         self._factors.append(
-            Through(tuple(plain), tuple(s for _, s in uses), self._parameters[plain[0].parameter].shape)
+            Through(tuple(plain), tuple(s for _, s in uses), self._parameters[plain[0].parameter].shape, self.groups)
         )
         self._note(plain, "joint, through its gradient", sum(self._passes(u) for u in plain), 0)
         return {s for _, s in uses}
@@ -261,10 +281,17 @@ class FoldedTie:
         return result
 
 
-def _tokens(use: Use, slot: int, dtype: torch.dtype) -> Tokens:
+def _group(use: Use, g: int, groups: int) -> Use:
+    """Return the use in one of several groups of equal size along the first axis."""
+    data = None if use.data is None else use.data.chunk(groups)[g]
+    return replace(use, data=data, shape=torch.Size((use.shape[0] // groups, *use.shape[1:])))
+
+
+def _tokens(use: Use, slot: int, dtype: torch.dtype, groups: int) -> Tokens:
     assert use.data is not None
     tokens = use.data.reshape(-1)
-    distinct, group = torch.unique(tokens, return_inverse=True)
+    apart = torch.arange(groups, device=tokens.device).repeat_interleave(tokens.numel() // groups)
+    distinct, group = torch.unique(tokens + apart * (int(tokens.max()) + 1), return_inverse=True)
     padding = use.options["padding"]
     kept: Tensor | float = 1.0 if padding is None else (tokens[:, None] != padding).to(dtype)
     return Tokens(slot, group, distinct.numel(), kept)

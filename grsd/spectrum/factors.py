@@ -9,7 +9,7 @@ out of the product in :mod:`grsd.spectrum.folding`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -68,6 +68,11 @@ def change(use: Use, g: Tensor) -> Tensor:
     )
 
 
+def _parts(x: Tensor, groups: int) -> Tensor:
+    """View (groups · b, ...) as (groups, b, ...)."""
+    return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+
+
 def _kept(use: Use, like: Tensor) -> Tensor | float:
     """Return 0 for the rows of a padding token, whose embedding has no gradient, and 1 for the others."""
     padding = use.options["padding"]
@@ -95,7 +100,7 @@ class Gram:
     """All linear layers and biases with one δ: (Σ A Aᵀ + b 1 1ᵀ) δ with a cached n × n matrix. Cost 2 n² out FLOPs."""
 
     slot: int
-    gram: Tensor  # (n, n)
+    gram: Tensor  # (n, n), or (groups, n / groups, n / groups)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -103,7 +108,8 @@ class Gram:
 
     def add(self, deltas: Vectors, out: Vectors) -> None:
         delta = deltas[self.slot]
-        accumulate(out, self.slot, (self.gram @ matrix(delta)).view(delta.shape))
+        rows = delta.reshape(*self.gram.shape[:-1], delta.shape[-1])
+        accumulate(out, self.slot, (self.gram @ rows).view(delta.shape))
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Span:
     """Linear layers and a bias with one δ, associated as A (Aᵀ δ) + 1 (1ᵀ δ). Cost 4 n in out FLOPs."""
 
     slot: int
-    inputs: tuple[Tensor, ...]  # each (n, in)
+    inputs: tuple[Tensor, ...]  # each (n, in), or (groups, n / groups, in)
     biases: int
 
     @property
@@ -119,10 +125,11 @@ class Span:
         return (self.slot,)
 
     def add(self, deltas: Vectors, out: Vectors) -> None:
-        delta = matrix(deltas[self.slot])
-        total = self.biases * delta.sum(0, keepdim=True).expand_as(delta)
+        delta = deltas[self.slot]
+        delta = delta.reshape(*self.inputs[0].shape[:-1], delta.shape[-1])
+        total = self.biases * delta.sum(-2, keepdim=True).expand_as(delta)
         for a in self.inputs:
-            total = total + a @ (a.T @ delta)
+            total = total + a @ (a.mT @ delta)
         accumulate(out, self.slot, total.view(deltas[self.slot].shape))
 
 
@@ -154,15 +161,27 @@ class Through:
     uses: tuple[Use, ...]
     slots: tuple[int, ...]
     shape: torch.Size
+    groups: int = 1
 
     def add(self, deltas: Vectors, out: Vectors) -> None:
-        pairs = list(zip(self.uses, self.slots, strict=True))
-        total = gradient(self.uses[0], deltas[self.slots[0]], self.shape)
-        for use, slot in pairs[1:]:
-            total = total + gradient(use, deltas[slot], self.shape)
-        for use, slot in pairs:
-            value = change(use, total)
-            accumulate(out, slot, value if use.rule not in ("shift", "plain") else value.clone())
+        entering = [deltas[slot] for slot in self.slots]
+        if self.groups == 1:
+            results = self._through(entering, [use.data for use in self.uses])
+        else:
+            parts = [_parts(x, self.groups) for x in entering]
+            data = [None if use.data is None else _parts(use.data, self.groups) for use in self.uses]
+            axes = [None if d is None else 0 for d in data]
+            results = torch.func.vmap(self._through, in_dims=(0, axes))(parts, data)
+        for slot, delta, result in zip(self.slots, entering, results, strict=True):
+            accumulate(out, slot, result.reshape(delta.shape))
+
+    def _through(self, deltas: list[Tensor], data: list[Tensor | None]) -> list[Tensor]:
+        uses = [replace(use, data=d, shape=x.shape) for use, d, x in zip(self.uses, data, deltas, strict=True)]
+        total = gradient(uses[0], deltas[0], self.shape)
+        for use, delta in zip(uses[1:], deltas[1:], strict=True):
+            total = total + gradient(use, delta, self.shape)
+        changes = [(use, change(use, total)) for use in uses]
+        return [value.clone() if use.rule in ("shift", "plain") else value for use, value in changes]
 
 
 @dataclass(frozen=True)
@@ -177,6 +196,7 @@ class Tied:
     a: Tensor  # (n, h)
     tokens: Tensor  # (m,)
     kept: Tensor | float  # (m, 1)
+    same: Tensor | float  # (n, m), 1 where both belong to one group
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -185,9 +205,9 @@ class Tied:
     def add(self, deltas: Vectors, out: Vectors) -> None:
         dz, ds = deltas[self.head], deltas[self.embedding]
         rows = matrix(dz)
-        inner = self.a @ (matrix(ds) * self.kept).T
+        inner = (self.a @ (matrix(ds) * self.kept).T) * self.same
         accumulate(out, self.head, torch.zeros_like(rows).index_add_(1, self.tokens, inner).view(dz.shape))
-        accumulate(out, self.embedding, ((rows[:, self.tokens].T @ self.a) * self.kept).view(ds.shape))
+        accumulate(out, self.embedding, (((rows[:, self.tokens] * self.same).T @ self.a) * self.kept).view(ds.shape))
 
 
 @dataclass
@@ -196,13 +216,16 @@ class Grams:
 
     made: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
-    def of(self, inputs: Sequence[Tensor], biases: int, dtype: torch.dtype) -> Tensor:
-        """Return Σ A Aᵀ + biases · 1 1ᵀ, (n, n)."""
-        key = (*sorted((a.data_ptr(), *a.shape, *a.stride()) for a in inputs), biases, dtype)
+    def of(self, inputs: Sequence[Tensor], biases: int, dtype: torch.dtype, groups: int = 1) -> Tensor:
+        """Return Σ A Aᵀ + biases · 1 1ᵀ, (n, n), or its blocks, (groups, n / groups, n / groups)."""
+        key = (*sorted((a.data_ptr(), *a.shape, *a.stride()) for a in inputs), biases, dtype, groups)
         if key not in self.made:
-            total = gram(matrix(inputs[0]).to(dtype))
-            for a in inputs[1:]:
-                total += gram(matrix(a).to(dtype))
+            total: Tensor | float = 0.0
+            for a in inputs:
+                rows = matrix(a).to(dtype)
+                blocks = rows.view(groups, -1, rows.shape[1])
+                total = total + (gram(rows) if groups == 1 else blocks @ blocks.mT)
+            assert isinstance(total, Tensor)
             self.made[key] = total.add_(biases) if biases else total
         return self.made[key]
 

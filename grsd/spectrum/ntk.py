@@ -19,8 +19,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from grsd.spectrum.factored import Factored, Plan, PlanRow
+from grsd.spectrum.factored import Factored
 from grsd.spectrum.observables import Observable, raw_output
+from grsd.spectrum.plan import Plan, PlanRow
 from grsd.spectrum.replay import Product, replayed
 from grsd.spectrum.retained import CHANGED, Retained
 from grsd.spectrum.uses import Trace
@@ -91,7 +92,7 @@ class NTK:
         self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
         if not self._parameters:
             raise ValueError("no parameter of the model requires a gradient, so J is empty")
-        _refuse_dropout(model)
+        refuse_dropout(model)
         self._model, self._inputs, self._observable = model, inputs, observable
         self._versions = [p._version for p in self._parameters]
         self._graph: Retained | None = None
@@ -109,7 +110,7 @@ class NTK:
 
     def _factor(self, strict: bool) -> None:
         trace = Trace(self._parameters)
-        rows = _forward(self._model, self._inputs, self._observable, trace)
+        rows = forward_rows(self._model, self._inputs, self._observable, trace)
         trace.check_inputs()
         self.outputs: Tensor = rows.detach()
         try:
@@ -125,7 +126,7 @@ class NTK:
         """Return the retained graph of the model, made on first use."""
         if self._graph is None:
             self._same_parameters()
-            rows = _forward(self._model, self._inputs, self._observable)
+            rows = forward_rows(self._model, self._inputs, self._observable)
             if self._factored is not None and not torch.equal(rows.detach(), self.outputs):
                 raise RuntimeError("the model or its inputs were changed after this operator was made; make a new NTK")
             self.outputs = rows.detach()
@@ -226,7 +227,7 @@ class NTK:
             raise ValueError(f"M is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}")
 
 
-def _refuse_dropout(model: nn.Module) -> None:
+def refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         rate = getattr(module, "p", 0.0)
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and rate > 0:
@@ -235,7 +236,7 @@ def _refuse_dropout(model: nn.Module) -> None:
             )
 
 
-def _forward(model: nn.Module, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
+def forward_rows(model: nn.Module, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
     """Run the model once with its graph and return the rows; what the pass writes to buffers goes to copies."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     args: tuple[Any, ...] = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs

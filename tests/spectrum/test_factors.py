@@ -382,3 +382,32 @@ def test_wrong_use_is_refused() -> None:
 
     with pytest.raises(ValueError, match="dropout is active"):
         NTK(Dropping(3, 2).double(), x, Outputs())
+
+
+class Reads(torch.autograd.Function):
+    """A backward pass that looks at a number of the gradient: it can be differentiated, but not recorded."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return 2 * x * g if bool(torch.isfinite(g).all()) else g
+
+
+class Reading(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Reads.apply(super().forward(x))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def test_what_cannot_be_recorded_falls_back_and_says_so() -> None:
+    model, x = Reading(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="cannot be recorded"):
+        NTK(model, x, Outputs(), method="factored")
+    M = NTK(model, x, Outputs(), normalize="sum")
+    assert M.method == "graph" and "cannot be recorded" in str(M.plan())
+    truth = dense(model, x, Outputs())
+    assert torch.linalg.norm(M.to_dense() - truth) < 1e-13 * torch.linalg.norm(truth)
