@@ -34,7 +34,8 @@ class Retained:
         except RuntimeError as failure:
             raise ValueError(
                 f"an operation of this model has no second derivative ({str(failure).splitlines()[0]}). Fused "
-                'attention is the usual cause: load the model with attn_implementation="eager"'
+                'attention is the usual cause: load the model with attn_implementation="sdpa" (run here in its plain form; '
+                'good in float64 too) or "eager"'
             ) from failure
 
     def vjp(self, u: Tensor) -> tuple[Tensor, ...]:

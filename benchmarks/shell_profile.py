@@ -1,6 +1,6 @@
 """A 100-step shell profile of the largest mini net, in units of one forward plus backward of the same batch.
 
-    python benchmarks/profile.py            # needs the suite; `make bench` trains it
+    python benchmarks/shell_profile.py            # needs the suite; `make bench` trains it
 
 Goal of the project's second issue: under 160 (F+B) for mini-4.2m, T = 512 = 4 × 128, m = 100, set-up included.
 The two engines and F+B are measured in turn, in one process, and the medians of the ratios are printed.
