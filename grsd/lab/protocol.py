@@ -21,7 +21,7 @@ from grsd.spectrum import AveragedProfile, LogShells, ShellProfile, average, nul
 
 # Shells of one octave at whole powers of two, wide enough for every net of the suite: the same in all cells.
 SHELLS = LogShells(np.power(2.0, np.arange(-24, 15)))
-STARTS = ("error", "ones", "signs", "random")
+TRACKED = ("error", "ones", "random")  # start vectors at every checkpoint of a followed model
 FROZEN = "frozen"  # a cell's start when it is the null of no transport: see `_decayed`
 
 
@@ -35,7 +35,8 @@ class Protocol:
     models : tuple of str
         Names in `suites.MINI`, by size. All are compared at their last checkpoint and untrained.
     followed : tuple of str
-        The models that are followed over `revisions`, with all start vectors and with shuffled targets at the end.
+        The models that are followed over `revisions` from three start vectors; at the end with random signs and with
+        shuffled targets too.
     training_steps : int
     revisions : tuple of str
     batches, batch_size, length, steps : int
@@ -86,9 +87,11 @@ class Protocol:
         for model in self.models:
             here = replace(base, model=model, corpus=suites.MINI[model].corpus)
             if model not in self.followed:
-                yield replace(here, revisions=(self.revisions[0], self.last), starts=("error", "ones"))
+                yield replace(here, revisions=self.revisions[:1], starts=("error",))
+                yield replace(here, starts=("error", "ones"))
                 continue
-            yield replace(here, revisions=self.revisions, starts=STARTS)
+            yield replace(here, revisions=self.revisions, starts=TRACKED)
+            yield replace(here, starts=("signs",))
             yield replace(here, targets="shuffled", starts=("error",))
             for size in self.sweep:
                 fewer = max(2, math.ceil(self.batches * self.batch_size / size))
@@ -102,7 +105,7 @@ MINI = Protocol(
     followed=("mini-1.3m",),
     training_steps=512,
     revisions=("step0", "step16", "step64", "step128", "step256", "step512"),
-    batches=6,
+    batches=5,
     batch_size=2,
     length=128,
     steps=50,
@@ -133,7 +136,7 @@ class Cell:
     Attributes
     ----------
     model, revision, start, targets : str
-        `start` is one of `STARTS`, or ``"frozen"``: e at the checkpoint before, decayed in place to the energy of this one.
+        `start` is as in `runs.STARTS`, or ``"frozen"``: e at the checkpoint before, decayed in place to the energy of this one.
     rows, steps : int, T and m.
     loss, loss_sem : float, nats per token: mean over batches and its standard error.
     ones_share : float, share of the energy ½⟨e, e⟩ that the constant vector carries, ⟨e⟩²/⟨e²⟩ (mean over batches).
@@ -209,7 +212,7 @@ def measure(
             for start in spec.starts:
                 profiles = result.profiles(revision, start, SHELLS)
                 cells.append(_cell(result, revision, start, profiles))
-        for before, after in pairwise(result.revisions) if spec.model in protocol.followed else ():
+        for before, after in pairwise(result.revisions):  # none where a run has one checkpoint
             cells.append(_cell(result, after, FROZEN, _decayed(result, before, after)))
     return cells
 
@@ -228,7 +231,8 @@ def _decayed(result: runs.RunResult, before: str, after: str) -> list[ShellProfi
 def _cell(result: runs.RunResult, revision: str, start: str, profiles: list[ShellProfile]) -> Cell:
     spec, losses = result.spec, result.losses(revision)
     stats = [statistics(p) for p in profiles]
-    half_square = np.array([0.5 * mu.mass for mu in result.measures(revision, "error")])
+    sized = "error" if "error" in spec.starts else "signs"  # signs leave ⟨e, e⟩ as it is
+    half_square = np.array([0.5 * mu.mass for mu in result.measures(revision, sized)])
     return Cell(
         model=spec.model,
         revision=revision,
