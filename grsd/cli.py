@@ -205,7 +205,7 @@ def suite(
     device: str,
     as_json: bool,
 ) -> None:
-    """Train the mini-Pythia suite (five minutes on two cores), or find it in the cache.
+    """Train the mini-Pythia suite (minutes on two cores), or find it in the cache.
 
     A run that was stopped goes on where it was.
     """
@@ -356,9 +356,10 @@ def shells(
 
 @main.command(epilog="\b\nExamples:\n  grsd protocol mini\n  grsd protocol pythia-shapes --output pythia-shapes.json\n")
 @click.argument("name")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Use batches that were measured before.")
 @click.option("--output", type=click.Path(dir_okay=False), help="Store the cells as a result (.json), with provenance.")
 @_json_option
-def protocol(name: str, output: str | None, as_json: bool) -> None:
+def protocol(name: str, resume: bool, output: str | None, as_json: bool) -> None:
     """Train and measure what a chapter shows: `mini` (minutes on two cores) or `pythia-shapes` (a GPU, half an hour).
 
     Every net, checkpoint, batch size and null model of the protocol becomes one averaged profile. What was measured
@@ -373,7 +374,7 @@ def protocol(name: str, output: str | None, as_json: bool) -> None:
     with _bar("training") as update:
         rooms.train(asked, progress=lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}"))
     with _bar(name) as update:
-        cells = rooms.measure(asked, progress=update)
+        cells = rooms.measure(asked, resume=resume, progress=update)
     data = {"protocol": asdict(asked), "training": rooms.curves(asked), "cells": [c.to_json() for c in cells]}
     if output and target:
         origin = stored.provenance(["protocol", name], asdict(asked), [asked.seed])
@@ -476,15 +477,14 @@ def recompute(id: str, output: str | None, as_json: bool) -> None:
     """Run the command of result ID again and say how far the numbers differ."""
     old = stored.load(id)
     argv = list(old.provenance["command"])
-    again = {"shells": ["--no-resume"], "protocol": []}
-    if not argv or argv[0] not in again:
-        raise ValueError(f"result {id!r} is not made by grsd {' or '.join(again)} but by {argv!r}; run that by hand")
+    if not argv or argv[0] not in ("shells", "protocol"):
+        raise ValueError(f"result {id!r} is not made by grsd shells or protocol but by {argv!r}; run that by hand")
     if output is not None:
         _output_id(output)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / f"{old.id}.json"
         with open(os.devnull, "w") as quiet, _stdout(quiet):
-            main.main([*argv, *again[argv[0]], "--output", str(draft)], prog_name="grsd", standalone_mode=False)
+            main.main([*argv, "--no-resume", "--output", str(draft)], prog_name="grsd", standalone_mode=False)
         if not draft.is_file():  # the failure was reported by the command itself
             click.get_current_context().exit(2)
         new = stored.load(old.id, folder)

@@ -184,10 +184,11 @@ def train(protocol: Protocol, *, cache: Path | str | None = None, progress: suit
 def measure(
     protocol: Protocol,
     *,
+    resume: bool = True,
     cache: Path | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Cell]:
-    """Run every cell of a protocol and return them. Batches measured before are read from the cache.
+    """Run every cell of a protocol and return them. With `resume`, batches measured before are read from the cache.
 
     Cost: for each followed model, revisions · batches · 4 start vectors · m products, and about as much again for the
     controls. Call `train` first.
@@ -207,7 +208,7 @@ def measure(
             if progress is not None:
                 progress(done, total, f"{spec.model} {what}")
 
-        result = runs.shell_run(spec, cache=cache, corpus=corpus, progress=advance)
+        result = runs.shell_run(spec, resume=resume, cache=cache, corpus=corpus, progress=advance)
         for revision in result.revisions:
             for start in spec.starts:
                 profiles = result.profiles(revision, start, SHELLS)
