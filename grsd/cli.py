@@ -1,4 +1,4 @@
-"""The command line: `grsd doctor`, `suite`, `shells`, `claims`, `results`.
+"""The command line: `grsd doctor`, `suite`, `shells`, `protocol`, `claims`, `results`.
 
 Tables go to stdout, progress and errors to stderr; `--json` turns stdout into one JSON object. A failure is one
 sentence and exit code 2. Heavy imports happen inside the commands, so that `grsd doctor` works where torch does not.
@@ -488,7 +488,7 @@ def recompute(id: str, output: str | None, as_json: bool) -> None:
         if not draft.is_file():  # the failure was reported by the command itself
             click.get_current_context().exit(2)
         new = stored.load(old.id, folder)
-    difference = _largest_difference(old.data, new.data)
+    difference = stored.largest_difference(old.data, new.data)
     if output is not None:
         stored.save(stored.Result(_output_id(output), new.data, new.provenance), Path(output).absolute().parent)
     if as_json:
@@ -506,24 +506,3 @@ def _stdout(stream: Any) -> Iterator[None]:
         yield
     finally:
         sys.stdout = before
-
-
-def _largest_difference(old: Any, new: Any) -> float | None:
-    """Largest |a − b| / max|a| over corresponding lists of numbers; None when the shapes differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        if set(old) != set(new):
-            return None
-        parts = [_largest_difference(old[k], new[k]) for k in old]
-    elif isinstance(old, list) and isinstance(new, list):
-        if len(old) != len(new):
-            return None
-        if old and all(isinstance(x, (int, float)) for x in [*old, *new]):
-            size = max(abs(x) for x in [*old, *new])
-            return max(abs(a - b) for a, b in zip(old, new, strict=True)) / size if size else 0.0
-        parts = [_largest_difference(a, b) for a, b in zip(old, new, strict=True)]
-    elif isinstance(old, (int, float)) and isinstance(new, (int, float)):
-        size = max(abs(old), abs(new))
-        return abs(old - new) / size if size else 0.0
-    else:
-        return 0.0 if old == new else None
-    return None if None in parts else max((p for p in parts if p is not None), default=0.0)

@@ -33,6 +33,7 @@ __all__ = [
     "cache_dir",
     "code_fingerprint",
     "dumps",
+    "largest_difference",
     "load",
     "packaged_dir",
     "provenance",
@@ -275,3 +276,24 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Result:
     if raw["id"] != name:
         raise ValueError(f"{path.name} holds the result {raw['id']!r}; rename the file or recompute it")
     return Result(**raw)
+
+
+def largest_difference(old: Any, new: Any) -> float | None:
+    """Largest |a − b| / max|a| over corresponding lists of numbers; None when the shapes differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        if set(old) != set(new):
+            return None
+        parts = [largest_difference(old[k], new[k]) for k in old]
+    elif isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return None
+        if old and all(isinstance(x, (int, float)) for x in [*old, *new]):
+            size = max(abs(x) for x in [*old, *new])
+            return max(abs(a - b) for a, b in zip(old, new, strict=True)) / size if size else 0.0
+        parts = [largest_difference(a, b) for a, b in zip(old, new, strict=True)]
+    elif isinstance(old, (int, float)) and isinstance(new, (int, float)):
+        size = max(abs(old), abs(new))
+        return abs(old - new) / size if size else 0.0
+    else:
+        return 0.0 if old == new else None
+    return None if None in parts else max((p for p in parts if p is not None), default=0.0)

@@ -10,8 +10,10 @@ and network. The theory rooms (`grsd.spectrum` and its neighbours) take what is 
 | `suites` | the mini-Pythia suite: trained here, one folder per checkpoint |
 | `hub` | loads a checkpoint: mini suite, local folder, Hugging Face hub |
 | `runs` | spectra over many batches and checkpoints, resumable |
+| `protocol` | the runs of section 7 of 2512.10427 with their controls, at two scales |
+| `reports` | what the command line prints and draws of a run |
 """
 
-from grsd.lab import corpora, hub, models, runs, suites
+from grsd.lab import corpora, hub, models, protocol, runs, suites
 
-__all__ = ["corpora", "hub", "models", "runs", "suites"]
+__all__ = ["corpora", "hub", "models", "protocol", "runs", "suites"]

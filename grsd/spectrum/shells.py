@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,43 @@ class LogShells:
 
 
 @dataclass(frozen=True)
-class ShellProfile:
+class Binned:
+    """What a profile and an average of profiles share: energy per shell with an interval, and what no shell holds."""
+
+    shells: LogShells
+    energies: Array
+    lower: Array
+    upper: Array
+    below: float
+    above: float
+    kernel: float
+    floor: float
+
+    @property
+    def total(self) -> float:
+        """½ ⟨e, e⟩: all shells, and what lies outside them and in the kernel."""
+        return float(self.energies.sum()) + self.below + self.above + self.kernel
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain lists and numbers (edges for the shells, None for NaN)."""
+        record: dict[str, Any] = {"edges": self.shells.edges.tolist()}
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            record[field.name] = [None if np.isnan(x) else float(x) for x in value] if np.ndim(value) else value
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """Rebuild what `to_json` wrote."""
+        values: dict[str, Any] = {"shells": LogShells(np.asarray(record["edges"], float))}
+        for field in fields(cls)[1:]:
+            value = record[field.name]
+            values[field.name] = np.array(value, float) if isinstance(value, list) else value
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ShellProfile(Binned):
     """Energy E_α = ½ Σ_{u in S_α} g_u² per shell, with an interval for each.
 
     Attributes
@@ -72,14 +108,6 @@ class ShellProfile:
     counts : (n,), how many nodes lie in the shell.
     """
 
-    shells: LogShells
-    energies: Array
-    lower: Array
-    upper: Array
-    below: float
-    above: float
-    kernel: float
-    floor: float
     minima: Array
     counts: Array
 
@@ -106,32 +134,9 @@ class ShellProfile:
             counts=np.array([e.size for e in inside], float),
         )
 
-    @property
-    def total(self) -> float:
-        """½ ⟨e, e⟩: all shells, and what lies outside them and in the kernel."""
-        return float(self.energies.sum()) + self.below + self.above + self.kernel
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain lists and numbers (edges for the shells)."""
-        record: dict[str, Any] = {"edges": self.shells.edges.tolist()}
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            record[field.name] = [None if np.isnan(x) else float(x) for x in value] if np.ndim(value) else value
-        return record
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> ShellProfile:
-        """Rebuild a profile from `to_json`."""
-        values = {key: record[key] for key in (f.name for f in fields(cls)[1:])}
-        arrays: dict[str, Any] = {
-            key: np.array([np.nan if x is None else x for x in value], float) if isinstance(value, list) else value
-            for key, value in values.items()
-        }
-        return cls(shells=LogShells(np.asarray(record["edges"], float)), **arrays)
-
 
 @dataclass(frozen=True)
-class AveragedProfile:
+class AveragedProfile(Binned):
     """Mean of profiles over independent batches on the same shells.
 
     Attributes
@@ -141,38 +146,8 @@ class AveragedProfile:
     below, above, kernel : float, means.  floor : float, the largest of the batches.  batches : int.
     """
 
-    shells: LogShells
-    energies: Array
     sem: Array
-    lower: Array
-    upper: Array
-    below: float
-    above: float
-    kernel: float
-    floor: float
     batches: int
-
-    @property
-    def total(self) -> float:
-        """½ ⟨e, e⟩, mean over batches."""
-        return float(self.energies.sum()) + self.below + self.above + self.kernel
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain lists and numbers (edges for the shells)."""
-        record: dict[str, Any] = {"edges": self.shells.edges.tolist()}
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            record[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
-        return record
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> AveragedProfile:
-        """Rebuild an averaged profile from `to_json`."""
-        values: dict[str, Any] = {key: record[key] for key in (f.name for f in fields(cls)[1:])}
-        arrays: dict[str, Any] = {
-            key: np.asarray(value, float) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(shells=LogShells(np.asarray(record["edges"], float)), **arrays)
 
 
 def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
