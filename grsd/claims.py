@@ -1,4 +1,4 @@
-"""The ledger of claims: what the papers state, what holds instead, and the evidence a run recorded.
+"""The ledger of claims: what the papers and this book state, what holds instead, and the evidence a run recorded.
 
 The ledger is YAML, one file per room in `grsd/data/claims`. A chapter checks a claim with visible
 assertions and then calls `record`; the book's claims page is made from `load` and `evidence`, and a
@@ -26,6 +26,7 @@ from grsd.results import atomic_write, dumps
 from grsd.scale import evidence_dir, scale
 
 __all__ = [
+    "OWN",
     "PAPERS",
     "VERDICTS",
     "Claim",
@@ -68,7 +69,9 @@ PAPERS: dict[str, str] = {
     "origin": "Renormalizable Spectral-Shell Dynamics (arXiv:2512.10427)",
     "renorm": "When Does Learning Renormalize? (arXiv:2512.18209)",
     "mup": "Spectral Condition for Width-Depth μP (arXiv:2603.00541)",
+    "grsd": "this book",
 }
+OWN = "grsd"  # this book's own statements are checked as the papers' are, and counted apart from them
 
 # A number that a check produced, a short text, or several of either under names of their own.
 Value = float | int | str

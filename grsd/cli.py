@@ -407,7 +407,7 @@ def _prepare(model: str, revisions: Sequence[str], device: str) -> None:
 
 
 @main.command()
-@click.option("--paper", help="origin, renorm or mup.")
+@click.option("--paper", help="origin, renorm, mup, or grsd for this book's own.")
 @click.option("--verdict", help="holds, corrected, refuted, not-discriminating, ...")
 @click.option("--missing", is_flag=True, help="Only claims whose evidence no run has recorded yet.")
 @_json_option

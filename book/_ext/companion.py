@@ -61,9 +61,10 @@ class ClaimsDirective(_ClaimDirective):
 
 
 class ScoreboardDirective(_ClaimDirective):
-    """How many claims have which verdict, per paper."""
+    """How many claims have which verdict: of the papers, one column each, or of the one ``:paper:`` that is named."""
 
     kind = "scoreboard"
+    option_spec: ClassVar[dict[str, Any]] = {"paper": directives.unchanged_required}
 
 
 class ClaimBoxDirective(_ClaimDirective):
@@ -129,7 +130,9 @@ def fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             chosen = [claim for name in node["ids_wanted"] for claim in ledger if claim.id == name]
             node.replace_self(companion_views.box(chosen, link))
         elif node["kind"] == "scoreboard":
-            node.replace_self(companion_views.scoreboard(ledger))
+            named = node.get("paper")
+            chosen = [c for c in ledger if (c.paper != claims.OWN if named is None else c.paper == named)]
+            node.replace_self(companion_views.scoreboard(chosen))
         else:
             chosen = [c for c in ledger if node.get("paper", c.paper) == c.paper and _in_room(c, node.get("room"))]
             node.replace_self(companion_views.page(chosen, link))
