@@ -1,0 +1,166 @@
+"""One instant in the eigenbasis of M: eigenvalues, their rates, the coupling Ω, and the mode equation.
+
+Kato's formulas need Ṁ, which :meth:`grsd.dynamics.flow.Problem.kernel_rate` gives by exact autodiff. Where eigenvalues
+repeat, single modes have no derivative; `divided` is the form without gaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from grsd.dynamics.flow import Problem, Vector
+
+__all__ = ["Modes", "divided", "instant", "modes"]
+
+Array = Tensor | np.ndarray
+
+
+def _array(a: Array, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    found: np.ndarray = np.asarray(a.detach().cpu().numpy() if isinstance(a, Tensor) else a)
+    if found.dtype != np.float64:
+        raise TypeError(f"{name} is {found.dtype}; modes are computed in float64, convert the model or the array first")
+    if found.shape != shape:
+        raise ValueError(f"{name} has shape {found.shape}, expected {shape}")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} holds values that are not finite")
+    return found
+
+
+@dataclass(frozen=True)
+class Modes:
+    """M, Ṁ and e in the eigenbasis of M at one instant; index order is ascending eigenvalue.
+
+    Attributes
+    ----------
+    eigenvalues : (n,), λ_u ascending.
+    vectors : (n, n), columns φ_u with ⟨φ_u, φ_v⟩ = (1/n) Σ φ_u φ_v = δ_uv.
+    coefficients : (n,), g_u = ⟨e, φ_u⟩, so that Σ g_u² = ⟨e, e⟩.
+    matrix : (n, n), ⟨φ_u, Ṁ φ_v⟩; symmetric to rounding, not made so.
+    rates : (n,), λ̇_u = ⟨φ_u, Ṁ φ_u⟩, the diagonal of `matrix`.
+    kernel : (n,) bool, modes of ker M: λ_u at or below `floor`.
+    floor : float, n ε λ_max: below it an eigenvalue is rounding.
+    """
+
+    eigenvalues: np.ndarray
+    vectors: np.ndarray
+    coefficients: np.ndarray
+    matrix: np.ndarray
+    kernel: np.ndarray
+    floor: float
+
+    @property
+    def rates(self) -> np.ndarray:
+        found: np.ndarray = np.diagonal(self.matrix).copy()
+        return found
+
+    def repeated(self) -> np.ndarray:
+        """Pairs (u, u+1) of non-zero eigenvalues that agree to `floor`, as an (r, 2) array."""
+        close = (np.diff(self.eigenvalues) <= self.floor) & ~self.kernel[:-1]
+        u = np.flatnonzero(close)
+        return np.stack([u, u + 1], axis=1)
+
+    @cached_property
+    def coupling(self) -> np.ndarray:
+        """Ω, (n, n): `coupling[u, v]` = Ω_{v→u} = ⟨φ_u, Ṁ φ_v⟩/(λ_v − λ_u) = ⟨φ_u, φ̇_v⟩; antisymmetric, 0 on the diagonal.
+
+        Inside ker M the basis is free to turn; the choice here is that it does not, Ω = 0.
+
+        Raises
+        ------
+        ValueError
+            If eigenvalues other than 0 repeat: their eigenvectors have no derivative.
+        """
+        if len(pairs := self.repeated()):
+            u, v = pairs[0]
+            raise ValueError(
+                f"{len(pairs)} pairs of eigenvalues repeat, e.g. λ = {self.eigenvalues[u]:.6g} and {self.eigenvalues[v]:.6g} "
+                f"(closer than {self.floor:.1g}): single modes have no derivative there. Use grsd.dynamics.modes.divided, "
+                "or the soft shells of grsd.dynamics.balance, which need no gaps"
+            )
+        gaps = self.eigenvalues[None, :] - self.eigenvalues[:, None]  # λ_v − λ_u
+        free = np.eye(len(gaps), dtype=bool) | (self.kernel[:, None] & self.kernel[None, :])
+        return np.where(free, 0.0, self.matrix / np.where(free, 1.0, gaps))
+
+    @property
+    def vector_rates(self) -> np.ndarray:
+        """φ̇, (n, n): column v is Σ_u Ω_{v→u} φ_u."""
+        found: np.ndarray = self.vectors @ self.coupling
+        return found
+
+    @property
+    def coefficient_rates(self) -> np.ndarray:
+        """ġ, (n,), by the mode equation ġ_u = −λ_u g_u − Σ_v Ω_{v→u} g_v."""
+        found: np.ndarray = -self.eigenvalues * self.coefficients - self.coupling @ self.coefficients
+        return found
+
+
+def modes(M: Array, rate: Array, error: Array, *, floor: float | None = None) -> Modes:
+    """Diagonalise M and express Ṁ and e in its eigenbasis.
+
+    Parameters
+    ----------
+    M, rate : (n, n) float64, symmetric
+        The operator J Jᵀ/n and its time derivative.
+    error : (n,) float64
+    floor : float, optional
+        Eigenvalues at or below it belong to ker M; by default n ε λ_max.
+
+    Returns
+    -------
+    Modes
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes that do not fit, a matrix that is not symmetric, other precisions than float64.
+
+    Notes
+    -----
+    Cost: one dense eigenproblem. Source: 2512.10427, section 3.1.
+    """
+    e = _array(error, "error", (len(error),))
+    n = len(e)
+    a, b = _array(M, "M", (n, n)), _array(rate, "rate", (n, n))
+    for name, m in (("M", a), ("rate", b)):
+        if np.abs(m - m.T).max() > 1e-10 * max(np.abs(m).max(), np.finfo(float).tiny):
+            raise ValueError(f"{name} is not symmetric: the largest |a − aᵀ| is {np.abs(m - m.T).max():.3g}")
+    eigenvalues, columns = np.linalg.eigh((a + a.T) / 2)
+    least = n * np.finfo(float).eps * max(float(np.abs(eigenvalues).max()), 0.0) if floor is None else floor
+    if eigenvalues[0] < -max(least, 1e-12 * float(np.abs(eigenvalues).max())):
+        raise ValueError(f"M has the eigenvalue {eigenvalues[0]:.3g}: J Jᵀ has none below 0")
+    matrix = columns.T @ ((b + b.T) / 2) @ columns
+    return Modes(
+        eigenvalues=eigenvalues,
+        vectors=columns * np.sqrt(n),
+        coefficients=columns.T @ e / np.sqrt(n),
+        matrix=matrix,
+        kernel=eigenvalues <= least,
+        floor=least,
+    )
+
+
+def instant(problem: Problem, theta: Vector) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (M, Ṁ, e) of gradient flow at θ as arrays, ready for `modes`. Cost: about four Jacobians."""
+    M, rate, error = problem.kernel(theta), problem.kernel_rate(theta), problem.error(theta)
+    return M.cpu().numpy(), rate.cpu().numpy(), error.cpu().numpy()
+
+
+def divided(
+    found: Modes, function: Callable[[np.ndarray], np.ndarray], derivative: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Return d/dt of function(M(t)) as an (n, n) matrix in the eigenbasis, by Daleckii and Krein, without gaps.
+
+    Its entries are function^[1](λ_u, λ_v) ⟨φ_u, Ṁ φ_v⟩ with the divided difference [function(λ_u) − function(λ_v)]/(λ_u − λ_v),
+    which is `derivative` where the two agree. Repeated eigenvalues are harmless.
+    """
+    x = found.eigenvalues
+    gaps, rise = x[:, None] - x[None, :], function(x)[:, None] - function(x)[None, :]
+    middle = derivative((x[:, None] + x[None, :]) / 2)
+    near = np.abs(gaps) <= 1e-5 * np.maximum(np.abs(x[:, None]), np.abs(x[None, :])) + found.floor
+    result: np.ndarray = np.where(near, middle, rise / np.where(near, 1.0, gaps)) * found.matrix
+    return result
