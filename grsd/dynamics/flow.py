@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.integrate import quad, solve_ivp
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grsd.spectrum.ntk import refuse_dropout
@@ -100,6 +100,7 @@ class Problem:
             raise ValueError(f"targets have shape {tuple(targets.shape)}; expected one number for each of {n} inputs")
         self.targets = targets.reshape(n)
         self.samples = n
+        self._curvature_checked = False
         self.kinks = self._probe()
 
     def _probe(self) -> tuple[str, ...]:
@@ -190,9 +191,9 @@ class Problem:
         return _symmetric(j @ j.T) / self.samples
 
     def kernel_rate(self, theta: Vector, direction: Vector | None = None, *, piecewise: bool = False) -> Tensor:
-        """Return Ṁ = (J̇ Jᵀ + J J̇ᵀ)/n along θ̇ (or `direction`), (n, n), by forward-mode autodiff of the Jacobian.
+        """Return Ṁ = (J̇ Jᵀ + J J̇ᵀ)/n along θ̇ (or `direction`), (n, n), by autodiff of the Jacobian.
 
-        Exact up to rounding: no difference quotient is formed. Cost: about three Jacobians.
+        Exact up to rounding: no difference quotient enters. Cost: about three Jacobians.
 
         Parameters
         ----------
@@ -206,6 +207,8 @@ class Problem:
         ------
         ValueError
             If the network has kinks and `piecewise` was not asked for.
+        ArithmeticError
+            If a difference quotient, taken once per problem, says that autodiff is wrong.
         """
         if self.kinks and not piecewise:
             raise ValueError(
@@ -214,10 +217,58 @@ class Problem:
             )
         at = self._theta(theta)
         along = self.velocity(at) if direction is None else self._theta(direction)
-        derivative: Callable[..., tuple[Tensor, Tensor]] = jvp
-        j, rate = derivative(self._jacobian, (at,), (along,))
-        half = rate.detach() @ j.detach().T / self.samples
+        if not self.kinks:
+            self._check_curvature(at, along)
+        half = self._jacobian_rate(at, along).detach() @ self.jacobian(at).T / self.samples
         return half + half.T
+
+    def _jacobian_rate(self, theta: Tensor, along: Tensor) -> Tensor:
+        """d/ds J(θ + s·along) at s = 0, (n, P): row i is ∇(∇f_i · along), reverse mode twice.
+
+        Forward mode over reverse mode would cost less, and is wrong for layer and batch normalisation: PyTorch's second
+        forward derivative of both drops the motion of the statistics (its issues 196699 and 196700).
+        """
+        if not self._rowwise:
+
+            def row(u: Tensor) -> Tensor:
+                slope: Tensor = grad(lambda at: vjp(self._output, at)[1](u)[0] @ along)(theta)
+                return slope
+
+            found: Tensor = vmap(row)(torch.eye(self.samples, dtype=torch.float64, device=theta.device))
+            return found
+
+        def one(at: Tensor, x: Tensor) -> Tensor:
+            return self._forward(at, x.unsqueeze(0)).reshape(())
+
+        def curvature(at: Tensor, x: Tensor) -> Tensor:
+            slope: Tensor = grad(lambda moved: grad(one)(moved, x) @ along)(at)
+            return slope
+
+        rows: Tensor = vmap(curvature, in_dims=(None, 0))(theta, self.inputs)
+        return rows
+
+    def _check_curvature(self, theta: Tensor, along: Tensor) -> None:
+        """Compare uᵀJ̇ with a difference quotient, once per problem: some operations have wrong second derivatives."""
+        if self._curvature_checked:
+            return
+        u = torch.randn(self.samples, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(theta.device)
+
+        def pulled(at: Tensor) -> Tensor:
+            found: Tensor = vjp(self._output, at)[1](u)[0]
+            return found
+
+        h = 1e-3 * float(1 + theta.abs().max()) / max(float(along.abs().max()), 1e-300)
+        near, far = (pulled(theta + k * h * along) - pulled(theta - k * h * along) for k in (1, 2))
+        expected, found = (8 * near - far) / (12 * h), u @ self._jacobian_rate(theta, along)
+        # the quotient's own error: h⁴ times a fifth derivative, and 1e-16/h of the gradient
+        scale = float(expected.abs().max()) + 1e-9 * float(pulled(theta).abs().max()) / h
+        gap = float((expected - found).abs().max())
+        if gap > 1e-4 * scale:
+            raise ArithmeticError(
+                f"the second derivative of this model by autodiff is off by {gap / scale:.2g} from a difference quotient: an "
+                "operation in it has a wrong or no second derivative. Replace it by plain tensor operations"
+            )
+        self._curvature_checked = True
 
     def on(self, inputs: Tensor, targets: Tensor) -> Problem:
         """Return the same network on other data, e.g. a test set; θ is shared."""
