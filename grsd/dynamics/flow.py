@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grsd.spectrum.ntk import refuse_dropout
 
-__all__ = ["Path", "Problem", "descend", "effective_time", "integrate"]
+__all__ = ["Path", "Problem", "around", "central", "descend", "effective_time", "integrate", "orbit_gap"]
 
 Vector = Tensor | np.ndarray
 Schedule = Callable[[float], float]
@@ -162,12 +162,19 @@ class Problem:
         """Return L = ½⟨e, e⟩ = Σ e²/2n. Cost: one forward pass."""
         return 0.5 * float(self.error(theta).square().mean())
 
-    def velocity(self, theta: Vector) -> Tensor:
-        """Return θ̇ = Jᵀe/n = −∇L, (P,). Cost: one forward and one backward pass."""
+    def velocity(self, theta: Vector, step: float = 0.0) -> Tensor:
+        """Return θ̇ = Jᵀe/n = −∇L, (P,). Cost: one forward and one backward pass.
+
+        With `step` = η > 0: −∇(L + (η/4)‖∇L‖²), the flow that gradient descent of that step follows to O(η²), at twice the cost
+        (backward error analysis; Barrett and Dherin, arXiv:2009.11162).
+        """
         at = self._theta(theta).detach().requires_grad_(True)
         with torch.enable_grad():
             loss = 0.5 * (self.targets - self._output(at)).square().mean()
-            (gradient,) = torch.autograd.grad(loss, at)
+            (gradient,) = torch.autograd.grad(loss, at, create_graph=step != 0)
+            if step != 0:
+                (bend,) = torch.autograd.grad(gradient.square().sum(), at)
+                gradient = gradient.detach() + step / 4 * bend
         return -gradient
 
     def _jacobian(self, theta: Tensor) -> Tensor:
@@ -301,8 +308,11 @@ class _Linearized(Problem):
     def _jacobian(self, theta: Tensor) -> Tensor:
         return self._j0 + 0.0 * theta
 
-    def velocity(self, theta: Vector) -> Tensor:
-        return self._j0.T @ self.error(theta) / self.samples
+    def velocity(self, theta: Vector, step: float = 0.0) -> Tensor:
+        e = self.error(theta)
+        if step != 0:  # L + (η/4)‖∇L‖² has the gradient −Jᵀ(1 + (η/2)M)e/n
+            e = e + step / 2 * self._j0 @ (self._j0.T @ e) / self.samples
+        return self._j0.T @ e / self.samples
 
     def kernel_rate(self, theta: Vector, direction: Vector | None = None, *, piecewise: bool = False) -> Tensor:
         return self._j0.new_zeros(self.samples, self.samples)
@@ -362,6 +372,7 @@ def integrate(
     atol: float = 1e-12,
     start: Vector | None = None,
     schedule: Schedule | None = None,
+    step: float = 0.0,
     method: str = "DOP853",
     estimate: bool = True,
 ) -> Path:
@@ -378,6 +389,9 @@ def integrate(
         θ at `times[0]`; by default `problem.theta`.
     schedule : callable, optional
         η(t) > 0.
+    step : float
+        Follow `problem.velocity(theta, step)` instead: the flow nearest to gradient descent of that step. `Path.identity` then
+        belongs to the modified loss and is nan.
     method : str
         Any explicit method of `solve_ivp`; DOP853 by default.
     estimate : bool
@@ -400,7 +414,7 @@ def integrate(
     first = np.append(begin.detach().cpu().numpy(), 0.0)
 
     def rate(t: float, state: np.ndarray) -> np.ndarray:
-        v = problem.velocity(state[:-1]).cpu().numpy()
+        v = problem.velocity(state[:-1], step).cpu().numpy()
         factor = 1.0 if schedule is None else float(schedule(t))
         return np.append(factor * v, factor * (v @ v))
 
@@ -419,7 +433,9 @@ def integrate(
     error = float("nan")
     if estimate:
         error = float(np.linalg.norm(run(100.0)[:, :-1] - thetas, axis=1).max())
-    identity = float(np.abs(losses - losses[0] + spent).max() / max(losses[0], np.finfo(float).tiny))
+    identity = float("nan")
+    if step == 0:
+        identity = float(np.abs(losses - losses[0] + spent).max() / max(losses[0], np.finfo(float).tiny))
     return Path(grid, thetas, losses, error, problem, identity)
 
 
@@ -495,3 +511,50 @@ def effective_time(schedule: Schedule, t: np.ndarray | float) -> np.ndarray:
     ends = np.atleast_1d(np.asarray(t, dtype=np.float64))
     found = [quad(schedule, 0.0, end, epsabs=1e-13, epsrel=1e-13, limit=500)[0] for end in ends]
     return np.array(found).reshape(np.shape(t))
+
+
+def orbit_gap(path: Path, reference: Path) -> np.ndarray:
+    """Return how far `path` is from the curve of `reference` when time does not count, (K,), relative to ‖e(0)‖.
+
+    Entry k is the distance from output f(θ_k) to the nearest point of the reference's outputs, taken as a polyline: whatever is
+    left after the best rescaling of time, monotone or not. Resolution: the sagitta of the polyline, so give the reference many
+    times. Cost: a forward pass per time of both, and K·K′·n numbers.
+    """
+    points = np.array([path.problem.output(theta).cpu().numpy() for theta in path.thetas])
+    curve = np.array([reference.problem.output(theta).cpu().numpy() for theta in reference.thetas])
+    begin, along = curve[:-1], np.diff(curve, axis=0)
+    length = np.maximum((along**2).sum(1), np.finfo(float).tiny)
+    size = np.sqrt((reference.problem.error(reference.thetas[0]).cpu().numpy() ** 2).sum())
+    gaps = []
+    for point in points:
+        share = np.clip(((point - begin) * along).sum(1) / length, 0.0, 1.0)
+        gaps.append(np.sqrt(((begin + share[:, None] * along - point) ** 2).sum(1).min()) / size)
+    return np.array(gaps)
+
+
+def around(problem: Problem, theta: Vector, h: float) -> Path:
+    """Return the flow through θ at the nine times −4h, …, 4h, for `central`: rtol 1e-13, backwards and forwards.
+
+    Cost: two short integrations. Against stiff directions the backward half grows like exp(4 h λ_max): keep h λ_max < 1.
+    """
+    grid = h * np.arange(5.0)
+    ahead = integrate(problem, grid, start=theta, rtol=1e-13, atol=1e-15, estimate=False)
+    behind = integrate(problem, -grid, start=theta, rtol=1e-13, atol=1e-15, estimate=False)
+    return Path(
+        times=np.concatenate([behind.times[:0:-1], ahead.times]),
+        thetas=np.concatenate([behind.thetas[:0:-1], ahead.thetas]),
+        losses=np.concatenate([behind.losses[:0:-1], ahead.losses]),
+        error=float("nan"),
+        problem=problem,
+        identity=max(ahead.identity, behind.identity),
+    )
+
+
+def central(values: np.ndarray, h: float) -> np.ndarray:
+    """Return the derivative at the middle of nine equidistant values (9, ...) of spacing h, to O(h⁸)."""
+    found = np.asarray(values, dtype=np.float64)
+    if len(found) != 9:
+        raise ValueError(f"the difference needs nine values, got {len(found)}")
+    weights = np.array([1 / 280, -4 / 105, 1 / 5, -4 / 5, 0, 4 / 5, -1 / 5, 4 / 105, -1 / 280]) / h
+    result: np.ndarray = np.tensordot(weights, found, axes=1)
+    return result

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from grsd.dynamics.flow import Problem, Vector
+from grsd.dynamics.flow import Path, Problem, Vector
 
-__all__ = ["Modes", "divided", "instant", "modes"]
+__all__ = ["Modes", "Tracked", "divided", "instant", "modes", "track"]
 
 Array = Tensor | np.ndarray
 
@@ -164,3 +166,44 @@ def divided(
     near = np.abs(gaps) <= 1e-5 * np.maximum(np.abs(x[:, None]), np.abs(x[None, :])) + found.floor
     result: np.ndarray = np.where(near, middle, rise / np.where(near, 1.0, gaps)) * found.matrix
     return result
+
+
+class Tracked(NamedTuple):
+    """Modes followed along a path, named and signed by continuity; no longer in ascending order after a crossing."""
+
+    eigenvalues: np.ndarray  # (K, n)
+    vectors: np.ndarray  # (K, n, n), columns
+    coefficients: np.ndarray  # (K, n)
+
+
+def track(path: Path, to: Modes | None = None) -> Tracked:
+    """Follow every mode along a path: order and sign are those of the largest overlap with the instant before.
+
+    Parameters
+    ----------
+    path : Path
+        Fine enough that an eigenvector turns by less than 45° between two times. Inside ker M nothing can be followed.
+    to : Modes, optional
+        Compare every instant with this one instead, e.g. with the middle of a stencil.
+
+    Notes
+    -----
+    This is the measuring side: it knows M(t) and e(t), and neither Ṁ nor Kato's formulas. Cost: a Jacobian, an eigenproblem
+    and an assignment per time.
+    """
+    problem, n = path.problem, path.problem.samples
+    values, vectors, coefficients = [], [], []
+    last = None if to is None else to.vectors
+    for theta in path.thetas:
+        x, columns = np.linalg.eigh(problem.kernel(theta).cpu().numpy())
+        columns = columns * np.sqrt(n)
+        if last is not None:
+            overlap = last.T @ columns / n
+            _, order = linear_sum_assignment(-np.abs(overlap))
+            x, columns = x[order], columns[:, order] * np.sign(overlap[np.arange(n), order])
+        if to is None:
+            last = columns
+        values.append(x)
+        vectors.append(columns)
+        coefficients.append(columns.T @ problem.error(theta).cpu().numpy() / n)
+    return Tracked(np.array(values), np.array(vectors), np.array(coefficients))
