@@ -10,6 +10,7 @@ programs, ``factors`` holds the blocks of K, ``folding`` takes own-position laye
 
 from grsd.spectrum import fits, nulls
 from grsd.spectrum.krylov import Tridiagonal, lanczos
+from grsd.spectrum.lockstep import NTKBatches, lanczos_batches
 from grsd.spectrum.measure import SpectralMeasure
 from grsd.spectrum.ntk import NTK
 from grsd.spectrum.observables import ClassLogits, Observable, Outputs, TokenLogProb
@@ -27,6 +28,7 @@ __all__ = [
     "AveragedProfile",
     "ClassLogits",
     "LogShells",
+    "NTKBatches",
     "Observable",
     "Outputs",
     "ProfileStatistics",
@@ -37,6 +39,7 @@ __all__ = [
     "average",
     "fits",
     "lanczos",
+    "lanczos_batches",
     "nulls",
     "statistics",
 ]

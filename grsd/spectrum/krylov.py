@@ -129,39 +129,56 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
     if not (np.isfinite(norm) and norm > 0):
         raise ValueError(f"the start vector has norm {norm}; Lanczos needs a finite vector that is not zero")
 
-    basis = start.new_zeros((steps, size))
-    alphas, betas = start.new_zeros(steps), start.new_zeros(steps)
-    tiny = torch.finfo(M.dtype).tiny
-    basis[0] = start / norm
+    alphas, betas = recurrence(M, start / norm, steps, reorthogonalize)
+    eps = float(getattr(M, "eps", torch.finfo(M.dtype).eps))
+    mass = norm**2 * float(getattr(M, "inner_weight", 1.0))
+    return tridiagonal(alphas, betas, mass, eps, size, reorthogonalize)
+
+
+def recurrence(M: Operator, units: Tensor, steps: int, reorthogonalize: bool = True) -> tuple[NDArray, NDArray]:
+    """Return all alphas and betas, (..., steps) float64, from unit vectors (..., T) that M multiplies together.
+
+    No step waits for the device: a start whose Krylov space is exhausted goes on with rounding noise, which `tridiagonal`
+    cuts off.
+    """
+    lead, size = units.shape[:-1], units.shape[-1]
+    basis = units.new_zeros((*lead, steps, size))
+    alphas, betas = units.new_zeros((*lead, steps)), units.new_zeros((*lead, steps))
+    tiny = torch.finfo(units.dtype).tiny
+    basis[..., 0, :] = units
     for k in range(steps):
-        w = M @ basis[k]
+        w = (M @ basis[..., k, :])[..., None]
         if reorthogonalize:
-            seen = basis[: k + 1]
+            seen = basis[..., : k + 1, :]
             inner = seen @ w
-            alphas[k] = inner[k]
-            w = w - inner @ seen
-            w = w - (seen @ w) @ seen
+            alphas[..., k] = inner[..., k, 0]
+            w = w - seen.mT @ inner
+            w = w - seen.mT @ (seen @ w)
         else:
             if k > 0:
-                w = w - betas[k - 1] * basis[k - 1]
-            alphas[k] = basis[k] @ w
-            w = w - alphas[k] * basis[k]
-        betas[k] = torch.linalg.vector_norm(w)
+                w = w - betas[..., k - 1, None, None] * basis[..., k - 1, :, None]
+            alphas[..., k] = (basis[..., k, None, :] @ w)[..., 0, 0]
+            w = w - alphas[..., k, None, None] * basis[..., k, :, None]
+        betas[..., k] = torch.linalg.vector_norm(w, dim=(-2, -1))
         if k + 1 < steps:
-            basis[k + 1] = w / betas[k].clamp_min(tiny)
-
+            basis[..., k + 1, :] = w[..., 0] / betas[..., k, None].clamp_min(tiny)
     a, b = (x.to("cpu", torch.float64).numpy() for x in (alphas, betas))
-    eps = float(getattr(M, "eps", torch.finfo(M.dtype).eps))
-    used = _usable_steps(a, b, BREAKDOWN * eps if reorthogonalize else 0.0)
-    exhausted = used < steps
+    return a, b
+
+
+def tridiagonal(
+    alphas: NDArray, betas: NDArray, mass: float, eps: float, size: int, reorthogonalized: bool = True
+) -> Tridiagonal:
+    """Return the part of one `recurrence` that stands above rounding; `size` is T."""
+    used = _usable_steps(alphas, betas, BREAKDOWN * eps if reorthogonalized else 0.0)
     return Tridiagonal(
-        alphas=a[:used],
-        betas=b[: used - 1],
-        mass=norm**2 * float(getattr(M, "inner_weight", 1.0)),
-        residual=0.0 if reorthogonalize and used == size else float(b[used - 1]),
+        alphas=alphas[:used],
+        betas=betas[: used - 1],
+        mass=mass,
+        residual=0.0 if reorthogonalized and used == size else float(betas[used - 1]),
         eps=eps,
-        reorthogonalized=reorthogonalize,
-        exhausted=exhausted,
+        reorthogonalized=reorthogonalized,
+        exhausted=used < alphas.size,
     )
 
 

@@ -7,23 +7,20 @@ the business of :mod:`grsd.spectrum.ntk` and :mod:`grsd.spectrum.krylov`.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from grsd.spectrum.factored import Factored
-from grsd.spectrum.krylov import BREAKDOWN, Tridiagonal, _usable_steps
-from grsd.spectrum.ntk import Inputs, forward_rows, refuse_dropout
+from grsd.spectrum.kernel import Inputs, Kernel, Normalize
+from grsd.spectrum.krylov import Tridiagonal, recurrence, tridiagonal
 from grsd.spectrum.observables import Observable
 from grsd.spectrum.plan import Plan
 from grsd.spectrum.replay import replayed
-from grsd.spectrum.retained import CHANGED
 from grsd.spectrum.uses import Trace
 
 
-class NTKBatches:
+class NTKBatches(Kernel):
     """The kernels M_1 … M_G of G independent batches of T rows each, multiplied in lock-step.
 
     Parameters
@@ -57,55 +54,34 @@ class NTKBatches:
         observable: Observable,
         *,
         batches: int,
-        normalize: Literal["mean", "sum"] = "mean",
+        normalize: Normalize = "mean",
     ) -> None:
-        if normalize not in ("mean", "sum"):
-            raise ValueError(f'normalize must be "mean" or "sum", got {normalize!r}')
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not named:
-            raise ValueError("no parameter of the model requires a gradient, so J is empty")
-        refuse_dropout(model)
-        self._parameters = [p for _, p in named]
-        self._versions = [p._version for p in self._parameters]
+        super().__init__(model, normalize)
         self._observable = observable
         trace = Trace(self._parameters)
-        rows = forward_rows(model, inputs, observable, trace)
+        rows = self._rows(inputs, observable, trace)
         trace.check_inputs()
         if batches < 1 or rows.numel() % batches:
             raise ValueError(f"{rows.numel()} rows cannot be split into {batches} batches of equal size")
-        self._rows: Tensor = rows.detach()
-        self.outputs: Tensor = self._rows.view(batches, -1)
-        samples = observable.samples(self._rows)
-        self.normalize = normalize
+        flat = rows.detach()
+        self.outputs: Tensor = flat.view(batches, -1)
+        samples = observable.samples(flat)
         self.inner_weight: float = batches / samples if normalize == "mean" else 1.0
         try:
-            self._factored = Factored(rows, trace, [name for name, _ in named], groups=batches)
+            self._factored = Factored(rows, trace, self._names, groups=batches)
         except RuntimeError as failure:
             reason = str(failure).splitlines()[0]
             raise ValueError(f"the backward pass of this model cannot be recorded ({reason})") from failure
-        self._product = replayed(self._factored, self._rows)
+        self._product = replayed(self._factored, flat)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return (self.outputs.shape[0], self.outputs.shape[1], self.outputs.shape[1])
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.outputs.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.outputs.device
-
-    @property
-    def eps(self) -> float:
-        tf32 = self.device.type == "cuda" and self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        return 2.0**-11 if tf32 else torch.finfo(self.dtype).eps
-
-    @property
     def error(self) -> Tensor:
         """The observable's error vectors, (G, T)."""
-        return self._observable.error(self._rows).view(self.outputs.shape)
+        return self._observable.error(self.outputs.view(-1)).view(self.outputs.shape)
 
     def plan(self) -> Plan:
         """Return what a product does, as `NTK.plan`."""
@@ -113,13 +89,8 @@ class NTKBatches:
 
     def __matmul__(self, u: Tensor) -> Tensor:
         """Return M_g u_g for all g, (G, T), from u of shape (G, T)."""
-        if u.shape != self.outputs.shape or u.dtype != self.dtype or u.device != self.device:
-            raise ValueError(
-                f"these operators multiply vectors of shape {tuple(self.outputs.shape)}, {self.dtype} on {self.device}; "
-                f"got {tuple(u.shape)}, {u.dtype} on {u.device}"
-            )
-        if any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True)):
-            raise RuntimeError(CHANGED)
+        self._check(u, tuple(self.outputs.shape))
+        self._same_parameters()
         return self._product(u.reshape(-1)).view(self.outputs.shape) * self.inner_weight
 
 
@@ -158,34 +129,6 @@ def lanczos_batches(M: NTKBatches, starts: Tensor, steps: int) -> list[Tridiagon
     if bad:
         raise ValueError(f"the start vectors of batches {bad} are zero or not finite")
 
-    basis = starts.new_zeros((groups, steps, size))
-    alphas, betas = starts.new_zeros((groups, steps)), starts.new_zeros((groups, steps))
-    tiny = torch.finfo(M.dtype).tiny
-    basis[:, 0] = starts / norms[:, None]
-    for k in range(steps):
-        w = (M @ basis[:, k])[:, :, None]
-        seen = basis[:, : k + 1]
-        inner = seen @ w
-        alphas[:, k] = inner[:, k, 0]
-        w = w - seen.mT @ inner
-        w = (w - seen.mT @ (seen @ w))[:, :, 0]
-        betas[:, k] = torch.linalg.vector_norm(w, dim=1)
-        if k + 1 < steps:
-            basis[:, k + 1] = w / betas[:, k, None].clamp_min(tiny)
-
-    a, b = (x.to("cpu", torch.float64).numpy() for x in (alphas, betas))
+    alphas, betas = recurrence(M, starts / norms[:, None], steps)
     masses = norms.to("cpu", torch.float64).numpy() ** 2 * M.inner_weight
-    found = []
-    for g in range(groups):
-        used = _usable_steps(a[g], b[g], BREAKDOWN * M.eps)
-        found.append(
-            Tridiagonal(
-                alphas=a[g, :used],
-                betas=b[g, : used - 1],
-                mass=float(masses[g]),
-                residual=0.0 if used == size else float(b[g, used - 1]),
-                eps=M.eps,
-                exhausted=used < steps,
-            )
-        )
-    return found
+    return [tridiagonal(a, b, float(mass), M.eps, size) for a, b, mass in zip(alphas, betas, masses, strict=True)]

@@ -7,31 +7,28 @@ the other engine (:mod:`grsd.spectrum.retained`). Lanczos, which calls either, i
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
 from grsd.spectrum.factored import Factored
-from grsd.spectrum.observables import Observable, raw_output
+from grsd.spectrum.kernel import Inputs, Kernel, Normalize, refuse_dropout
+from grsd.spectrum.layers import OutputGradients, by_layer, select
+from grsd.spectrum.observables import Observable
 from grsd.spectrum.plan import Plan, PlanRow
 from grsd.spectrum.replay import Product, replayed
-from grsd.spectrum.retained import CHANGED, Retained
+from grsd.spectrum.retained import Retained
 from grsd.spectrum.uses import Trace
 
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Method = Literal["auto", "graph", "factored"]
-_FORWARD = threading.RLock()  # buffers are swapped for copies during a pass, which two threads must not do at once
+
+__all__ = ["NTK", "Inputs", "Method", "refuse_dropout"]
 
 
-class NTK:
+class NTK(Kernel):
     """The (T, T) neural tangent kernel M = J Jᵀ of a model on a batch: symmetric, positive semidefinite.
 
     Parameters
@@ -47,6 +44,8 @@ class NTK:
     method
         ``"factored"``: J_ε K J_εᵀ; ``"graph"``: VJP and JVP on a retained graph; ``"auto"``: factored, and the graph
         for a model whose backward pass cannot be recorded (`plan` says so).
+    parameters
+        Names of the parameters that J is taken over; None for all that require a gradient. `layer` fills it in.
 
     Attributes
     ----------
@@ -81,21 +80,16 @@ class NTK:
         inputs: Inputs,
         observable: Observable,
         *,
-        normalize: Literal["mean", "sum"] = "mean",
+        normalize: Normalize = "mean",
         method: Method = "auto",
+        parameters: Sequence[str] | None = None,
     ) -> None:
-        if normalize not in ("mean", "sum"):
-            raise ValueError(f'normalize must be "mean" or "sum", got {normalize!r}')
         if method not in ("auto", "graph", "factored"):
             raise ValueError(f'method must be "auto", "graph" or "factored", got {method!r}')
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
-        if not self._parameters:
-            raise ValueError("no parameter of the model requires a gradient, so J is empty")
-        refuse_dropout(model)
-        self._model, self._inputs, self._observable = model, inputs, observable
-        self._versions = [p._version for p in self._parameters]
+        super().__init__(model, normalize, parameters)
+        self._inputs, self._observable, self._asked = inputs, observable, method
         self._graph: Retained | None = None
+        self._gradients: OutputGradients | None = None
         self._factored: Factored | None = None
         self._product: Product | None = None
         self._why = ""
@@ -104,13 +98,12 @@ class NTK:
         if self._factored is None:
             self._retain()
         self.method = "graph" if self._factored is None else "factored"
-        self.normalize = normalize
         self.samples: int = observable.samples(self.outputs)
         self.inner_weight: float = 1.0 / self.samples if normalize == "mean" else 1.0
 
     def _factor(self, strict: bool) -> None:
         trace = Trace(self._parameters)
-        rows = forward_rows(self._model, self._inputs, self._observable, trace)
+        rows = self._rows(self._inputs, self._observable, trace)
         trace.check_inputs()
         self.outputs: Tensor = rows.detach()
         try:
@@ -125,34 +118,27 @@ class NTK:
     def _retain(self) -> Retained:
         """Return the retained graph of the model, made on first use."""
         if self._graph is None:
-            self._same_parameters()
-            rows = forward_rows(self._model, self._inputs, self._observable)
-            if self._factored is not None and not torch.equal(rows.detach(), self.outputs):
-                raise RuntimeError("the model or its inputs were changed after this operator was made; make a new NTK")
+            rows = self._rows(self._inputs, self._observable)
+            if self._factored is not None:
+                self._same_outputs(rows)
             self.outputs = rows.detach()
             self._graph = Retained(rows, self._parameters)
         return self._graph
 
-    def _same_parameters(self) -> None:
-        if any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True)):
-            raise RuntimeError(CHANGED)
+    def _same_outputs(self, rows: Tensor) -> None:
+        self._same_parameters()
+        if not torch.equal(rows.detach(), self.outputs):
+            raise RuntimeError("the model or its inputs were changed after this operator was made; make a new NTK")
+
+    @property
+    def _used(self) -> list[Tensor]:
+        if self._factored is None:
+            return self._retain().used
+        return [self._parameters[k] for k in self._factored.used]
 
     @property
     def shape(self) -> tuple[int, int]:
         return (self.outputs.numel(), self.outputs.numel())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.outputs.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.outputs.device
-
-    @property
-    def eps(self) -> float:
-        tf32 = self.device.type == "cuda" and self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        return 2.0**-11 if tf32 else torch.finfo(self.dtype).eps
 
     @property
     def error(self) -> Tensor:
@@ -167,8 +153,7 @@ class NTK:
         return Plan("graph", (PlanRow("all parameters", rule, "VJP, then JVP; not counted", 0, 0),))
 
     def __repr__(self) -> str:
-        used = self._retain().used if self._factored is None else [self._parameters[k] for k in self._factored.used]
-        count = sum(p.numel() for p in used)
+        count = sum(p.numel() for p in self._used)
         return (
             f"NTK(T={self.shape[0]}, parameters={count}, normalize={self.normalize!r}, method={self.method!r}, "
             f"{self.dtype}, {self.device})"
@@ -200,6 +185,51 @@ class NTK:
             self._product = replayed(self._factored, u)
         return self._product(u) * self.inner_weight
 
+    def layers(self) -> list[str]:
+        """Return the names of the layers, in the order of the model: the modules that hold the parameters in use.
+
+        A matrix that several modules share is a layer of its own, with the names of all of them joined by " + ".
+        """
+        return [*by_layer(self._model, self._used)]
+
+    def layer(self, name: str) -> NTK:
+        """Return M^(ℓ) = J^(ℓ) J^(ℓ)ᵀ of one layer, or of all layers below a module such as one block.
+
+        Σ_ℓ M^(ℓ) over `layers` is M, exactly. Its `vjp` and `jvp` are J^(ℓ)ᵀ u and J^(ℓ) v. Cost: the model is run again, as for
+        a new operator; a product runs the passes as far down as the layer.
+
+        Raises
+        ------
+        ValueError
+            No such layer, or a module that shares a parameter with modules outside it.
+        RuntimeError
+            The model was changed since this operator was made.
+        """
+        names = select(by_layer(self._model, self._used), name)
+        one = NTK(
+            self._model, self._inputs, self._observable, normalize=self.normalize, method=self._asked, parameters=names
+        )
+        self._same_outputs(one.outputs)
+        return one
+
+    def output_gradients(self, u: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """Return J_εᵀ u: for every layer, δ = ∂(Σ u f)/∂s at its output s, one tensor a use in the order of the pass.
+
+        With Kδ of :mod:`grsd.spectrum.factors`, Σ_ℓ ⟨δ_ℓ, K_ℓ δ_ℓ⟩ = uᵀ J Jᵀ u. Layers whose parameters enter in a way that no
+        rule knows (`plan` calls them "plain") are left out. Cost: one activation-only backward pass; the first call runs
+        the model again and keeps its graph.
+        """
+        self._check(u, (self.shape[0],))
+        if self._gradients is None:
+            trace = Trace(self._parameters)
+            rows = self._rows(self._inputs, self._observable, trace)
+            trace.check_inputs()
+            self._same_outputs(rows)
+            groups = by_layer(self._model, self._parameters)
+            layers = {name: layer for layer, names in groups.items() for name in names}
+            self._gradients = OutputGradients(rows, trace, [layers[name] for name in self._names])
+        return self._gradients(u)
+
     def jacobian(self) -> Tensor:
         """Return J itself, (T, P), in the order of `model.parameters()`. Cost: T backward passes, T·P numbers."""
         rows = []
@@ -219,42 +249,3 @@ class NTK:
 
         numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=numpy_dtype)
-
-    def _check(self, u: Tensor, shape: tuple[int, ...]) -> None:
-        if tuple(u.shape) != shape:
-            raise ValueError(f"M is {self.shape}: it multiplies vectors of shape {shape}, got {tuple(u.shape)}")
-        if u.dtype != self.dtype or u.device != self.device:
-            raise ValueError(f"M is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}")
-
-
-def refuse_dropout(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        rate = getattr(module, "p", 0.0)
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and rate > 0:
-            raise ValueError(
-                f"dropout {name!r} is active (p = {rate}): each pass would see another network. Call model.eval() first"
-            )
-
-
-def forward_rows(model: nn.Module, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
-    """Run the model once with its graph and return the rows; what the pass writes to buffers goes to copies."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    args: tuple[Any, ...] = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
-    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    args, kwargs = tree_map(_copied, args), tree_map(_copied, kwargs)
-    fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())  # type: ignore[no-untyped-call]
-    with _FORWARD, fork, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), trace or nullcontext():
-        rows = observable.rows(raw_output(functional_call(model, buffers, args, kwargs)))
-    if rows.ndim != 1:
-        raise ValueError(f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}")
-    if not rows.requires_grad:
-        raise ValueError("the outputs carry no gradient: was the model's forward run under no_grad or detached?")
-    bad = int((~torch.isfinite(rows.detach())).sum())
-    if bad:
-        raise ValueError(f"{bad} of {rows.numel()} outputs are not finite; check the checkpoint and the inputs")
-    return rows
-
-
-def _copied(x: Any) -> Any:
-    """Copy a tensor, so that a model that writes into its inputs writes into the copy."""
-    return x.detach().clone() if isinstance(x, Tensor) else x

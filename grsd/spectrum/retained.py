@@ -40,17 +40,17 @@ class Retained:
 
     def vjp(self, u: Tensor) -> tuple[Tensor, ...]:
         """Return Jᵀu as one tensor per parameter in use. Cost: one backward pass."""
-        with _same_parameters():
+        with same_parameters():
             return torch.autograd.grad(self._rows, self.used, u, retain_graph=True)
 
     def jvp(self, v: tuple[Tensor, ...]) -> Tensor:
         """Return J v, shape (T,), for one tensor per parameter in use. Cost: one pass through the doubled graph."""
-        with _same_parameters():
+        with same_parameters():
             return torch.autograd.grad(self._vjp, self._probe, v, retain_graph=True)[0]
 
 
 @contextmanager
-def _same_parameters() -> Iterator[None]:
+def same_parameters() -> Iterator[None]:
     try:
         yield
     except RuntimeError as failure:
