@@ -1,0 +1,284 @@
+"""Energy on the λ axis at one instant: shells with sharp edges, and fluxes through soft ones.
+
+Sharp shells follow 2512.10427, section 3, and add the kernel of M as a shell of its own. Their energies jump when an
+eigenvalue crosses an edge; :mod:`grsd.dynamics.crossings` integrates over that. Soft edges are resolvents of M: their
+energies are smooth in time, and neither an eigenvector nor a gap between eigenvalues enters.
+
+Cells are numbered along the λ axis: 0 is ker M, 1 what lies below the first edge, 2 … N+1 the N shells, N+2 the rest above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from grsd.dynamics.modes import Modes
+from grsd.spectrum.shells import LogShells
+
+__all__ = ["Flux", "ShellBalance", "cumulative_flux", "resolvent_energy", "resolvent_flux", "shell_balance"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ShellBalance:
+    """What changes the energy of every cell at one instant, as in equations (1)–(3).
+
+    Attributes
+    ----------
+    shells : LogShells
+    counts : (N+3,) int, modes in each cell.
+    energies : (N+3,), E_α = ½ Σ g_u²; they add up to ½⟨e, e⟩.
+    dissipation : (N+3,), D_α = Σ λ_u g_u², energy per time.
+    exchange : (N+3, N+3), `exchange[α, β]` = F_{β→α} = −Σ_{u∈α, v∈β} g_v g_u Ω_{v→u}: what α receives from β per time.
+        Antisymmetric; its diagonal is the sum of Proposition 1, kept as computed.
+    """
+
+    shells: LogShells
+    counts: NDArray[np.int64]
+    energies: Array
+    dissipation: Array
+    exchange: Array
+
+    @property
+    def rate(self) -> Array:
+        """−D_α + Σ_β F_{β→α}, (N+3,): dE_α/dt as long as no eigenvalue crosses an edge, which is equation (3)."""
+        found: Array = self.exchange.sum(axis=1) - self.dissipation
+        return found
+
+    @property
+    def leak(self) -> float:
+        """Energy that flows into ker M per time, and is dissipated no more while it is there."""
+        return float(self.exchange[0].sum())
+
+
+def shell_balance(found: Modes, shells: LogShells) -> ShellBalance:
+    """Sort the modes of one instant into shells, and compute what the shells lose and exchange.
+
+    Parameters
+    ----------
+    found : Modes
+        From :func:`grsd.dynamics.modes.modes`.
+    shells : LogShells
+
+    Returns
+    -------
+    ShellBalance
+
+    Raises
+    ------
+    ValueError
+        If no eigenvalue lies between the edges, or an edge separates two eigenvalues that agree to rounding.
+
+    Notes
+    -----
+    Source: 2512.10427, sections 3.2–3.5, and the audit's kernel shell. Eigenvalues that repeat inside a cell are harmless:
+    their coupling cancels, whatever the basis. Cost: O(n²).
+    """
+    cell = _cells(found, shells)
+    count = len(shells) + 3
+    if not ((cell >= 2) & (cell < count - 1)).any():
+        low, high = found.eigenvalues[~found.kernel][[0, -1]] if (~found.kernel).any() else (0.0, 0.0)
+        raise ValueError(
+            f"no eigenvalue lies between the edges {shells.edges[0]:.4g} and {shells.edges[-1]:.4g}: the spectrum outside the "
+            f"kernel runs from {low:.4g} to {high:.4g}. Choose edges there"
+        )
+    x, g = np.where(found.kernel, 0.0, found.eigenvalues), found.coefficients
+    gaps = x[None, :] - x[:, None]  # λ_v − λ_u
+    close = np.abs(gaps) <= found.floor
+    alike = cell[:, None] == cell[None, :]
+    torn = close & ~alike & ~found.kernel[:, None] & ~found.kernel[None, :]
+    if torn.any():
+        u, v = np.argwhere(torn)[0]
+        raise ValueError(
+            f"an edge separates the eigenvalues {x[u]:.17g} and {x[v]:.17g}, which agree to rounding ({found.floor:.1g}): "
+            "the exchange between them has no value. Move the edge, or use resolvent_flux"
+        )
+    free = close & alike
+    pairs = -np.where(free, 0.0, np.outer(g, g) * found.matrix / np.where(free, 1.0, gaps))
+    member = np.zeros((count, len(x)))
+    member[cell, np.arange(len(x))] = 1.0
+    return ShellBalance(
+        shells=shells,
+        counts=np.bincount(cell, minlength=count).astype(np.int64),
+        energies=member @ (0.5 * g**2),
+        dissipation=member @ (x * g**2),
+        exchange=member @ pairs @ member.T,
+    )
+
+
+def _cells(found: Modes, shells: LogShells) -> NDArray[np.int64]:
+    place = np.searchsorted(shells.edges, found.eigenvalues, side="right") + 1
+    return np.where(found.kernel, 0, place)
+
+
+def cumulative_flux(exchange: ArrayLike) -> Array:
+    """Return J_{≤α} = Σ_{β>α} Σ_{γ≤α} F_{β→γ} for every cell α, as Definition 4.1 has it: energy that moves *down* past α.
+
+    Parameters
+    ----------
+    exchange : (..., c, c)
+        `exchange[..., γ, β]` = F_{β→γ}, cells in ascending order.
+
+    Returns
+    -------
+    (..., c); the last entry is 0, since nothing lies above.
+
+    Raises
+    ------
+    ValueError
+        If the last two axes differ.
+    """
+    f = np.asarray(exchange, dtype=np.float64)
+    if f.ndim < 2 or f.shape[-1] != f.shape[-2]:
+        raise ValueError(f"exchange has shape {f.shape}; expected one row and one column per cell")
+    return np.stack([f[..., : a + 1, a + 1 :].sum(axis=(-2, -1)) for a in range(f.shape[-1])], axis=-1)
+
+
+def _resolvents(M: Tensor, error: Tensor, a: float, power: int) -> Iterator[tuple[float, complex, Tensor]]:
+    """Yield (weight, ω, (M − aωI)⁻¹e) for one root ω of ωᵖ = −1 of each conjugate pair; the weights add up to 1."""
+    identity = torch.eye(len(error), dtype=M.dtype, device=M.device)
+    for j in range((power + 1) // 2):
+        if 2 * j + 1 == power:  # ω = −1
+            yield 1 / power, -1.0, torch.linalg.solve(M + a * identity, error)
+        else:
+            root = complex(np.exp(1j * np.pi * (2 * j + 1) / power))
+            shifted = M - a * root * identity
+            yield 2 / power, root, torch.linalg.solve(shifted, error.to(shifted.dtype))
+
+
+def resolvent_energy(M: Tensor, error: Tensor, edges: ArrayLike, *, power: int = 1) -> Tensor:
+    """Return ½⟨e, σ_a(M)e⟩ for every edge a, σ_a(λ) = λᵖ/(λᵖ + aᵖ): the energy above a soft edge, by linear solves alone.
+
+    Parameters
+    ----------
+    M : Tensor, (n, n) float64, symmetric
+    error : Tensor, (n,) float64
+    edges : (k,), positive and ascending
+    power : int
+        p ≥ 1; larger is sharper.
+
+    Returns
+    -------
+    Tensor, (k,) float64
+        Differentiable in both modes. The energy below a is ½⟨e, e⟩ less this; differences of neighbours are the energies of
+        soft shells.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Other precisions than float64, shapes that do not fit, edges that are not positive and ascending, power < 1.
+
+    Notes
+    -----
+    With the p roots ω of −1, σ_a(M) = (1/p) Σ_ω M(M − aωI)⁻¹: rotated resolvents, each as well conditioned as that of p = 1 up
+    to a factor 1/sin(π/p). The matrix power (M/a)ᵖ + I has the p-th power of that condition instead, and loses its digits.
+    Cost: one dense factorisation per edge and conjugate pair.
+    """
+    _check(M, error, power)
+    n = len(error)
+    return torch.stack([
+        sum(((0.5 * weight / n) * (M @ error @ x.real) for weight, _, x in _resolvents(M, error, a, power)), M.new_zeros(()))
+        for a in _edges(edges)
+    ])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Flux:
+    """Energy around soft edges at one instant, and what changes it. No eigenvector was computed.
+
+    Attributes
+    ----------
+    edges : (k,), positions a.
+    above, below : (k,), ½⟨e, σ_a(M)e⟩ and ½⟨e, (1 − σ_a(M))e⟩; the latter holds ker M.
+    total : (k,), J(a) = ½⟨e, Dσ_a(M)[Ṁ] e⟩: energy per time that moves through the edge, positive towards larger λ.
+    dissipation_above, dissipation_below : (k,), ⟨e, σ_a(M)M e⟩ and ⟨e, (1 − σ_a(M))M e⟩.
+
+    The balance is d(above)/dt = total − dissipation_above and d(below)/dt = −total − dissipation_below. The advective and the
+    Kato part of `total`, which need eigenvectors, are in :func:`grsd.dynamics.drift.edge_flux`.
+    """
+
+    edges: Array
+    above: Array
+    below: Array
+    total: Array
+    dissipation_above: Array
+    dissipation_below: Array
+
+
+def resolvent_flux(
+    M: Tensor | Array, rate: Tensor | Array, error: Tensor | Array, edges: ArrayLike, *, power: int = 1
+) -> Flux:
+    """Return the flux of energy through soft edges σ_a(λ) = λᵖ/(λᵖ + aᵖ), and the dissipation on either side.
+
+    Parameters
+    ----------
+    M, rate : (n, n) float64, symmetric
+        M and Ṁ.
+    error : (n,) float64
+    edges : (k,), positive and ascending
+        An edge outside the spectrum is allowed; little passes it.
+    power : int
+        p ≥ 1; larger is sharper.
+
+    Returns
+    -------
+    Flux
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`resolvent_energy`.
+
+    Notes
+    -----
+    Dσ_a(M)[Ṁ] = −(a/p) Σ_ω ω (M − aω)⁻¹ Ṁ (M − aω)⁻¹. For p = 1 the flux is (a/2)⟨x, Ṁx⟩ with (M + a)x = e: one solve and one
+    product with Ṁ. Repeated eigenvalues are harmless. Source: the smooth form of 2512.10427, equation (2), with the term that
+    it lacks (audit, statement B). Cost: as :func:`resolvent_energy`, on the device of the tensors.
+    """
+    m, r, e = (torch.as_tensor(a) for a in (M, rate, error))
+    _check(m, e, power)
+    if r.shape != m.shape or r.dtype != m.dtype:
+        raise ValueError(f"rate is {r.dtype} of shape {tuple(r.shape)}; M is {m.dtype} of shape {tuple(m.shape)}")
+    places, n = _edges(edges), len(e)
+    pushed = m @ e
+    dissipation = float(e @ pushed) / n
+    rows = []
+    for a in places:
+        above, below, total, upper = (m.new_zeros(()) for _ in range(4))
+        for weight, root, x in _resolvents(m, e, a, power):
+            above = above + weight * (pushed @ x.real)
+            below = below - weight * (a * root * (e.to(x.dtype) @ x)).real
+            upper = upper + weight * (pushed @ (m @ x.real))
+            total = total - weight * (a * root * (x @ (r.to(x.dtype) @ x))).real
+        rows.append(torch.stack([above / 2, below / 2, total / 2, upper]) / n)
+    above, below, total, upper = torch.stack(rows).detach().cpu().numpy().T
+    return Flux(places, above, below, total, upper, dissipation - upper)
+
+
+def _edges(edges: ArrayLike) -> Array:
+    found = np.atleast_1d(np.asarray(edges, dtype=np.float64))
+    if (
+        found.ndim != 1
+        or not found.size
+        or not np.isfinite(found).all()
+        or found[0] <= 0
+        or (np.diff(found) <= 0).any()
+    ):
+        raise ValueError(f"edges must be positive, finite and ascending, got {found.tolist()}")
+    return found
+
+
+def _check(M: Tensor, error: Tensor, power: int) -> None:
+    for name, a in (("M", M), ("error", error)):
+        if a.dtype != torch.float64:
+            raise TypeError(f"{name} is {a.dtype}; balances close in float64 only, convert the model first")
+    if error.ndim != 1 or M.shape != (len(error), len(error)):
+        raise ValueError(f"M has shape {tuple(M.shape)} and error {tuple(error.shape)}; expected (n, n) and (n,)")
+    if int(power) != power or power < 1:
+        raise ValueError(f"power is {power!r}; expected a whole number from 1")
