@@ -220,8 +220,8 @@ def finite_volume(
         H = rule.speed(faces * math.exp(tau))
         padded = np.concatenate([[0.0, 0.0], values, [0.0, 0.0]])
         a, b = padded[1:-1] - padded[:-2], padded[2:] - padded[1:-1]
-        product = a * b
-        tilt = np.where(product > 0.0, 2.0 * product / np.where(product > 0.0, a + b, 1.0), 0.0)  # van Leer
+        alike = np.sign(a) * np.sign(b) > 0.0
+        tilt = np.where(alike, 2.0 * a * (b / np.where(alike, a + b, 1.0)), 0.0)  # van Leer; no product to underflow
         left, right = padded[1:-1] + 0.5 * tilt, padded[1:-1] - 0.5 * tilt
         return np.where(H > 0.0, H * left[:-1], H * right[1:])
 
