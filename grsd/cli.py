@@ -1,4 +1,4 @@
-"""The command line: `grsd doctor`, `suite`, `shells`, `protocol`, `claims`, `results`.
+"""The command line: `grsd doctor`, `suite`, `shells`, `protocol`, `experiment`, `claims`, `results`.
 
 Tables go to stdout, progress and errors to stderr; `--json` turns stdout into one JSON object. A failure is one
 sentence and exit code 2. Heavy imports happen inside the commands, so that `grsd doctor` works where torch does not.
@@ -386,6 +386,45 @@ def protocol(name: str, resume: bool, output: str | None, as_json: bool) -> None
     _table(*rooms.table(cells))
 
 
+@main.command(
+    epilog="\b\nExamples:\n  grsd experiment\n  grsd experiment drift --option target=wave --option sizes=64,128 "
+    "--option seeds=3\n"
+)
+@click.argument("name", required=False)
+@click.option("--option", "options", multiple=True, help="A parameter, as NAME=VALUE; several values between commas.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Use pieces that were measured before.")
+@click.option("--output", type=click.Path(dir_okay=False), help="Store the result (.json), with provenance.")
+@_json_option
+def experiment(name: str | None, options: tuple[str, ...], resume: bool, output: str | None, as_json: bool) -> None:
+    """Run experiment NAME, piece by piece; without a name, list the experiments and their options.
+
+    Every piece is stored when it is done, so a run that was stopped goes on where it was. GRSD_SCALE=gpu enlarges the sizes.
+    """
+    from grsd.lab import experiments
+
+    if name is None:
+        found = {key: experiments.find(key) for key in experiments.MODULES}
+        if as_json:
+            _emit({"experiments": {k: asdict(experiments.parameters(e)) for k, e in found.items()}})
+            return
+        for key, one in found.items():
+            click.echo(f"{key}: {one.summary}")
+            _table(["option", "value"], [[k, v] for k, v in asdict(experiments.parameters(one)).items()])
+        return
+    chosen = experiments.find(name)
+    asked = experiments.parameters(chosen, options)
+    target = _output_id(output) if output else None
+    with _bar(name) as update:
+        outcome = experiments.run(chosen, asked, resume=resume, progress=update)
+    if output and target:
+        stored.save(outcome.result(target), Path(output).absolute().parent)
+        _say(f"wrote {output}")
+    if as_json:
+        _emit(outcome.data)
+        return
+    _table(*chosen.table(outcome.data))
+
+
 def _output_id(output: str) -> str:
     path = Path(output)
     if path.suffix != ".json":
@@ -477,8 +516,10 @@ def recompute(id: str, output: str | None, as_json: bool) -> None:
     """Run the command of result ID again and say how far the numbers differ."""
     old = stored.load(id)
     argv = list(old.provenance["command"])
-    if not argv or argv[0] not in ("shells", "protocol"):
-        raise ValueError(f"result {id!r} is not made by grsd shells or protocol but by {argv!r}; run that by hand")
+    if not argv or argv[0] not in ("shells", "protocol", "experiment"):
+        raise ValueError(
+            f"result {id!r} is made by {argv!r}, not by grsd shells, protocol or experiment; run that by hand"
+        )
     if output is not None:
         _output_id(output)
     with tempfile.TemporaryDirectory() as folder:

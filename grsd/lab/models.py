@@ -195,3 +195,89 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+class TwoLayer(nn.Module):
+    """A two-layer net on one dial: f(δ) = [F(θ₀ + γδ) − F(θ₀)]/γ with F(a, W) = h^{-1/2} Σ_j a_j φ(w_j · (x/√d, 1)).
+
+    The parameters are the displacement δ, zero at the start; θ₀ are buffers. See `two_layer`.
+    """
+
+    outer_start: torch.Tensor
+    inner_start: torch.Tensor
+
+    def __init__(self, outer: torch.Tensor, inner: torch.Tensor, gamma: float, activation: str) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.activation = _activation(activation)
+        self.register_buffer("outer_start", outer)
+        self.register_buffer("inner_start", inner)
+        self.outer = nn.Parameter(torch.zeros_like(outer))
+        self.inner = nn.Parameter(torch.zeros_like(inner))
+
+    @property
+    def width(self) -> int:
+        return len(self.outer_start)
+
+    @staticmethod
+    def augmented(inputs: torch.Tensor) -> torch.Tensor:
+        """(x/√d, 1): what the first layer sees, (n, d + 1)."""
+        return torch.cat([inputs / math.sqrt(inputs.shape[-1]), inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        x = self.augmented(inputs)
+        start = self.activation(x @ self.inner_start.T) @ self.outer_start
+        now = self.activation(x @ (self.inner_start + self.gamma * self.inner).T)
+        moved: torch.Tensor = now @ (self.outer_start + self.gamma * self.outer) - start
+        return moved / (self.gamma * math.sqrt(self.width))
+
+
+def two_layer(
+    inputs: int,
+    width: int,
+    gamma: float,
+    activation: str = "tanh",
+    *,
+    seed: int,
+    gain: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> TwoLayer:
+    """A two-layer net on one dial γ, from a frozen kernel to feature learning: (n, inputs) → (n,).
+
+    Let F(θ) = h^{-1/2} Σ_j a_j φ(w_j · (x/√d, 1)) with h hidden units. The net is the divided difference
+    f_γ(δ) = [F(θ₀ + γδ) − F(θ₀)]/γ and its parameters are δ, which start at 0. Then f_γ = 0 at the start, and
+    ∂f_γ/∂δ = ∂F/∂θ at θ₀ + γδ. So nets of every γ start with the same error and the same kernel M(0), and Ṁ(0) is γ times
+    that of γ = 1. As γ → 0 the divided difference becomes the derivative: f_0 is the net linearized at θ₀, whose kernel never
+    moves. γ = 1 is the usual net less its initial output. Gradient flow of f_γ is that of F with outputs scaled by 1/γ
+    and the clock by γ² (the lazy-training scale of Chizat, Oyallon and Bach is 1/γ).
+
+    What counts as a large γ depends on the width: a unit's weights move by about γ/√h. At fixed γ the net becomes lazy
+    as h → ∞; at fixed γ/√h it keeps learning features (mean-field scaling).
+
+    Parameters
+    ----------
+    inputs : int
+        Dimension d of one input.
+    width : int, h
+    gamma : float
+        γ > 0. For γ = 0 exactly, use `grsd.dynamics.flow.Problem.linearized`.
+    activation : str
+        As in `mlp`. With a smooth one M(t) is smooth.
+    seed : int
+    gain : float
+        a_j has variance 1, every entry of w_j (bias included) variance gain².
+    dtype : torch.dtype
+
+    Raises
+    ------
+    ValueError
+        If γ is not a positive number (with the way to γ = 0), or a size is not positive.
+    """
+    if not (math.isfinite(gamma) and gamma > 0):
+        raise ValueError(f"gamma is {gamma}; it must be positive (the frozen limit 0 is Problem.linearized)")
+    if inputs < 1 or width < 1:
+        raise ValueError(f"inputs and width must be positive, got {inputs} and {width}")
+    generator = torch.Generator().manual_seed(seed)
+    outer = torch.randn(width, generator=generator, dtype=torch.float64)
+    inner = gain * torch.randn(width, inputs + 1, generator=generator, dtype=torch.float64)
+    return TwoLayer(outer.to(dtype), inner.to(dtype), gamma, activation).eval()
