@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env book notebooks test unit lint format bench suite lock clean distclean
+.PHONY: help env book notebooks test unit lint format bench bench-gpu suite lock clean distclean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -30,7 +30,8 @@ help:
 	@echo "make test       lint, unit tests, and every chapter run as a test"
 	@echo "make lint       style, types, and the layer contract"
 	@echo "make unit       the unit tests alone"
-	@echo "make bench      every script in benchmarks/, each prints a table of ratios"
+	@echo "make bench      measure M u and Lanczos against other libraries; rewrites the stored result and README's tables"
+	@echo "make bench-gpu  the same of the larger shapes, on a CUDA device"
 	@echo "make suite      the checkpoints and spectra that the chapters show (cached)"
 	@echo "make notebooks  the chapters as notebooks for readers, in $(BUILD)/_build/jupyter"
 	@echo "make lock       resolve the dependencies again and write requirements.txt"
@@ -106,8 +107,27 @@ unit: $(STAMPS)/package
 test: lint suite $(NOTEBOOKS)
 	$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 300 tests $(NOTEBOOKS)
 
-bench: suite
-	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "== $$script"; python "$$script"; done
+# The libraries to compare with lie in a folder of their own, without their dependencies, so that none can change torch.
+OTHERS := $(VENV)/others
+BENCH := PYTHONPATH=$(OTHERS) python benchmarks
+MEASURED := grsd/data/results
+BENCH_SHAPES ?= h256 70m h1024
+
+$(STAMPS)/others: benchmarks/requirements.txt $(STAMPS)/package
+	rm -rf $(OTHERS)
+	python -m pip install --quiet --no-deps --target $(OTHERS) -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(STAMPS)/others
+	for shape in $(BENCH_SHAPES); do for part in time memory profile; do \
+	    $(BENCH)/products.py --shape $$shape --parts $$part --out $(MEASURED); done; done
+	$(BENCH)/krylov.py --out $(MEASURED)
+	$(BENCH)/krylov.py --parts share --shape h256 --batch 32 --out $(MEASURED)
+	python benchmarks/readme.py
+
+bench-gpu: $(STAMPS)/package
+	python benchmarks/shapes.py --device cuda --tf32 --shapes 70m 410m 1.4b 6.9b --out $(MEASURED)
+	python benchmarks/readme.py
 
 format: $(STAMPS)/package
 	ruff format .

@@ -1,233 +1,245 @@
-"""One product M u, its set-up and its memory, against the usual routes, in units of one forward and backward pass.
+"""One product M u against the usual routes, its set-up, its memory, and a 100-step profile, in units of F+B.
 
-    python benchmarks/products.py --shape 70m --repeats 9 --threads 2
+    python benchmarks/products.py --shape 70m                           # prints
+    python benchmarks/products.py --shape 70m --parts time --out FOLDER  # merges one part into the stored result
 
-All methods run interleaved in one process, on random weights of a GPT-NeoX shape, T = 4 × 128 tokens; the table shows medians.
-`--out FOLDER` writes a result file with its provenance. Methods that are not installed are named and left out.
+F+B is one forward and one backward pass of the same model on the same batch. All routes run in turn in one process; a ratio
+is that of two calls of one round, and the table shows the median round with the lowest and the highest. Random weights of a
+GPT-NeoX shape, T = 4 × 128 tokens. A library that is not installed is named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import SHAPES, Peak, arguments, build, forward_backward, interleaved, ratios, store
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
 
-from grsd.results import Result, provenance, save
-from grsd.spectrum import NTK, TokenLogProb
+from grsd.spectrum import NTK, TokenLogProb, lanczos
 
-# hidden, layers, heads, vocabulary
-SHAPES = {
-    "tiny": (32, 2, 2, 64),
-    "h256": (256, 4, 8, 2048),
-    "70m": (512, 6, 8, 50304),
-    "h1024": (1024, 4, 8, 50304),
-    "410m": (1024, 24, 16, 50304),
-    "1.4b": (2048, 24, 16, 50304),
-    "6.9b": (4096, 32, 32, 50432),
-}
+Product = Callable[[Tensor], Tensor]
+PARTS = ("time", "memory", "profile")
 
 
-def build(shape: str, batch: int, length: int, dtype: torch.dtype, device: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return a model with random weights, tokens (batch, length) and next tokens."""
-    hidden, layers, heads, vocabulary = SHAPES[shape]
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * hidden,
-        max_position_embeddings=max(512, length),
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    tokens = torch.randint(0, vocabulary, (batch, length + 1), device=device)
-    return GPTNeoXForCausalLM(config).to(device, dtype).eval(), tokens[:, :-1], tokens[:, 1:]
+class Rows(nn.Module):
+    """The model with its observable: tokens (batch, length) → one number per token, (batch, length)."""
 
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of the storages that are made under it and alive at once."""
-
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, observable: TokenLogProb) -> None:
         super().__init__()
-        self.live: dict[int, list[int]] = {}
-        self.now = self.most = 0
+        self.model, self.observable = model, observable
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, Tensor):
-                key = x.untyped_storage().data_ptr()
-                if key in self.live:
-                    self.live[key][0] += 1
-                elif key not in known:
-                    self.live[key] = [1, x.untyped_storage().nbytes()]
-                    self.now += self.live[key][1]
-                    self.most = max(self.most, self.now)
-                else:
-                    continue
-                weakref.finalize(x, self._release, key)
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.observable.rows(self.model(tokens, use_cache=False).logits).view(tokens.shape)
+
+
+def functional_product(rows: Rows, tokens: Tensor) -> Product:
+    """Return u → J(Jᵀu) by `torch.func`: both halves run the model again."""
+    parameters = {name: p.detach() for name, p in rows.named_parameters()}
+
+    def outputs(values: dict[str, Tensor]) -> Tensor:
+        result: Tensor = functional_call(rows, values, (tokens,)).reshape(-1)
         return result
-
-    def _release(self, key: int) -> None:
-        entry = self.live[key]
-        entry[0] -= 1
-        if entry[0] == 0:
-            self.now -= entry[1]
-            del self.live[key]
-
-
-def functional_product(model: nn.Module, tokens: Tensor, observable: TokenLogProb) -> Callable[[Tensor], Tensor]:
-    """Return u → J(Jᵀu) by re-evaluated `torch.func` transforms."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-
-    def rows(values: dict[str, Tensor]) -> Tensor:
-        return observable.rows(functional_call(model, values, (tokens,), {"use_cache": False}).logits)
 
     def product(u: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
-            _, back = vjp(rows, parameters)
-            result: Tensor = jvp(rows, (parameters,), back(u))[1]
+            _, back = vjp(outputs, parameters)
+            result: Tensor = jvp(outputs, (parameters,), back(u))[1]
         return result
 
     return product
 
 
-def curvlinops_product(model: nn.Module, tokens: Tensor, observable: TokenLogProb) -> Callable[[Tensor], Tensor] | None:
-    """Return u → J(Jᵀu) by curvlinops, or None when it is not installed."""
-    try:
-        from curvlinops import JacobianLinearOperator, TransposedJacobianLinearOperator
-    except ImportError:
-        return None
+def curvlinops_product(rows: Rows, tokens: Tensor) -> Product:
+    """Return u → J @ J.adjoint() @ u by curvlinops."""
+    from curvlinops import JacobianLinearOperator
 
-    class Rows(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return observable.rows(self.model(x).logits)[:, None]
-
-    wrapped = Rows()
-    settings = (wrapped, list(wrapped.parameters()), [(tokens, tokens)])
-    J = JacobianLinearOperator(*settings, check_deterministic=False)
-    Jt = TransposedJacobianLinearOperator(*settings, check_deterministic=False)
-    return lambda u: J @ (Jt @ u)
+    J = JacobianLinearOperator(rows, list(rows.parameters()), [(tokens, tokens)], check_deterministic=False)
+    M = J @ J.adjoint()
+    return lambda u: M @ u
 
 
-def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return medians in seconds, ratios to F+B, relative differences and bytes for one shape."""
-    dtype = getattr(torch, options.dtype)
-    model, tokens, targets = build(shape, options.batch, options.length, dtype, options.device)
-    observable, parameters = TokenLogProb(targets), list(model.parameters())
+def cola_product(rows: Rows, tokens: Tensor) -> Product:
+    """Return u → J @ J.T @ u by CoLA, whose Jacobian is that of a function of one flat vector."""
+    from cola.ops import Jacobian
 
-    def forward_backward() -> None:
-        loss = functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
-        torch.autograd.grad(loss, parameters)
+    named = dict(rows.named_parameters())
+    sizes = [p.numel() for p in named.values()]
 
-    M = NTK(model, tokens, observable, normalize="sum")
-    u = torch.randn(M.shape[0], dtype=dtype, device=options.device)
-    calls: dict[str, Callable[[], Any]] = {
-        "forward + backward": forward_backward,
-        "M u, factored": lambda: M @ u,
-        "set-up, factored": lambda: NTK(model, tokens, observable, normalize="sum"),
+    def outputs(flat: Tensor) -> Tensor:
+        parts = zip(named.items(), flat.split(sizes), strict=True)
+        values = {name: part.view(p.shape) for (name, p), part in parts}
+        result: Tensor = functional_call(rows, values, (tokens,)).reshape(-1)
+        return result
+
+    J = Jacobian(outputs, torch.cat([p.detach().reshape(-1) for p in named.values()]))
+    M = J @ J.T
+
+    def product(u: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            result: Tensor = M @ u
+        return result
+
+    return product
+
+
+def routes(
+    asked: argparse.Namespace, model: nn.Module, tokens: Tensor, observable: TokenLogProb
+) -> dict[str, Callable[[], Product]]:
+    """Return how each route to the product is set up."""
+    rows = Rows(model, observable)
+    made: dict[str, Callable[[], Product]] = {
+        "factored": lambda: NTK(model, tokens, observable, normalize="sum").__matmul__,
+        "retained": lambda: NTK(model, tokens, observable, normalize="sum", method="graph").__matmul__,
+        "torch.func": lambda: functional_product(rows, tokens),
+        "curvlinops": lambda: curvlinops_product(rows, tokens),
+        "CoLA": lambda: cola_product(rows, tokens),
     }
-    products: dict[str, Callable[[Tensor], Tensor]] = {}
-    if "graph" in options.against:
-        products["M u, retained double backward"] = NTK(
-            model, tokens, observable, normalize="sum", method="graph"
-        ).__matmul__
-    if "func" in options.against:
-        products["M u, torch.func vjp + jvp"] = functional_product(model, tokens, observable)
-    if "curvlinops" in options.against:
-        other = curvlinops_product(model, tokens, observable)
-        if other is None:
-            print("curvlinops is not installed: left out", file=sys.stderr)
-        else:
-            products["M u, curvlinops"] = other
-    reference = M @ u
-    differences = {}
-    for name, product in products.items():
-        differences[name] = float(torch.linalg.norm(product(u) - reference) / torch.linalg.norm(reference))
-        calls[name] = lambda product=product: product(u)
+    return {name: make for name, make in made.items() if name in ("factored", *asked.against)}
 
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(options.repeats):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if options.device != "cpu":
-                torch.cuda.synchronize()
-            seconds[name].append(clock() - start)
-    with Peak() as peak:
-        M @ u
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    unit = median["forward + backward"]
+
+def prepared(made: dict[str, Callable[[], Product]]) -> dict[str, Product]:
+    products = {}
+    for name, make in made.items():
+        try:
+            products[name] = make()
+        except ImportError as failure:
+            print(f"{name} is left out: {failure}", file=sys.stderr)
+    return products
+
+
+def timing(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
+    """Return ratios to F+B, ratios to the factored product, relative differences and FLOPs."""
+    dtype = getattr(torch, asked.dtype)
+    model, tokens, targets = build(shape, asked.batch, asked.length, dtype, "cpu")
+    observable = TokenLogProb(targets)
+    made = routes(asked, model, tokens, observable)
+    products = prepared(made)
+    unit = forward_backward(model, tokens, targets)
+    u = torch.randn(targets.numel(), dtype=dtype, generator=torch.Generator().manual_seed(1))
+    reference = products["factored"](u)
+    difference = {
+        name: float(torch.linalg.vector_norm(product(u) - reference) / torch.linalg.vector_norm(reference))
+        for name, product in products.items()
+        if name != "factored"
+    }
+    calls: dict[str, Callable[[], Any]] = {"F+B": unit}
+    calls |= {name: lambda product=product: product(u) for name, product in products.items()}
+    calls["set-up"] = made["factored"]
+    seconds = interleaved(calls, asked.repeats)
+    with FlopCounterMode(display=False) as whole:
+        unit()
+    with FlopCounterMode(display=False) as once:
+        products["factored"](u)
+    plan = NTK(model, tokens, observable, normalize="sum").plan()
+    passes = sum(row.flops for row in plan.rows if row.rule == "pass")
     return {
-        "shape": shape,
-        "seconds": median,
-        "ratio": {name: value / unit for name, value in median.items()},
-        "relative_difference": differences,
-        "peak_bytes_of_a_product": peak.most,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "flops_of_a_product": M.plan().flops,
+        "settings": {"T": targets.numel(), "dtype": asked.dtype, "threads": asked.threads, "rounds": asked.repeats},
+        "ratio": {name: ratios(times, seconds["F+B"]) for name, times in seconds.items() if name != "F+B"},
+        "slower": {name: ratios(seconds[name], seconds["factored"]) for name in products if name != "factored"},
+        "difference": difference,
+        "flops": {
+            "product / (F+B)": once.get_total_flops() / whole.get_total_flops(),
+            "passes / (F+B)": passes / whole.get_total_flops(),
+            "planned / (F+B)": plan.flops / whole.get_total_flops(),
+        },
+    }
+
+
+def memory(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
+    """Return bytes that a product makes at once, and those held between products, in units of the weights."""
+    model, tokens, targets = build(shape, asked.batch, asked.length, getattr(torch, asked.dtype), "cpu")
+    u = torch.ones(targets.numel(), dtype=getattr(torch, asked.dtype))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak, held = {}, {}
+    for name, make in routes(asked, model, tokens, TokenLogProb(targets)).items():
+        with Peak() as setting_up:
+            product = prepared({name: make}).get(name)
+        if product is None:
+            continue
+        held[name] = setting_up.now / weights
+        product(u)  # what the first call makes and keeps is not the cost of a product
+        with Peak() as running:
+            product(u)
+        peak[name] = running.most / weights
+        del product
+    return {"peak / weights": peak, "held / weights": held}
+
+
+def profile(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
+    """Return the time of set-up and 100 Lanczos steps, and the share of it that is not spent in products."""
+    model, tokens, targets = build(shape, asked.batch, asked.length, getattr(torch, asked.dtype), "cpu")
+    observable = TokenLogProb(targets)
+    inside: list[float] = []
+
+    class Timed:
+        """An operator that notes how long each product takes."""
+
+        def __init__(self) -> None:
+            self.M = NTK(model, tokens, observable)
+            self.shape, self.dtype, self.device = self.M.shape, self.M.dtype, self.M.device
+
+        def __matmul__(self, u: Tensor) -> Tensor:
+            begun = time.perf_counter()
+            result = self.M @ u
+            inside[-1] += time.perf_counter() - begun
+            return result
+
+    recurrence: list[float] = []
+
+    def run() -> None:
+        M = Timed()
+        inside.append(0.0)
+        begun = time.perf_counter()
+        lanczos(M, M.M.error, min(asked.steps, targets.numel())).measure()
+        recurrence.append(time.perf_counter() - begun)
+
+    seconds = interleaved({"F+B": forward_backward(model, tokens, targets), "profile": run}, asked.profiles, warm=0)
+    beyond = [1 - a / b for a, b in zip(inside, recurrence, strict=True)]
+    return {
+        "profile": {
+            "steps": min(asked.steps, targets.numel()),
+            "ratio": ratios(seconds["profile"], seconds["F+B"]),
+            "beyond products": {"median": sorted(beyond)[len(beyond) // 2], "low": min(beyond), "high": max(beyond)},
+        }
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["h256"])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--against", nargs="*", choices=("graph", "func", "curvlinops"), default=["graph", "curvlinops"]
-    )
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="processor time instead of wall time, for a busy machine"
-    )
-    parser.add_argument("--out", type=Path, help="folder of the result file")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    data = []
-    for shape in options.shape:
-        row = measure(shape, options)
-        data.append(row)
-        print(f"\n{shape}: F + B = {row['seconds']['forward + backward']:.3f} s, T = {options.batch * options.length}")
-        for name, ratio in row["ratio"].items():
-            other = row["relative_difference"].get(name)
-            print(f"  {name:34s} {ratio:7.3f}" + ("" if other is None else f"   differs by {other:.1e}"))
-        print(f"  peak of a product / weights        {row['peak_bytes_of_a_product'] / row['weight_bytes']:7.3f}")
-    if options.out is not None:
-        parameters = {key: value for key, value in vars(options).items() if key != "out"}
-        command = ["python", "benchmarks/products.py", *_without_folder(sys.argv[1:])]
-        save(Result("benchmark-operator", {"rows": data}, provenance(command, parameters, [0])), options.out)
+    parser.add_argument("--steps", type=int, default=100, help="of a profile")
+    parser.add_argument("--profiles", type=int, default=3, help="repeats of a profile")
+    choices = ("retained", "torch.func", "curvlinops", "CoLA")
+    parser.add_argument("--against", nargs="*", choices=choices, default=choices)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    for shape in asked.shape:
+        for part in asked.parts:
+            row = {"time": timing, "memory": memory, "profile": profile}[part](asked, shape)
+            store("products", shape, row, asked)
+            print(f"\n{shape}, {part}")
+            for name, value in row.items():
+                print(f"  {name}: {_short(value)}")
 
 
-def _without_folder(arguments: list[str]) -> list[str]:
-    """Leave `--out FOLDER` out of the recorded command: a result names no path of the machine that made it."""
-    kept = [k for k, x in enumerate(arguments) if x != "--out" and (k == 0 or arguments[k - 1] != "--out")]
-    return [arguments[k] for k in kept]
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, dict) and set(value) == {"median", "low", "high"}:
+        return f"{value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    if isinstance(value, dict):
+        return "".join(f"\n    {key}: {_short(item)}" for key, item in value.items())
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """M u, set-up and a 100-step profile on the Pythia shapes with random weights, in units of one forward plus backward.
 
-    python benchmarks/shapes.py --device cuda --output grsd/data/results/bench-shapes-h100.json
+    python benchmarks/shapes.py --device cuda --tf32 --shapes 70m 410m 1.4b 6.9b --out grsd/data/results
     python benchmarks/shapes.py --shapes tiny                       # the same road at small size, on a CPU
 
 Every row is measured in one process: F+B, set-up, product and Lanczos of the same model on the same batch of 4 × 128
-tokens. Absolute times are written for GPUs only.
+tokens. Absolute times are written for GPUs only. The README's rows are "not measured" until a run with --out fills them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from products import SHAPES, build
+from common import SHAPES, build
 
 from grsd import results
+from grsd.lab.benchmarks import RESULT_GPU
 from grsd.spectrum import NTK, TokenLogProb, lanczos
 
 
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tf32", action="store_true", help="also measure with TF32 products")
     parser.add_argument("--check", nargs="*", default=["tiny", "70m"], help="shapes compared with the plain form")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of the stored result")
     asked = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name in asked.shapes:
@@ -115,10 +116,9 @@ def main() -> None:
                 sep=" | ",
                 flush=True,
             )
-            if asked.output:
-                command = ["python", "benchmarks/shapes.py", "--device", asked.device, "--shapes", *asked.shapes]
-                origin = results.provenance(command, {"steps": asked.steps, "batch": [4, 128]}, [0, 1])
-                results.save(results.Result(asked.output.stem, {"rows": rows}, origin), asked.output.parent)
+            if asked.out is not None:
+                origin = results.provenance(["make", "bench-gpu"], {"steps": asked.steps, "batch": [4, 128]}, [0, 1])
+                results.save(results.Result(RESULT_GPU, {"rows": rows}, origin), asked.out)
 
 
 if __name__ == "__main__":
