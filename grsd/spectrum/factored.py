@@ -101,6 +101,10 @@ class Factored:
                 result += self.forward.consume(seeds)[0]
             return result
 
+    def block(self, U: Tensor) -> Tensor:
+        """Return J Jᵀ U for U of shape (T, k). Results agree with `__call__` column by column, to rounding."""
+        return torch.stack([self(u) for u in U.unbind(1)], dim=1)
+
     def _build(
         self, by_parameter: dict[int, list[tuple[Use, int]]], own: dict[int, Rows], values: dict[int, Tensor]
     ) -> set[int]:
