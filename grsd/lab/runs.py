@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,11 @@ import numpy as np
 import torch
 
 from grsd import results, spectrum
-from grsd.lab import corpora, hub
+from grsd.lab import corpora, hub, measuring
 from grsd.lab.corpora import Corpus
-from grsd.spectrum import (
-    NTK,
-    AveragedProfile,
-    LogShells,
-    ShellProfile,
-    SpectralMeasure,
-    TokenLogProb,
-    Tridiagonal,
-    average,
-    lanczos,
-    nulls,
-)
+from grsd.lab.measuring import Batch, Group, Recipe
+from grsd.lab.ranks import Ranks
+from grsd.spectrum import AveragedProfile, LogShells, ShellProfile, SpectralMeasure, Tridiagonal, average
 
 _FORMAT = 1
 _CODE = results.code_fingerprint(Path(spectrum.__file__).parent)  # a change of the operator makes every spectrum anew
@@ -193,11 +185,14 @@ class RunResult:
         Folder of the per-batch files.
     results : dict of str to tuple of BatchResult
         Revision to its batches, in order.
+    group : Group or None
+        How many batches went in lock-step; None when nothing had to be measured.
     """
 
     spec: RunSpec
     root: Path
     results: dict[str, tuple[BatchResult, ...]]
+    group: Group | None = field(default=None, compare=False)
 
     @property
     def revisions(self) -> tuple[str, ...]:
@@ -250,6 +245,22 @@ class RunResult:
         return self.results[revision]
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    folder: Path
+    revision: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done, settled before any of it: the files that are missing, in groups of one checkpoint each."""
+
+    checkpoints: list[_Checkpoint]
+    work: list[tuple[int, list[int], list[int]]]  # checkpoint, batches that go together, those whose files are missing
+    group: Group | None
+
+
 def shell_run(
     spec: RunSpec,
     *,
@@ -257,8 +268,10 @@ def shell_run(
     progress: Progress | None = None,
     cache: Path | str | None = None,
     corpus: Corpus | None = None,
+    memory: int | None = None,
+    ranks: Ranks | None = None,
 ) -> RunResult:
-    """Measure ``spec``, batch by batch.
+    """Measure ``spec``, some batches at a time.
 
     Parameters
     ----------
@@ -271,6 +284,11 @@ def shell_run(
         Default `grsd.results.cache_dir`.
     corpus : Corpus, optional
         An opened corpus in place of the one ``spec.corpus`` names.
+    memory : int, optional
+        Bytes beyond the weights. Several batches of a checkpoint go in lock-step as far as they fit, by the measured peak of
+        one; 0 measures one at a time. Default: 512 MiB on a CPU, four fifths of what the weights leave of a GPU.
+    ranks : Ranks, optional
+        The processes that share the work; by default this one alone.
 
     Raises
     ------
@@ -279,50 +297,119 @@ def shell_run(
         not finite.
     MemoryError
         A batch does not fit; the message says what to lower.
+    RuntimeError
+        Another process of the run failed.
 
     Notes
     -----
-    Cost per file: one operator and ``steps`` products for each start vector. With an unchanged number of threads, a run
-    that was killed and resumed equals an uninterrupted one bit for bit.
+    Cost per batch: one operator and ``steps`` products for each start vector. The files of a group are written together. With an
+    unchanged number of threads and batches, and the same ``memory``, a run that was killed and resumed equals an uninterrupted
+    one bit for bit, whatever the number of processes; another grouping moves the numbers by rounding.
     """
-    measured: dict[str, tuple[BatchResult, ...]] = {}
-    root: Path | None = None
-    asked: tuple[str | None, ...] = spec.revisions or (None,)
-    origin = results.provenance(spec.argv(), asdict(spec), [spec.seed])
-    total, done = len(asked) * spec.batches, 0
+    ranks = ranks or Ranks()
     hub.check_device(spec.device)
+    plan = ranks.from_first(lambda: _planned(spec, resume, cache, corpus, memory))
+    origin = results.provenance(spec.argv(), asdict(spec), [spec.seed])
+    if plan.group is not None:
+        origin |= {"lockstep": asdict(plan.group)}
+    if corpus is None:
+        corpus = corpora.open_corpus(spec.corpus, hub.tokenizer_of(plan.checkpoints[0].folder), cache=cache)
+    root = _folder(spec, corpus, cache)
+    mine = ranks.share(plan.work)
+    total = spec.batches * len(plan.checkpoints)
+    done = total - sum(len(missing) for _, _, missing in plan.work)
+    if ranks.size > 1:
+        total = done + sum(len(missing) for _, _, missing in mine)
+    if progress is not None:
+        for k in range(done):
+            progress(k + 1, total, "found in the cache")
+
+    stream: list[Batch] = _stream(spec, corpus) if mine else []
+    loaded: tuple[int, hub.Loaded] | None = None
+    for at, together, missing in mine:
+        checkpoint = plan.checkpoints[at]
+        if loaded is None or loaded[0] != at:
+            loaded = None  # the one before is freed first
+            loaded = at, _loaded(spec, corpus, checkpoint)
+        found = _measure(spec, loaded[1].model, [stream[k] for k in together])
+        for index, (loss, rows, spectra) in zip(together, found, strict=True):
+            if index in missing:
+                result = BatchResult(
+                    checkpoint.revision, checkpoint.fingerprint, index, loss, rows, spectra, provenance=origin
+                )
+                results.atomic_write(_file(root, checkpoint, index), results.dumps(result.to_json()))
+                done += 1
+                if progress is not None:
+                    progress(done, total, f"{checkpoint.revision}, batch {index + 1} of {spec.batches}")
+    ranks.wait()
+    measured: dict[str, tuple[BatchResult, ...]] = {}
+    for checkpoint in plan.checkpoints:
+        read = [_read(_file(root, checkpoint, k), checkpoint, spec) for k in range(spec.batches)]
+        lost = [k for k, result in enumerate(read) if result is None]
+        if lost:
+            raise RuntimeError(
+                f"the files of batches {lost} of {checkpoint.revision} are not in {root}: all processes must share "
+                "one cache folder (GRSD_CACHE)"
+            )
+        measured[checkpoint.revision] = tuple(result for result in read if result is not None)
+    return RunResult(spec, root, measured, plan.group)
+
+
+def _planned(spec: RunSpec, resume: bool, cache: Path | str | None, corpus: Corpus | None, memory: int | None) -> _Plan:
+    asked: tuple[str | None, ...] = spec.revisions or (None,)
     resolved = [
         hub.resolve(spec.model, revision, cache=cache) for revision in asked
     ]  # unknown ones fail before any work
-    for folder, revision in resolved:
-        fingerprint = hub.checkpoint_fingerprint(folder)
-        loaded: hub.Loaded | None = None
-        if corpus is None:
-            corpus = corpora.open_corpus(spec.corpus, hub.tokenizer_of(folder), cache=cache)
-        root = _folder(spec, corpus, cache)
-        found: list[BatchResult] = []
-        stream = corpus.batches(spec.batches, spec.batch_size, spec.length, spec.seed, spec.part)
-        for index, (inputs, targets) in enumerate(stream):
-            path = root / f"{fingerprint[:16]}-b{index:04d}.json"
-            result = _read(path, revision, fingerprint, spec) if resume else None
-            if result is None:
-                if loaded is None:
-                    loaded = hub.load(folder, dtype=DTYPES[spec.dtype], device=spec.device)
-                    _check_fit(loaded, corpus, spec)
-                result = _measure(spec, loaded.model, index, inputs, targets, revision, fingerprint, origin)
-                results.atomic_write(path, results.dumps(result.to_json()))
-            found.append(result)
-            done += 1
-            if progress is not None:
-                progress(done, total, f"{revision}, batch {index + 1} of {spec.batches}")
-        measured[revision] = tuple(found)
-    assert root is not None
-    return RunResult(spec, root, measured)
+    checkpoints = [_Checkpoint(folder, name, hub.checkpoint_fingerprint(folder)) for folder, name in resolved]
+    if corpus is None:
+        corpus = corpora.open_corpus(spec.corpus, hub.tokenizer_of(checkpoints[0].folder), cache=cache)
+    root = _folder(spec, corpus, cache)
+    absent = [
+        [k for k in range(spec.batches) if not (resume and _read(_file(root, one, k), one, spec))]
+        for one in checkpoints
+    ]
+    known: set[str] = set()
+    for one, missing in zip(checkpoints, absent, strict=True):
+        if one.fingerprint in known:  # the same weights under another name have the same files
+            missing.clear()
+        known.add(one.fingerprint)
+    first = next((at for at, missing in enumerate(absent) if missing), None)
+    if first is None:
+        return _Plan(checkpoints, [], None)
+    loaded = _loaded(spec, corpus, checkpoints[first])
+    with _memory_says(spec):
+        group = measuring.grouping(_recipe(spec), loaded.model, _stream(spec, corpus)[0], spec.batches, memory)
+    work = []
+    for at, missing in enumerate(absent):
+        for start in range(0, spec.batches, group.batches):  # a group is the same whatever is missing of it
+            together = list(range(start, min(start + group.batches, spec.batches)))
+            if wanted := [k for k in together if k in missing]:
+                work.append((at, together, wanted))
+    return _Plan(checkpoints, work, group)
+
+
+def _stream(spec: RunSpec, corpus: Corpus) -> list[Batch]:
+    stream = corpus.batches(spec.batches, spec.batch_size, spec.length, spec.seed, spec.part)
+    return [(index, inputs, targets) for index, (inputs, targets) in enumerate(stream)]
+
+
+def _recipe(spec: RunSpec) -> Recipe:
+    return Recipe(spec.steps, spec.starts, spec.seed, spec.device, spec.normalize, spec.targets)
+
+
+def _loaded(spec: RunSpec, corpus: Corpus, checkpoint: _Checkpoint) -> hub.Loaded:
+    loaded = hub.load(checkpoint.folder, dtype=DTYPES[spec.dtype], device=spec.device)
+    _check_fit(loaded, corpus, spec)
+    return loaded
 
 
 def _folder(spec: RunSpec, corpus: Corpus, cache: Path | str | None) -> Path:
     base = Path(cache) if cache is not None else results.cache_dir()
     return base / "runs" / spec.key(corpus)[:16]
+
+
+def _file(root: Path, checkpoint: _Checkpoint, index: int) -> Path:
+    return root / f"{checkpoint.fingerprint[:16]}-b{index:04d}.json"
 
 
 def _check_fit(loaded: hub.Loaded, corpus: Corpus, spec: RunSpec) -> None:
@@ -332,67 +419,31 @@ def _check_fit(loaded: hub.Loaded, corpus: Corpus, spec: RunSpec) -> None:
         raise ValueError(f"length = {spec.length} exceeds the model's context of {context} tokens; lower length")
 
 
-def _measure(
-    spec: RunSpec,
-    model: torch.nn.Module,
-    index: int,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    revision: str,
-    fingerprint: str,
-    origin: dict[str, Any],
-) -> BatchResult:
-    if spec.targets == "shuffled":
-        targets = nulls.shuffled(targets, generator=_generator(spec, index, "shuffled"))
-    spectra: dict[str, Tridiagonal] = {}
+def _measure(spec: RunSpec, model: torch.nn.Module, batches: list[Batch]) -> list[measuring.Spectra]:
+    with _memory_says(spec):
+        return measuring.measure(_recipe(spec), model, batches)
+
+
+@contextmanager
+def _memory_says(spec: RunSpec) -> Iterator[None]:
+    """Turn a failure to allocate into one that says what to lower."""
     try:
-        with torch.enable_grad():
-            M = NTK(
-                model,
-                {"input_ids": inputs.to(spec.device), "use_cache": False},
-                TokenLogProb(targets.to(spec.device)),
-                normalize="mean" if spec.normalize == "mean" else "sum",
-            )
-            error = M.error.detach()
-            for start in spec.starts:
-                if start == "error":
-                    vector = error
-                elif start == "ones":
-                    vector = torch.ones_like(error)
-                else:
-                    null = nulls.random_signs if start == "signs" else nulls.random_start
-                    vector = null(error, generator=_generator(spec, index, start))
-                spectra[start] = lanczos(M, vector, spec.steps)
-            loss = float(error.double().mean())
-    except (torch.OutOfMemoryError, RuntimeError) as error_:
-        if not _is_memory(error_):
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not measuring.is_memory(error):
             raise
         raise MemoryError(
             f"not enough memory on {spec.device} for T = {spec.batch_size} x {spec.length} rows in {spec.dtype}: "
             "lower --batch-size first, then --length" + (", or take --dtype float32" if spec.dtype == "float64" else "")
-        ) from error_
-    return BatchResult(revision, fingerprint, index, loss, int(M.shape[0]), spectra, origin)
+        ) from error
 
 
-def _generator(spec: RunSpec, index: int, purpose: str) -> torch.Generator:
-    """A stream of its own for each batch and purpose, so that none depends on what else is asked for."""
-    digest = hashlib.sha256(f"{spec.seed} {index} {purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _is_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in text for words in ("not enough memory", "can't allocate memory", "out of memory")
-    )
-
-
-def _read(path: Path, revision: str, fingerprint: str, spec: RunSpec) -> BatchResult | None:
+def _read(path: Path, checkpoint: _Checkpoint, spec: RunSpec) -> BatchResult | None:
     """A finished batch, or None when it is absent, damaged or of other weights."""
     try:
         found = BatchResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-        if found.fingerprint != fingerprint or set(found.tridiagonals) != set(spec.starts):
-            return None
-        return BatchResult(**{**vars(found), "revision": revision})  # equal weights may go by several names
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    if found.fingerprint != checkpoint.fingerprint or set(found.tridiagonals) != set(spec.starts):
+        return None
+    return replace(found, revision=checkpoint.revision)  # equal weights may go by several names

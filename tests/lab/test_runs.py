@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from grsd.lab import corpora, hub, runs, suites
+from grsd import results
+from grsd.lab import corpora, hub, measuring, runs, suites
 from grsd.spectrum import LogShells
 
 
@@ -143,16 +144,56 @@ def test_same_spec_same_numbers_from_files_or_anew(spec: runs.RunSpec, tmp_path:
 def test_more_batches_and_revisions_reuse_the_files(spec: runs.RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     few = runs.shell_run(replace(spec, batches=2, revisions=("step5",)))
     measured: list[tuple[str, int]] = []
-    real = runs._measure
+    real = results.atomic_write
 
-    def counting(spec: Any, model: Any, index: int, x: Any, y: Any, revision: str, *rest: Any) -> runs.BatchResult:
-        measured.append((revision, index))
-        return real(spec, model, index, x, y, revision, *rest)
+    def counting(path: Path, content: str) -> Path:
+        record = json.loads(content)
+        measured.append((record["revision"], record["batch"]))
+        return real(path, content)
 
-    monkeypatch.setattr(runs, "_measure", counting)
+    monkeypatch.setattr(results, "atomic_write", counting)
     many = runs.shell_run(spec)
     assert measured == [("step0", 0), ("step0", 1), ("step0", 2), ("step5", 2)]
     assert _numbers(many)["step5"][:2] == _numbers(few)["step5"]
+
+
+def test_batches_in_lock_step_have_the_numbers_of_one_at_a_time(spec: runs.RunSpec, tmp_path: Path) -> None:
+    spec = replace(spec, dtype="float64", starts=("error", "ones", "random"))
+    alone = runs.shell_run(spec, memory=0, cache=tmp_path / "alone")
+    together = runs.shell_run(spec, cache=tmp_path / "together")
+    assert alone.group is not None and alone.group.batches == 1
+    assert together.group is not None and together.group.batches == 3
+    assert together.results["step0"][0].provenance["lockstep"]["batches"] == 3
+    assert runs.shell_run(spec, cache=tmp_path / "together").group is None  # nothing was left to measure
+    for revision in spec.revisions:
+        np.testing.assert_allclose(alone.losses(revision), together.losses(revision), rtol=1e-13)
+        for start in spec.starts:
+            pairs = zip(alone.tridiagonals(revision, start), together.tridiagonals(revision, start), strict=True)
+            for one, other in pairs:
+                # six steps of Lanczos amplify the rounding of a product, 1e-15, by less than 1e4
+                np.testing.assert_allclose(one.alphas, other.alphas, rtol=1e-11, atol=1e-11 * one.alphas[0])
+                np.testing.assert_allclose(one.betas, other.betas, rtol=1e-11, atol=1e-11 * one.alphas[0])
+                assert one.mass == pytest.approx(other.mass, rel=1e-13)
+
+
+def test_a_group_that_lost_one_file_is_measured_whole_and_writes_that_file_alone(spec: runs.RunSpec) -> None:
+    first = runs.shell_run(spec)
+    kept, lost = sorted(first.root.iterdir())[0], sorted(first.root.iterdir())[1]
+    stamp = kept.stat().st_mtime_ns
+    lost.unlink()
+    assert _numbers(runs.shell_run(spec)) == _numbers(first)  # bit for bit: the batches that go together are the same
+    assert kept.stat().st_mtime_ns == stamp
+
+
+def test_equal_weights_under_two_names_are_measured_once(
+    spec: runs.RunSpec, suite: suites.Suite, tmp_path: Path
+) -> None:
+    import shutil
+
+    for name in ("step1", "step2"):
+        shutil.copytree(suite.path("step5"), tmp_path / "twice" / name)
+    run = runs.shell_run(replace(spec, model=str(tmp_path / "twice"), revisions=("step1", "step2")))
+    assert run.losses("step1").tolist() == run.losses("step2").tolist() and len(list(run.root.iterdir())) == 3
 
 
 def test_changed_weights_are_measured_again(spec: runs.RunSpec, suite: suites.Suite, tmp_path: Path) -> None:
@@ -270,7 +311,8 @@ def test_out_of_memory_names_the_knob(spec: runs.RunSpec, error: Exception, monk
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(runs, "lanczos", exhausted)
+    monkeypatch.setattr(measuring, "lanczos", exhausted)
+    monkeypatch.setattr(measuring, "lanczos_batches", exhausted)
     with pytest.raises(MemoryError, match="T = 2 x 8 rows in float32: lower --batch-size first, then --length"):
         runs.shell_run(spec)
 
@@ -279,7 +321,7 @@ def test_other_failures_are_not_called_memory(spec: runs.RunSpec, monkeypatch: p
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("derivative is not implemented")
 
-    monkeypatch.setattr(runs, "lanczos", broken)
+    monkeypatch.setattr(measuring, "lanczos_batches", broken)
     with pytest.raises(RuntimeError, match="derivative"):
         runs.shell_run(spec)
 
