@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 __all__ = ["OPTIMIZERS", "ROLES", "RULES", "Rule", "Scale", "derive", "rule", "update_norm"]
 
-Role = Literal["input", "hidden", "output", "input_bias", "hidden_bias"]
-ROLES: tuple[Role, ...] = ("input", "hidden", "output", "input_bias", "hidden_bias")
+Role = Literal["input", "hidden", "output", "input_bias", "hidden_bias", "output_bias"]
+ROLES: tuple[Role, ...] = ("input", "hidden", "output", "input_bias", "hidden_bias", "output_bias")
 MATRICES: tuple[Role, ...] = ("input", "hidden", "output")
 
 
@@ -125,53 +125,54 @@ _INIT = {
     "output": ("n^-1", "n^-1", "1"),
     "input_bias": ("1", "1", "1"),
     "hidden_bias": ("L^-1", "L^-1/2", "1"),
+    "output_bias": ("1", "1", "1"),  # not in the paper: a number of fixed size, added after α
 }
 _UPDATES = """
-optimizer    k  of   input      hidden          output     input_bias  hidden_bias
-sgd          2  η    n          L               n          n           nL
-sgd          2  λ    n^-1       L^-1            n^-1       n^-1        n^-1L^-1
-sgd          1  η    n          1               n          n           n
-sgd          1  λ    n^-1       L^-1/2          n^-1       n^-1        n^-1L^-1/2
-adamw        2  η    1          n^-1            1          1           1
-adamw        2  λ    1          n               1          1           1
-adamw        2  ε    n^-1       n^-1L^-1        n^-1       n^-1        n^-1L^-1
-adamw        1  η    1          n^-1L^-1/2      1          1           L^-1/2
-adamw        1  λ    1          n               1          1           1
-adamw        1  ε    n^-1       n^-1L^-1/2      n^-1       n^-1        n^-1L^-1/2
-lion         2  η    1          n^-1            1          1           1
-lion         2  λ    1          n               1          1           1
-lion         1  η    1          n^-1L^-1/2      1          1           L^-1/2
-lion         1  λ    1          n               1          1           1
-sophia       2  η    1          n^-1            1          1           1
-sophia       2  λ    1          n               1          1           1
-sophia       1  η    1          n^-1L^-1/2      1          1           L^-1/2
-sophia       1  λ    1          n               1          1           1
-muon         2  η    n^1/2      1               n^1/2      -           -
-muon         2  λ    n^-1/2     1               n^-1/2     -           -
-muon         1  η    n^1/2      L^-1/2          n^1/2      -           -
-muon         1  λ    n^-1/2     1               n^-1/2     -           -
-muon_keller  2  η    1          1               n^1/2      -           -
-muon_keller  2  λ    1          1               n^-1/2     -           -
-muon_keller  1  η    1          L^-1/2          n^1/2      -           -
-muon_keller  1  λ    1          1               n^-1/2     -           -
-muon_kimi    2  η    1          n^-1/2          1          -           -
-muon_kimi    2  λ    1          n^1/2           1          -           -
-muon_kimi    1  η    1          n^-1/2L^-1/2    1          -           -
-muon_kimi    1  λ    1          n^1/2           1          -           -
-shampoo      2  η    n^1/2      1               n^1/2      -           -
-shampoo      2  λ    n^-1/2     1               n^-1/2     -           -
-shampoo      2  ε    n^-1       L^-2            n^-1       -           -
-shampoo      1  η    n^1/2      L^-1/2          n^1/2      -           -
-shampoo      1  λ    n^-1/2     1               n^-1/2     -           -
-shampoo      1  ε    n^-1       L^-1            n^-1       -           -
-soap         2  η    n^1/2      1               n^1/2      -           -
-soap         2  λ    n^-1/2     1               n^-1/2     -           -
-soap         1  η    n^1/2      L^-1/2          n^1/2      -           -
-soap         1  λ    n^-1/2     1               n^-1/2     -           -
-sso          2  η    1          1               n          -           -
-sso          2  λ    1          1               n^-1       -           -
-sso          1  η    1          L^-1/2          n          -           -
-sso          1  λ    1          1               n^-1       -           -
+optimizer    k  of  input   hidden        output  input_bias  hidden_bias  output_bias
+sgd          2  η   n       L             n       n           nL           1
+sgd          2  λ   n^-1    L^-1          n^-1    n^-1        n^-1L^-1     1
+sgd          1  η   n       1             n       n           n            1
+sgd          1  λ   n^-1    L^-1/2        n^-1    n^-1        n^-1L^-1/2   1
+adamw        2  η   1       n^-1          1       1           1            1
+adamw        2  λ   1       n             1       1           1            1
+adamw        2  ε   n^-1    n^-1L^-1      n^-1    n^-1        n^-1L^-1     1
+adamw        1  η   1       n^-1L^-1/2    1       1           L^-1/2       1
+adamw        1  λ   1       n             1       1           1            1
+adamw        1  ε   n^-1    n^-1L^-1/2    n^-1    n^-1        n^-1L^-1/2   1
+lion         2  η   1       n^-1          1       1           1            1
+lion         2  λ   1       n             1       1           1            1
+lion         1  η   1       n^-1L^-1/2    1       1           L^-1/2       1
+lion         1  λ   1       n             1       1           1            1
+sophia       2  η   1       n^-1          1       1           1            1
+sophia       2  λ   1       n             1       1           1            1
+sophia       1  η   1       n^-1L^-1/2    1       1           L^-1/2       1
+sophia       1  λ   1       n             1       1           1            1
+muon         2  η   n^1/2   1             n^1/2   -           -            -
+muon         2  λ   n^-1/2  1             n^-1/2  -           -            -
+muon         1  η   n^1/2   L^-1/2        n^1/2   -           -            -
+muon         1  λ   n^-1/2  1             n^-1/2  -           -            -
+muon_keller  2  η   1       1             n^1/2   -           -            -
+muon_keller  2  λ   1       1             n^-1/2  -           -            -
+muon_keller  1  η   1       L^-1/2        n^1/2   -           -            -
+muon_keller  1  λ   1       1             n^-1/2  -           -            -
+muon_kimi    2  η   1       n^-1/2        1       -           -            -
+muon_kimi    2  λ   1       n^1/2         1       -           -            -
+muon_kimi    1  η   1       n^-1/2L^-1/2  1       -           -            -
+muon_kimi    1  λ   1       n^1/2         1       -           -            -
+shampoo      2  η   n^1/2   1             n^1/2   -           -            -
+shampoo      2  λ   n^-1/2  1             n^-1/2  -           -            -
+shampoo      2  ε   n^-1    L^-2          n^-1    -           -            -
+shampoo      1  η   n^1/2   L^-1/2        n^1/2   -           -            -
+shampoo      1  λ   n^-1/2  1             n^-1/2  -           -            -
+shampoo      1  ε   n^-1    L^-1          n^-1    -           -            -
+soap         2  η   n^1/2   1             n^1/2   -           -            -
+soap         2  λ   n^-1/2  1             n^-1/2  -           -            -
+soap         1  η   n^1/2   L^-1/2        n^1/2   -           -            -
+soap         1  λ   n^-1/2  1             n^-1/2  -           -            -
+sso          2  η   1       1             n       -           -            -
+sso          2  λ   1       1             n^-1    -           -            -
+sso          1  η   1       L^-1/2        n       -           -            -
+sso          1  λ   1       1             n^-1    -           -            -
 """
 
 
@@ -235,6 +236,7 @@ _SIZES: dict[Role, tuple[Scale, Scale]] = {  # (n_out, n_in); a bias is a vector
     "output": (ONE, scale(1)),
     "input_bias": (scale(1), ONE),
     "hidden_bias": (scale(1), ONE),
+    "output_bias": (ONE, ONE),
 }
 _HALF = Fraction(1, 2)
 
@@ -271,6 +273,7 @@ def gradient_norm(role: Role, k: int) -> Scale:
         "output": scale(-1) * features,  # α_out ∂ℓ/∂f hᵀ
         "input_bias": back,
         "hidden_bias": alpha * back,
+        "output_bias": ONE,
     }[role]
 
 

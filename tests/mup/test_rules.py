@@ -59,7 +59,7 @@ def test_a_wrong_cell_is_found(field: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PRINTED))
 def test_the_table_is_the_printed_one(name: str) -> None:
-    ours = {role: (tuple(r.lr), tuple(r.weight_decay)) for role, r in RULES[name, 2].items()}
+    ours = {role: (tuple(r.lr), tuple(r.weight_decay)) for role, r in RULES[name, 2].items() if role != "output_bias"}
     assert ours == PRINTED[name]
 
 
