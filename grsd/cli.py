@@ -32,6 +32,7 @@ Examples:
   grsd shells mini-1.3m --revision step0 --revision step512 --png profile.png
   grsd shells ./my-model --corpus 'notes/*.txt' --steps 50 --batches 3
   grsd shells EleutherAI/pythia-70m --revision step1000 --corpus embedded --json
+  torchrun --nproc-per-node 2 -m grsd shells mini-1.3m --revision all
 """
 
 
@@ -82,11 +83,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+def _bar(label: str, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar on an interactive stderr, shown at step 0 or after a second; otherwise nothing."""
     from tqdm import tqdm
 
-    bar: Any = tqdm(desc=label, file=sys.stderr, disable=not sys.stderr.isatty(), delay=1.0, leave=False)
+    bar: Any = tqdm(desc=label, file=sys.stderr, disable=quiet or not sys.stderr.isatty(), delay=1.0, leave=False)
 
     def update(done: int, total: int, note: str) -> None:
         bar.total = total
@@ -287,6 +288,9 @@ def _train(name: str, text: Any, steps: int, device: str, recipe: dict[str, Any]
 @click.option("--seed", default=0, show_default=True, help="Of the batches and the random vectors.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, float64 or bfloat16.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--memory", metavar="SIZE", help="Budget of batches in lock-step, e.g. 4G [512M; most of a GPU]; 0: no lock-step."
+)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Use batches that were measured before.")
 @click.option("--png", type=click.Path(dir_okay=False), help="Draw the profiles into this file.")
 @click.option(
@@ -302,6 +306,7 @@ def shells(
     ratio: float,
     span: tuple[float, float] | None,
     device: str,
+    memory: str | None,
     resume: bool,
     png: str | None,
     output: str | None,
@@ -311,9 +316,11 @@ def shells(
     """Measure how the error of MODEL spreads over the spectrum of its tangent kernel.
 
     MODEL is a mini-suite name, a folder in Hugging Face format (or of one subfolder per revision), or a name on
-    the hub; weights are read from safetensors only. A run that was stopped goes on where it was.
+    the hub; weights are read from safetensors only. A run that was stopped goes on where it was. Several batches go
+    through the network together as far as --memory lets them. Started by torchrun, the processes share batches and
+    checkpoints (each its own GPU) and need one cache folder; the first of them prints.
     """
-    from grsd.lab import hub, reports, runs
+    from grsd.lab import hub, measuring, ranks, reports, runs
     from grsd.spectrum import LogShells
 
     target = _output_id(output) if output else None
@@ -331,13 +338,19 @@ def shells(
     given = LogShells.spanning(*span, ratio=ratio) if span else None
     if given is None:
         LogShells.spanning(1.0, 1.0, ratio=ratio)  # refuse a bad ratio before the work
-    _prepare(model, revisions, spec.device)
+    budget = None if memory is None else measuring.bytes_of(memory)
+    world = ranks.Ranks.join()
+    world.from_first(lambda: _prepare(model, revisions, spec.device))
     if "all" in revisions:
         every = tuple(hub.available(model))
         spec = runs.RunSpec(**{**asdict(spec), "revisions": every})
-    with _bar("shells") as update:
+    with _bar("shells", quiet=world.rank > 0) as update:
         update(0, max(1, len(spec.revisions)) * spec.batches, "first batch")
-        run = runs.shell_run(spec, resume=resume, progress=update)
+        run = runs.shell_run(spec, resume=resume, progress=update, memory=budget, ranks=world)
+    if world.rank > 0:
+        return
+    if run.group is not None:
+        _say(str(run.group))
     edges = given or run.common_shells(ratio)
     data = reports.summary(run, edges)
     if png:

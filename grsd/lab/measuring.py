@@ -1,8 +1,9 @@
 """One group of batches of one checkpoint: operators, start vectors, Lanczos; in lock-step where that is possible.
 
-Batches in lock-step share their passes through the network (:mod:`grsd.spectrum.lockstep`), which is what fills a GPU; on two
-CPU cores a product of the mini nets at T = 256 then takes 0.71 to 0.85 of the time (four batches). The numbers are those of
-one batch at a time to rounding. How many batches go together follows from a budget of memory and the measured peak of one.
+Batches in lock-step share their passes through the network (:mod:`grsd.spectrum.lockstep`), which is what fills a GPU. On two
+CPU cores the whole measurement of mini-1.3m at T = 256 takes 0.75 to 0.78 of the time of one batch at a time (10 and 5
+batches; m = 20), that of mini-4.2m the same time. The numbers are those of one batch at a time to rounding. How many batches
+go together follows from a budget of memory and the measured peak of one.
 """
 
 from __future__ import annotations

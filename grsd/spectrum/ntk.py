@@ -172,10 +172,16 @@ class NTK(Kernel):
         return self._retain().jvp(v)
 
     def __matmul__(self, u: Tensor) -> Tensor:
-        """Return M u for u of shape (T,) or (T, k), same dtype and device. Cost: one product a column."""
+        """Return M u for u of shape (T,), or M U for U of shape (T, k), same dtype and device.
+
+        Cost: one product a column; the factored form shares its passes among the columns of U.
+        """
         if u.ndim == 2:
             self._check(u, (self.shape[0], u.shape[1]))
-            return torch.stack([self @ column for column in u.unbind(1)], dim=1)
+            if self._factored is None:
+                return torch.stack([self @ column for column in u.unbind(1)], dim=1)
+            self._same_parameters()
+            return self._factored.block(u) * self.inner_weight
         self._check(u, (self.shape[0],))
         if self._factored is None:
             graph = self._retain()
