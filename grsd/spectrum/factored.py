@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from grsd.spectrum.factors import Factor, Gram, Grams, Span, Through, Tied, Tokens, Vectors, accumulate, matrix
-from grsd.spectrum.folding import Rows, own_positions, share, unfold
+from grsd.spectrum.folding import own_positions, share, unfold
 from grsd.spectrum.plan import PlanRow
-from grsd.spectrum.recording import record, transpose
-from grsd.spectrum.tape import Program
+from grsd.spectrum.fusing import overwrite, simplify
+from grsd.spectrum.recording import record
+from grsd.spectrum.tape import Program, Rows
+from grsd.spectrum.transposing import transpose
 from grsd.spectrum.uses import Place, Trace, Use
 
 FOLD_LIMIT = 8192  # a T × T matrix larger than this costs more than the passes that it saves
@@ -74,8 +76,9 @@ class Factored:
         self.adjoint: Program | None = None
         self.forward: Program | None = None
         if self.slots:
-            self.adjoint = unfold(adjoint, values, own, self.slots)
-            self.forward = transpose(self.adjoint, start)
+            raw = unfold(adjoint, values, own, self.slots)
+            self.adjoint = overwrite(simplify(raw), owned=False)
+            self.forward = overwrite(simplify(transpose(raw, start.device)), owned=True)
             for name, program in (("J_εᵀ", self.adjoint), ("J_ε", self.forward)):
                 self.plan_rows.append(PlanRow(f"({name})", "pass", "recorded program", program.flops, 0))
 

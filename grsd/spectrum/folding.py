@@ -9,7 +9,6 @@ operation without a rule here ends the region. The passes of a product then star
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -17,30 +16,10 @@ import torch
 from torch import Tensor
 
 from grsd.spectrum.factors import Grams, gram
-from grsd.spectrum.tape import NORMS, Node, Program, Slot, pullback
+from grsd.spectrum.tape import NORMS, RESHAPING, Node, Program, Rows, Slot, pullback, spread
 from grsd.spectrum.uses import Use
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How the T outputs lie in a value whose leading axes have n elements in all: at `positions`, or in order (None)."""
-
-    count: int
-    positions: Tensor | None = None  # (T,) int64
-
-    def front(self, shape: Sequence[int]) -> int | None:
-        """Return how many leading axes make up the n rows, or None when no number of them does."""
-        for k in range(len(shape) + 1):
-            if prod(shape[:k]) == self.count:
-                return k
-        return None
-
-    def pick(self, x: Tensor) -> Tensor:
-        """Return the T rows of x as (T, rest)."""
-        x = x.reshape(self.count, -1)
-        return x if self.positions is None else x[self.positions]
 
 
 def own_positions(program: Program, values: dict[int, Tensor], size: int) -> dict[int, Rows]:
@@ -67,7 +46,7 @@ def own_positions(program: Program, values: dict[int, Tensor], size: int) -> dic
 def _rows_after(node: Node, rows: Rows, entering: list[int], values: dict[int, Tensor]) -> Rows | None:
     value, result = values[entering[0]], values[node.outs[0]]
     front = rows.front(value.shape)
-    if node.func in RESHAPING:
+    if node.func in KEEPING:
         return rows
     if node.func in PUTTING:
         return _put(node, rows, entering, result)
@@ -135,23 +114,13 @@ def _scattering(node: Node, front: int, ndim: int) -> bool:
     return front <= node.args[1] % ndim and not isinstance(node.args[2], Slot)
 
 
-RESHAPING = {
-    getattr(getattr(aten, name), overload)
-    for name, overload in (
-        ("view", "default"),
-        ("_unsafe_view", "default"),
-        ("reshape", "default"),
-        ("unsqueeze", "default"),
-        ("squeeze", "dim"),
-        ("squeeze", "dims"),
-        ("squeeze", "default"),
-        ("clone", "default"),
-        ("alias", "default"),
-        ("_to_copy", "default"),
-        ("neg", "default"),
-        ("mul", "Scalar"),
-        ("div", "Scalar"),
-    )
+KEEPING = RESHAPING | {
+    aten.clone.default,
+    aten.alias.default,
+    aten._to_copy.default,
+    aten.neg.default,
+    aten.mul.Scalar,
+    aten.div.Scalar,
 }
 PUTTING = {aten.index_put_.default, aten._index_put_impl_.default, aten.index_put.default}
 ALIGNED = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.expand.default}
@@ -231,13 +200,6 @@ def foldable(use: Use, rows: Rows, front: int) -> bool:
     return False
 
 
-def spread(u: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
-    """Return the own-position value at u: row i of `fixed`, (n, ...), times u_i."""
-    if rows.positions is not None:
-        u = u.new_zeros(rows.count).index_copy(0, rows.positions, u)
-    return (u.view(-1, 1) * fixed.reshape(rows.count, -1)).view(fixed.shape)
-
-
 def unfold(program: Program, values: dict[int, Tensor], own: dict[int, Rows], outputs: Sequence[int]) -> Program:
     """Return the backward program that starts at the border of the own-position region and ends at `outputs`."""
     inner = [node for node in program.nodes if not any(out in own for out in node.outs)]
@@ -246,4 +208,4 @@ def unfold(program: Program, values: dict[int, Tensor], own: dict[int, Rows], ou
     border = [
         Node(spread, (Slot(start), own[s], values[s].detach()), {}, (s,)) for s in sorted(needed & set(own) - {start})
     ]
-    return Program(border + inner, [start], outputs)
+    return Program(border + inner, [start], outputs, program.kinds)

@@ -1,14 +1,12 @@
 """Recording: one backward pass is watched at the level of ATen operations and becomes a linear program.
 
 `record` keeps the operations that depend on the inputs; everything else (weights, activations, derivatives of activations)
-is a constant that is evaluated once. `transpose` records the backward pass of a program itself, which is the transposed map.
-The programs are in :mod:`grsd.spectrum.tape`.
+is a constant that is evaluated once. The programs are in :mod:`grsd.spectrum.tape`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ from grsd.spectrum.tape import NORMS, Node, Program, Slot, leaves_of, pullback, 
 
 aten = torch.ops.aten
 
-SHADOW = 1e9  # FLOPs, some 20 ms of a CPU: below, real arithmetic is cheaper than what shape inference for a few hundred operations costs
 # derivative at x times the incoming gradient: with constant x the derivative is evaluated once
 POINTWISE = frozenset(
     getattr(aten, name).default
@@ -39,27 +36,6 @@ SHAPES = frozenset(
 
 class Unrecordable(RuntimeError):
     """The pass does something that a linear program cannot repeat."""
-
-
-def transpose(program: Program, *inputs: Tensor) -> Program:
-    """Return the transposed map, from one vector per output to one per input; `inputs` only lend their shapes.
-
-    Cost: one run of each; of a program that is large for a CPU, no arithmetic: the vectors then live on the meta
-    device while the program's backward pass is recorded, next to constants that are real.
-    """
-    shadow = program.flops > SHADOW and all(x.device.type == "cpu" for x in inputs)
-    starts = [x.detach().to("meta" if shadow else x.device, copy=True).requires_grad_() for x in inputs]
-    with torch.enable_grad(), _Tape() if shadow else nullcontext():
-        results = program.run(*starts)
-    seeds = [torch.empty_like(x) for x in results]
-
-    def backward(*seeds: Tensor) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(results, starts, seeds, allow_unused=True)
-
-    result, _, missing = record(backward, seeds)
-    if missing:
-        raise Unrecordable("an input of the program has no effect on its outputs")
-    return result
 
 
 def record(
@@ -82,7 +58,8 @@ def record(
         results = function(*inputs)
     places = [None if r is None else tape.slot(r) for r in results]
     missing = [k for k, place in enumerate(places) if place is None]
-    program = Program(tape.nodes, entries, [p for p in places if p is not None])
+    kinds = {slot: (tuple(x.shape), x.dtype) for slot, x in tape.values.items()}
+    program = Program(tape.nodes, entries, [p for p in places if p is not None], kinds)
     return program, tape.values, missing
 
 
@@ -108,26 +85,21 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = [x for x in leaves_of(args, kwargs) if isinstance(x, Tensor)]
-        if any(x.is_meta for x in leaves):
-            return self._dispatch(func, args, kwargs, leaves, _on_meta)
-        return self._dispatch(func, args, kwargs, leaves, _as_it_is)
-
-    def _dispatch(self, func: Any, args: Any, kwargs: Any, leaves: list[Tensor], call: Callable[..., Any]) -> Any:
         followed = [x for x in leaves if id(x) in self._slots]
         if self._written and any(
             id(x) not in self._slots and x.untyped_storage().data_ptr() in self._written for x in leaves
         ):
             raise Unrecordable(f"{func} reads a tensor that was written in place through another view")
         if not followed or func in SHAPES:
-            return call(func, args, kwargs)
+            return func(*args, **kwargs)
         if func._schema.is_mutable:
-            return self._in_place(func, args, kwargs, call)
+            return self._in_place(func, args, kwargs)
         alone = not any(x is not args[0] for x in followed)
         if func is aten.detach.default:
             func = aten.alias.default  # the same for values, and transparent to the transpose
         elif alone and func in POINTWISE:
             func, args, kwargs = aten.mul.Tensor, (args[0], _derivative(func, args, kwargs)), {}
-        result = call(func, args, kwargs)
+        result = func(*args, **kwargs)
         if alone and func in NORMS and all(x is None for x in result[1:]):
             self._emit(pullback, (args[0], func, tuple(args[1:])), {}, result[:1])
             return result
@@ -144,7 +116,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         places = tuple(-1 - len(self.values) if x is None else self.enter(x) for x in outs)
         self.nodes.append(Node(func, tuple(args), kwargs, places, flops))
 
-    def _in_place(self, func: Any, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
+    def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an operation that writes into its first argument as one on a copy of that argument."""
         target, slot = args[0], self._slots.get(id(args[0]))
         if any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments[1:]):
@@ -160,7 +132,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values[copy] = target
         self.nodes.append(Node(aten.clone.default, (source,), {}, (copy,)))
         rest = self._refer(args[1:])
-        result = call(func, args, kwargs)
+        result = func(*args, **kwargs)
         after = len(self.values)
         self.values[after] = target
         self._slots[id(target)] = after
@@ -175,23 +147,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return rebuild(self._refer, x)
 
 
-def _as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
-    return func(*args, **kwargs)
-
-
-def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """Carry out an operation on shapes alone."""
-    if "device" in kwargs:
-        kwargs = {**kwargs, "device": torch.device("meta")}
-    return func(*_to_meta(args), **_to_meta(kwargs))
-
-
-def _to_meta(x: Any) -> Any:
-    return x.to("meta") if isinstance(x, Tensor) else rebuild(_to_meta, x)
-
-
 def _derivative(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Return the derivative of a pointwise function, on the device of its saved tensor."""
-    saved = next((x for x in args[1:] if isinstance(x, Tensor)), args[0])
-    result: Tensor = func(torch.ones_like(args[0], device=saved.device), *args[1:], **kwargs)
+    """Return the derivative of a pointwise function."""
+    result: Tensor = func(torch.ones_like(args[0]), *args[1:], **kwargs)
     return result

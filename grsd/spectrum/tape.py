@@ -1,12 +1,13 @@
 """Linear programs: a computation that is linear in its inputs, recorded once and run again without autograd.
 
-A backward pass is linear in the vector that starts it; :mod:`grsd.spectrum.recording` turns one into a program. What the
-programs are for is in :mod:`grsd.spectrum.factored`.
+A backward pass is linear in the vector that starts it; :mod:`grsd.spectrum.recording` turns one into a program,
+:mod:`grsd.spectrum.transposing` transposes it, and :mod:`grsd.spectrum.fusing` makes it fast. What the programs are for is
+in :mod:`grsd.spectrum.factored`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+
+Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a value
 
 # dx = P (w ⊙ g) with P symmetric: the position of w in the call, and whether it runs over channels (axis 1)
 NORMS = {
@@ -23,6 +26,20 @@ NORMS = {
 }
 if hasattr(aten, "_fused_rms_norm_backward"):
     NORMS[aten._fused_rms_norm_backward.default] = (4, False)
+
+# the same numbers in the same order
+RESHAPING = frozenset(
+    getattr(getattr(aten, name), overload)
+    for name, overload in (
+        ("view", "default"),
+        ("_unsafe_view", "default"),
+        ("reshape", "default"),
+        ("unsqueeze", "default"),
+        ("squeeze", "dim"),
+        ("squeeze", "dims"),
+        ("squeeze", "default"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -47,45 +64,65 @@ class Node:
         return [leaf.index for leaf in leaves_of(self.args, self.kwargs) if isinstance(leaf, Slot)]
 
 
-class Pullback(torch.autograd.Function):
-    """g → P (w ⊙ g), the backward pass of a normalisation, as one kernel; its transpose is v → w ⊙ P v."""
+@dataclass(frozen=True)
+class Rows:
+    """How the T outputs lie in a value whose leading axes have n elements in all: at `positions`, or in order (None)."""
 
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, func: Any, args: tuple[Any, ...]) -> Tensor:
-        ctx.func, ctx.rest = func, args
-        result: Tensor = func(g, *args)[0]
-        return result
+    count: int
+    positions: Tensor | None = None  # (T,) int64
 
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        place, channels = NORMS[ctx.func]
-        weight, plain = ctx.rest[place - 1], list(ctx.rest)
-        plain[place - 1] = None
-        g = ctx.func(v.contiguous(), *plain)[0]
-        if weight is not None:
-            g = g * (weight.reshape(-1, *[1] * (g.ndim - 2)) if channels else weight)
-        return g, None, None
+    def front(self, shape: Sequence[int]) -> int | None:
+        """Return how many leading axes make up the n rows, or None when no number of them does."""
+        size = 1
+        for k in range(len(shape) + 1):
+            if size == self.count:
+                return k
+            size *= shape[k] if k < len(shape) else 1
+        return None
+
+    def pick(self, x: Tensor) -> Tensor:
+        """Return the T rows of x as (T, rest)."""
+        x = x.reshape(self.count, -1)
+        return x if self.positions is None else x[self.positions]
 
 
 def pullback(g: Tensor, func: Any, args: tuple[Any, ...]) -> Tensor:
-    """Call `Pullback`; a function of its own so that a program can name it."""
-    result: Tensor = Pullback.apply(g, func, args)  # type: ignore[no-untyped-call]
+    """Return P (w ⊙ g), the backward pass of a normalisation, as one kernel; its transpose is v → w ⊙ P v."""
+    result: Tensor = func(g.contiguous(), *args)[0]
     return result
 
 
-class Program:
-    """A recorded linear map. `run(*inputs)` returns the outputs; no gradient is recorded unless an input asks for it."""
+def spread(u: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
+    """Return the own-position value at u: row i of `fixed`, (n, ...), times u_i."""
+    if rows.positions is not None:
+        u = u.new_zeros(rows.count).index_copy(0, rows.positions, u)
+    return (u.view(-1, 1) * fixed.reshape(rows.count, -1)).view(fixed.shape)
 
-    def __init__(self, nodes: Sequence[Node], inputs: Sequence[int], outputs: Sequence[int]) -> None:
+
+def collect(g: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
+    """Return the transpose of `spread` at g: the inner product of every row of g with that of `fixed`, (T,)."""
+    found = torch.linalg.vecdot(g.reshape(rows.count, -1), fixed.reshape(rows.count, -1))
+    return found if rows.positions is None else found[rows.positions]
+
+
+class Program:
+    """A recorded linear map.
+
+    Parameters
+    ----------
+    nodes : in the order in which they run; those that no output needs are left out.
+    inputs, outputs : slots.
+    kinds : shape and dtype of every slot.
+    """
+
+    def __init__(
+        self, nodes: Sequence[Node], inputs: Sequence[int], outputs: Sequence[int], kinds: Mapping[int, Kind]
+    ) -> None:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        self.nodes = _reachable(nodes, self.outputs)
-        last: dict[int, int] = {}
-        for k, node in enumerate(self.nodes):
-            last.update(dict.fromkeys(node.sources(), k))
-            for out in node.outs:
-                last.setdefault(out, k)
+        self.nodes = reachable(nodes, self.outputs)
+        self.kinds = dict(kinds)
         dead: list[list[int]] = [[] for _ in self.nodes]
-        for slot, k in last.items():
+        for slot, k in last_uses(self.nodes).items():
             if slot not in self.outputs:
                 dead[k].append(slot)
         self._steps = [_compile(node, tuple(d)) for node, d in zip(self.nodes, dead, strict=True)]
@@ -94,15 +131,6 @@ class Program:
     def flops(self) -> int:
         """Multiplications and additions in matrix products and convolutions of one run."""
         return sum(node.flops for node in self.nodes)
-
-    def constants(self) -> int:
-        """Return the bytes of the distinct tensors that the program holds (weights included)."""
-        held: dict[int, int] = {}
-        for node in self.nodes:
-            for leaf in leaves_of(node.args, node.kwargs):
-                if isinstance(leaf, Tensor):
-                    held[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
-        return sum(held.values())
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
         """Return the outputs at `inputs`. Cost: the recorded operations; temporaries are freed after their last use."""
@@ -115,8 +143,8 @@ class Program:
         for func, args, kwargs, holes, outs, dead in self._steps:
             call = list(args)
             for k, slot in holes:
-                call[k] = values[slot] if type(slot) is int else _fill(slot, values)
-            result = func(*call, **kwargs) if not kwargs else func(*call, **_fill(kwargs, values))
+                call[k] = values[slot] if type(slot) is int else fill(slot, values)
+            result = func(*call, **kwargs) if not kwargs else func(*call, **fill(kwargs, values))
             if len(outs) == 1:
                 values[outs[0]] = result[0] if type(result) is tuple else result
             else:
@@ -137,22 +165,41 @@ def rebuild(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def leaves_of(args: Any, kwargs: dict[str, Any] | None = None) -> list[Any]:
+    """Return what nested tuples and lists hold."""
     found: list[Any] = []
     for x in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(x, (tuple, list)):
+        if type(x) is tuple or type(x) is list:
             found.extend(leaves_of(x))
         else:
             found.append(x)
     return found
 
 
-def _reachable(nodes: Sequence[Node], outputs: Sequence[int]) -> list[Node]:
+def fill(tree: Any, values: Mapping[int, Any]) -> Any:
+    """Put values where a tree has slots."""
+    if isinstance(tree, Slot):
+        return values[tree.index]
+    return rebuild(lambda branch: fill(branch, values), tree)
+
+
+def reachable(nodes: Sequence[Node], outputs: Sequence[int]) -> list[Node]:
+    """Return the nodes that the outputs need."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if wanted.intersection(node.outs):
             wanted.update(node.sources())
             kept.append(node)
     return kept[::-1]
+
+
+def last_uses(nodes: Sequence[Node]) -> dict[int, int]:
+    """Return for every slot the position of the node that reads it last, or makes it when nothing reads it."""
+    last: dict[int, int] = {}
+    for k, node in enumerate(nodes):
+        last.update(dict.fromkeys(node.sources(), k))
+        for out in node.outs:
+            last.setdefault(out, k)
+    return last
 
 
 def _compile(node: Node, dead: tuple[int, ...]) -> tuple[Any, ...]:
@@ -163,9 +210,3 @@ def _compile(node: Node, dead: tuple[int, ...]) -> tuple[Any, ...]:
         elif isinstance(arg, (tuple, list)) and any(isinstance(leaf, Slot) for leaf in leaves_of(arg)):
             holes.append((k, arg))
     return node.func, node.args, node.kwargs, holes, node.outs, dead
-
-
-def _fill(tree: Any, values: dict[int, Any]) -> Any:
-    if isinstance(tree, Slot):
-        return values[tree.index]
-    return rebuild(lambda branch: _fill(branch, values), tree)
