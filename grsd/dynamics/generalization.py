@@ -46,12 +46,12 @@ def _array(a: Array, name: str, ndim: int) -> np.ndarray:
 
 def kernel_between(rows: Problem, columns: Problem, theta: Vector) -> np.ndarray:
     """Return K = J_rows J_columnsᵀ, (m, n), without a factor 1/n. Cost: two Jacobians."""
-    a, b = rows.jacobian(theta), columns.jacobian(theta)
-    if a.shape[1] != b.shape[1]:
+    if rows.theta.shape != columns.theta.shape:
         raise ValueError(
-            f"the two problems have {a.shape[1]} and {b.shape[1]} parameters; make the second with Problem.on, so that "
-            "both are the same network"
+            f"the two problems have {len(rows.theta)} and {len(columns.theta)} parameters; make the second with Problem.on, "
+            "so that both are the same network"
         )
+    a, b = rows.jacobian(theta), columns.jacobian(theta)
     found: np.ndarray = (a @ b.T).cpu().numpy()
     return found
 
@@ -131,6 +131,9 @@ class FixedFeatures:
                 f"{self.train_features.shape[1]} features on the training samples and {self.test_features.shape[1]} on the "
                 "test samples; they must be the same functions"
             )
+
+        if not self.train_features.any():
+            raise ValueError("train_features are all zero: M = 0 and nothing is ever learned")
 
     @classmethod
     def tangent(cls, train: Problem, test: Problem, theta: Vector) -> FixedFeatures:

@@ -90,12 +90,12 @@ class ClosureRate(NamedTuple):
 
 
 def _nodes(window: Window, span: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss–Legendre for ∫ dλ over `span`: 16 nodes a panel, panels of at most ¼ e-fold that end at the breaks of w."""
+    """Gauss–Legendre for ∫ dλ over `span`: 16 nodes a panel, panels of at most ½ e-fold that end at the breaks of w."""
     lo, hi = map(float, span)
     if not (np.isfinite([lo, hi]).all() and 0 < lo < hi):
         raise ValueError(f"span must be 0 < λ_min < λ_max, both finite; got {span!r}")
     marks = np.log([lo, *(b for b in window.breaks if lo < b < hi), hi])
-    parts = [np.linspace(a, b, int(np.ceil(4 * (b - a))) + 1)[:-1] for a, b in pairwise(marks)]
+    parts = [np.linspace(a, b, int(np.ceil(2 * (b - a))) + 1)[:-1] for a, b in pairwise(marks)]
     cuts = np.concatenate([*parts, marks[-1:]])
     x, w = np.polynomial.legendre.leggauss(16)
     half, middle = np.diff(cuts)[:, None] / 2, (cuts[1:] + cuts[:-1])[:, None] / 2
