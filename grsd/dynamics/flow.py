@@ -375,6 +375,7 @@ def integrate(
     step: float = 0.0,
     method: str = "DOP853",
     estimate: bool = True,
+    limit: int = 200_000,
 ) -> Path:
     """Integrate gradient flow θ̇ = −∇L, or θ̇ = −η(t)∇L with a schedule, from the first of `times`.
 
@@ -396,6 +397,9 @@ def integrate(
         Any explicit method of `solve_ivp`; DOP853 by default.
     estimate : bool
         Run again with a hundredfold looser tolerance (about half the cost of the first run) for `Path.error`.
+    limit : int
+        Evaluations of the velocity, after which the run is given up: the flow is too stiff for an explicit method (about
+        2 λ_max t are needed), or it slides along a kink of a network that is not smooth.
 
     Returns
     -------
@@ -413,12 +417,26 @@ def integrate(
     begin = problem.theta if start is None else problem._theta(start)
     first = np.append(begin.detach().cpu().numpy(), 0.0)
 
+    calls = 0
+
     def rate(t: float, state: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls > limit:
+            why = (
+                f"every sample that crosses a kink ({', '.join(problem.kinks)}) costs many small steps, and a flow that slides along "
+                "one has no solution; loosen rtol and atol, or use a smooth activation"
+                if problem.kinks
+                else "an explicit method needs about 2 λ_max t of them; take shorter times, or raise limit"
+            )
+            raise ValueError(f"{method} used {limit} evaluations to get from t = {grid[0]:.4g} to {t:.6g}: {why}")
         v = problem.velocity(state[:-1], step).cpu().numpy()
         factor = 1.0 if schedule is None else float(schedule(t))
         return np.append(factor * v, factor * (v @ v))
 
     def run(loosen: float) -> np.ndarray:
+        nonlocal calls
+        calls = 0
         done = solve_ivp(
             rate, (grid[0], grid[-1]), first, method=method, t_eval=grid, rtol=loosen * rtol, atol=loosen * atol
         )
