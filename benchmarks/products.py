@@ -29,10 +29,8 @@ from grsd.spectrum import NTK, TokenLogProb, lanczos
 Product = Callable[[Tensor], Tensor]
 PARTS = ("time", "memory", "profile")
 aten = torch.ops.aten
-IN_PLACE = {
-    aten.addmm_: flop_registry[aten.addmm],
-    aten.baddbmm_: flop_registry[aten.baddbmm],
-}  # unknown to the counter
+# products that add into their result in place, which torch's counter does not know: shapes → operations
+IN_PLACE = dict.fromkeys((aten.addmm_, aten.baddbmm_), lambda c, a, b, **_: 2 * math.prod(a) * b[-1])
 
 
 class Rows(nn.Module):
