@@ -504,7 +504,8 @@ def list_results(as_json: bool) -> None:
 
 
 def _command(result: stored.Result) -> str:
-    return "grsd " + " ".join(result.provenance["command"])
+    words = result.provenance["command"]
+    return " ".join(words if words[:1] == ["make"] else ["grsd", *words])
 
 
 @results.command("show")
