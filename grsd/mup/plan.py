@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from grsd.mup.optimizers import make_optimizer
 from grsd.mup.rules import OPTIMIZERS, ROLES, Rule, Scale, rule
 
-__all__ = ["BRANCH_ENDS", "Entry", "Plan", "plan"]
+__all__ = ["BRANCH_ENDS", "FUSED", "Entry", "Plan", "plan"]
 
 BRANCH_ENDS = (
     "*.attn.c_proj", "*.mlp.c_proj",  # GPT-2
@@ -31,6 +32,11 @@ BRANCH_ENDS = (
 )  # fmt: skip
 """Layers whose output is added to the residual stream, as patterns of module names; `plan(..., branch_ends=)` names others."""
 
+FUSED: Mapping[str, int | tuple[int, int] | Literal["heads"]] = {
+    "*.attn.c_attn.weight": 3,  # GPT-2: Q, K, V one after another
+    "*.attention.query_key_value.weight": "heads",  # GPT-NeoX: Q, K, V of one head after another
+}
+"""Matrices that hold several, which a matrix optimizer must treat one by one."""
 WeightDecay = Literal["paper", "unscaled"]
 Side = Literal["input", "output"]
 _HALF = Fraction(1, 2)
@@ -56,6 +62,8 @@ class Entry:
     optimizer : the optimizer that gets it.
     rule : Rule, the exponents of (r_n, r_L).
     multiplier, std, lr, weight_decay, eps : the rule at this model's ratios; eps is None when the optimizer has no rule for it.
+    split : how a matrix is fused along its outputs: parts, or (blocks, parts) when parts alternate in blocks.
+    transposed : bool, stored (n_in, n_out).
     std_base : float, standard deviation of the base model's values.
     mean_base : float, their mean (1 for a norm's gain).
     """
@@ -72,6 +80,8 @@ class Entry:
     eps: float | None
     std_base: float
     mean_base: float
+    split: int | tuple[int, int] = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,13 +232,38 @@ class Plan:
         for parameter, entry in self._matched(model):
             if not parameter.requires_grad:
                 continue
-            key = (entry.role, entry.lr, entry.weight_decay, entry.eps)
+            key = (entry.role, entry.lr, entry.weight_decay, entry.eps, entry.split, entry.transposed)
             fresh: dict[str, Any] = {"params": [], "role": entry.role, "mup_lr": entry.lr, "lr": lr * entry.lr}
             fresh["weight_decay"] = weight_decay * entry.weight_decay
+            if OPTIMIZERS[entry.optimizer].matrices_only:
+                fresh |= {"split": entry.split, "transposed": entry.transposed}
             if eps is not None:
                 fresh["eps"] = eps * (1.0 if entry.eps is None else entry.eps)
             made.setdefault(entry.optimizer, {}).setdefault(key, fresh)["params"].append(parameter)
         return {name: list(groups.values()) for name, groups in made.items()}
+
+    def make_optimizer(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        eps: float | None = None,
+        options: dict[str, dict[str, Any]] | None = None,
+    ) -> torch.optim.Optimizer:
+        """Return one optimizer for the model; several are combined, and a scheduler drives all of their groups.
+
+        Parameters
+        ----------
+        lr, weight_decay, eps : base values, those of the base model.
+        options : optimizer name → further arguments, e.g. ``{"adamw": {"betas": (0.9, 0.95)}}``.
+
+        Raises
+        ------
+        ImportError
+            Lion, SOAP or Sophia without `pytorch_optimizer`.
+        """
+        return make_optimizer(self, model, lr=lr, weight_decay=weight_decay, eps=eps, options=options)
 
     def _matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
         """Return (parameter, entry) pairs; wrappers that prefix names (compile, DDP, FSDP) are seen through."""
@@ -255,6 +290,7 @@ def plan(
     wd_rule: WeightDecay = "paper",
     roles: Mapping[str, str] | None = None,
     branch_ends: Sequence[str] = BRANCH_ENDS,
+    fused: Mapping[str, int | tuple[int, int] | Literal["heads"]] | None = None,
 ) -> Plan:
     """Compare a model with its base and return the plan.
 
@@ -270,6 +306,8 @@ def plan(
         Layers per residual branch; 1 gives the rules of condition B.1.
     wd_rule : str
         "paper": λ as in tables 2–6; "unscaled": λ is not scaled.
+    fused : mapping
+        Pattern of parameter names → `Entry.split`, for matrices that hold several. "heads" stands for (heads of the model, 3).
     roles : mapping, optional
         Pattern of parameter names → role, for those that cannot be told from shapes. Patterns are tried in order.
     branch_ends : patterns of module names
@@ -334,6 +372,8 @@ def plan(
                 eps=None if found.eps is None else found.eps.at(r_n, r_L),
                 std_base=0.0 if constant else float(values.square().mean().sqrt()),
                 mean_base=float(values.flatten()[0]) if constant else 0.0,
+                split=_split(name, model, FUSED if fused is None else fused) if role == "hidden" else 1,
+                transposed=type(layout.modules[name.rpartition(".")[0]]).__name__ == "Conv1D",
             )
         )
     multipliers = layout.multipliers(assigned, branch_ends, k, r_L)
@@ -429,6 +469,16 @@ def _plain(name: str) -> str:
     """Return a name without what torch.compile, DataParallel and FSDP put in."""
     name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.|$)", "", name)
     return re.sub(r"^module(\.|$)", "", name.removeprefix("."))
+
+
+def _split(
+    name: str, model: nn.Module, fused: Mapping[str, int | tuple[int, int] | Literal["heads"]]
+) -> int | tuple[int, int]:
+    for pattern, split in fused.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            config: Any = getattr(model, "config", None)
+            return (int(config.num_attention_heads), 3) if split == "heads" else split
+    return 1
 
 
 def _stack(model: nn.Module) -> tuple[str, int]:

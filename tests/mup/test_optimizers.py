@@ -1,0 +1,234 @@
+"""Matrix optimizers against singular value decompositions, torch's Muon, and what they promise."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grsd import mup
+from grsd.mup.optimizers import SSO, Combined, Muon, Shampoo, newton_schulz, polar
+
+from .test_plan import Residual, gpt2, neox
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def parameter(W: Tensor, G: Tensor) -> nn.Parameter:
+    p = nn.Parameter(W.clone())
+    p.grad = G.clone()
+    return p
+
+
+@pytest.mark.parametrize("shape", [(5, 40, 40), (3, 64, 16), (3, 16, 64), (7, 9)])
+def test_newton_schulz_has_the_singular_vectors_and_values_near_one(shape: tuple[int, ...]) -> None:
+    G = noise(*shape)
+    X = newton_schulz(G)
+    u, s, vt = torch.linalg.svd(G, full_matrices=False)
+    core = u.mT @ X @ vt.mT
+    values = torch.diagonal(core, dim1=-2, dim2=-1)
+    assert float((core - torch.diag_embed(values)).abs().max()) < 1e-12  # an odd polynomial turns no vector
+    large = s > 1e-2 * torch.linalg.matrix_norm(G)[..., None]
+    assert float(values[large].min()) > 0.6 and float(values[large].max()) < 1.3
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = s / torch.linalg.matrix_norm(G)[..., None]
+    for _ in range(5):
+        x = a * x + b * x**3 + c * x**5  # what it does to one singular value
+    torch.testing.assert_close(values, x, rtol=1e-9, atol=1e-10)
+
+
+def test_a_batch_is_its_matrices_one_by_one_in_fewer_kernels() -> None:
+    G = noise(12, 24, 40, dtype=torch.float32)
+
+    def kernels(work: Any) -> tuple[Any, int]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = work()
+        return result, sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"))  # fmt: skip
+
+    together, few = kernels(lambda: newton_schulz(G))
+    apart, many = kernels(lambda: torch.stack([newton_schulz(g) for g in G]))
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    assert many >= 3 * few
+
+
+@pytest.mark.parametrize(("scaling", "adjust"), [("keller", "original"), ("kimi", "match_rms_adamw")])
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
+def test_muon_is_torchs_where_torch_has_it(scaling: Any, adjust: str, shape: tuple[int, int]) -> None:
+    W = noise(*shape, dtype=torch.float32)
+    ours, theirs = nn.Parameter(W.clone()), nn.Parameter(W.clone())
+    a = Muon([ours], lr=0.1, scaling=scaling, weight_decay=0.1)
+    b = torch.optim.Muon([theirs], lr=0.1, adjust_lr_fn=adjust, weight_decay=0.1)
+    for k in range(3):
+        for p, o in ((ours, a), (theirs, b)):
+            p.grad = noise(*shape, seed=k + 1, dtype=torch.float32)
+            o.step()
+    ours, theirs = ours.detach(), theirs.detach()
+    moved = torch.linalg.matrix_norm(theirs - W)
+    # torch iterates in bfloat16 (2^-8 a product); five steps of it move the result by some per cent
+    assert float(torch.linalg.matrix_norm(ours - theirs) / moved) < 0.05
+    bare = parameter(W, noise(*shape, seed=1, dtype=torch.float32))
+    Muon([bare], lr=0.1).step()
+    same = scaling == "keller" and shape[0] <= shape[1]
+    first = nn.Parameter(W.clone())
+    first.grad = bare.grad
+    Muon([first], lr=0.1, scaling=scaling).step()
+    assert torch.equal(first, bare) == same  # scalings differ, except where the factor is 1
+
+
+def test_exact_muon_makes_the_step_of_the_formula() -> None:
+    W, G = noise(12, 20), noise(12, 20, seed=1)
+    p = parameter(W, G)
+    Muon([p], lr=0.3, scaling="kimi", weight_decay=0.5, exact=True).step()
+    wanted = W - 0.3 * (0.2 * math.sqrt(20) * polar(G) + 0.5 * W)
+    torch.testing.assert_close(p.detach(), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "by head", "transposed"])
+def test_a_fused_matrix_is_stepped_like_its_parts(layout: str) -> None:
+    W, G = noise(3, 8, 10), noise(3, 8, 10, seed=1)  # Q, K, V of two heads with four rows each
+
+    def fuse(x: Tensor) -> Tensor:
+        if layout == "by head":
+            return x.unflatten(1, (2, 4)).transpose(0, 1).reshape(24, 10)
+        flat = x.reshape(24, 10)
+        return flat.mT.contiguous() if layout == "transposed" else flat
+
+    group: dict[str, Any] = {"split": (2, 3) if layout == "by head" else 3, "transposed": layout == "transposed"}
+    p = parameter(fuse(W), fuse(G))
+    Muon([{"params": [p], **group}], lr=0.1, scaling="keller", exact=True).step()
+    parts = [parameter(w, g) for w, g in zip(W, G, strict=True)]
+    Muon(parts, lr=0.1, scaling="keller", exact=True).step()
+    torch.testing.assert_close(p.detach(), fuse(torch.stack([q.detach() for q in parts])), rtol=1e-12, atol=1e-12)
+    whole = parameter(fuse(W), fuse(G))
+    Muon([whole], lr=0.1, scaling="keller", exact=True).step()
+    assert float((whole - p).detach().abs().max()) > 1e-3  # without the split it is another step
+
+
+def test_shampoo_is_muon_at_its_first_step_and_not_after() -> None:
+    W, first, second = noise(10, 14), noise(10, 14, seed=1), noise(10, 14, seed=2)
+    p, q = nn.Parameter(W.clone()), nn.Parameter(W.clone())
+    a, b = Shampoo([p], lr=0.1, eps=0.0), Muon([q], lr=0.1, momentum=0.0, exact=True)
+    for k, G in enumerate((first, second)):
+        before = p.detach().clone()
+        p.grad, q.grad = G, G
+        a.step()
+        b.step()
+        gap = float((p - q).detach().abs().max())
+        assert gap < 1e-9 if k == 0 else gap > 1e-3
+    left = sum(0.05 * 0.95 ** (1 - k) * G @ G.mT for k, G in enumerate((first, second))) / (1 - 0.95**2)
+    right = sum(0.05 * 0.95 ** (1 - k) * G.mT @ G for k, G in enumerate((first, second))) / (1 - 0.95**2)
+
+    def root(S: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(S)
+        return (vectors * values.clamp_min(1e-300) ** -0.25) @ vectors.mT
+
+    rank = torch.linalg.matrix_rank(right)
+    assert rank == 14  # two gradients of rank 10 fill both sides
+    wanted = before - 0.1 * root(left) @ second @ root(right)
+    torch.testing.assert_close(p.detach(), wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_sso_stays_on_its_sphere_and_moves_along_it() -> None:
+    W, G = noise(12, 20), noise(12, 20, seed=1)
+    p = parameter(W, G)
+    o = SSO([p], lr=1e-4, momentum=0.0, exact=True, bisections=50)
+    o.retract()
+    R = math.sqrt(12 / 20)
+    assert float(torch.linalg.matrix_norm(p.detach(), ord=2)) == pytest.approx(R, rel=1e-12)
+    before = p.detach().clone()
+    u, _, vt = torch.linalg.svd(before)
+    o.step()
+    assert float(torch.linalg.matrix_norm(p.detach(), ord=2)) == pytest.approx(R, rel=1e-12)
+    step = (before - p.detach()) / 1e-4
+    assert float(torch.linalg.matrix_norm(step, ord=2)) == pytest.approx(R, rel=1e-3)  # retraction: O(η)
+    assert abs(float(u[:, 0] @ step @ vt[0])) < 1e-3 * R  # tangent
+    assert float((step * G).sum()) > 0  # downhill
+    free = parameter(before, G)
+    SSO([free], lr=1e-4, momentum=0.0, exact=True, bisections=0).step()
+    assert abs(float(u[:, 0] @ polar(G) @ vt[0])) > 1e-2  # what the constraint takes out
+    assert float((free - p).detach().abs().max()) > 1e-6  # and it is not taken out without it
+
+
+def test_combined_optimizers_are_driven_and_saved_as_one() -> None:
+    model, base = Residual(32, 4), Residual(16, 2)
+    plan = mup.plan(model, base=base, optimizer="muon_kimi")
+    opt = plan.make_optimizer(model, lr=0.02, weight_decay=0.1, options={"adamw": {"betas": (0.9, 0.95)}})
+    assert isinstance(opt, Combined) and len(opt.optimizers) == 2
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 0.5**k)
+    x = noise(6, 5, dtype=torch.float32)
+
+    def advance(model: nn.Module, opt: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            opt.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            opt.step()
+
+    advance(model, opt, 2)
+    scheduler.step()
+    hidden = [g for g in opt.optimizers[0].param_groups + opt.optimizers[1].param_groups if g["role"] == "hidden"]
+    assert hidden[0]["lr"] == pytest.approx(0.5 * 0.02 / math.sqrt(2))  # the schedule reached the group that steps
+    copied = copy.deepcopy(model)
+    other = plan.make_optimizer(copied, lr=0.02, weight_decay=0.1, options={"adamw": {"betas": (0.9, 0.95)}})
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    advance(model, opt, 2)
+    advance(copied, other, 2)
+    for a, b in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="the state holds 1 optimizers, here are 2"):
+        opt.load_state_dict({"optimizers": [{}]})
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "muon_keller", "muon_kimi", "shampoo", "sso"])
+def test_every_optimizer_lowers_a_loss(name: str) -> None:
+    torch.manual_seed(0)
+    model = Residual(24, 3)
+    plan = mup.plan(model, base=Residual(12, 3), optimizer=name)
+    plan.attach(model)
+    opt = plan.make_optimizer(model, lr=0.01)
+    x = noise(16, 5, dtype=torch.float32)
+    losses = []
+    for _ in range(20):
+        opt.zero_grad()
+        loss = (model(x) - x[:, :3]).square().mean()
+        loss.backward()
+        opt.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0] and all(math.isfinite(v) for v in losses)
+
+
+def test_stock_models_get_their_fused_weights_split() -> None:
+    for make, wanted in ((gpt2, 3), (neox, (4, 3))):
+        model = make(32, 2)
+        plan = mup.plan(model, base=make(16, 2), optimizer="muon")
+        splits = {e.split for e in plan if "attn" in e.name or "query_key" in e.name} - {1}
+        assert splits == {wanted}
+        assert {e.transposed for e in plan if e.role == "hidden"} == {make is gpt2}
+        plan.make_optimizer(model, lr=0.1)
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Muon takes matrices; a parameter has shape \(3,\)"):
+        Muon([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="split = 3 does not divide the 8 outputs"):
+        Muon([{"params": [nn.Parameter(torch.zeros(8, 4))], "split": 3}])
+    with pytest.raises(ValueError, match="lr must be finite and not negative, got -1"):
+        Muon([nn.Parameter(torch.zeros(2, 2))], lr=-1.0)
+    with pytest.raises(ValueError, match="'newton'"):
+        Muon([nn.Parameter(torch.zeros(2, 2))], scaling="newton")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="radius > 0"):
+        SSO([nn.Parameter(torch.zeros(2, 2))], radius=0.0)
+    with pytest.raises(ValueError, match="need 0 ≤ beta < 1"):
+        Shampoo([nn.Parameter(torch.zeros(2, 2))], beta=1.0)
+    with pytest.raises(ValueError, match=r"needs matrices, got shape \(4,\)"):
+        newton_schulz(torch.zeros(4))
+    model = Residual(16, 2)
+    plan = mup.plan(model, base=model, optimizer="adamw")
+    with pytest.raises(ValueError, match="options name 'muon'; this plan uses adamw"):
+        plan.make_optimizer(model, lr=0.1, options={"muon": {}})
+    assert not newton_schulz(torch.zeros(2, 3, 3)).any()  # a zero gradient makes no step
