@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -105,20 +105,27 @@ def _stored(tree: Any) -> list[Tensor]:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu", warm: int = 1
+    calls: Sequence[tuple[str, Callable[[], Any]]], repeats: int, device: str = "cpu", warm: int = 1
 ) -> dict[str, list[float]]:
-    """Return seconds of every call, one of each a round; `warm` rounds before are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    """Return seconds of every call, one number a round; `warm` rounds before are not counted.
+
+    A name may stand in the round more than once: what must be known best (F+B, the product) is measured between the others,
+    and its number is the median of the round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name, _ in calls}
     for k in range(repeats + warm):
-        for name, call in calls.items():
+        found: dict[str, list[float]] = {name: [] for name in seconds}
+        for name, call in calls:
             if device != "cpu":
                 torch.cuda.synchronize()
             begun = time.perf_counter()
             call()
             if device != "cpu":
                 torch.cuda.synchronize()
-            if k >= warm:
-                seconds[name].append(time.perf_counter() - begun)
+            found[name].append(time.perf_counter() - begun)
+        if k >= warm:
+            for name, times in found.items():
+                seconds[name].append(statistics.median(times))
     return seconds
 
 

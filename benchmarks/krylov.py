@@ -129,7 +129,7 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
             M @ v
 
     every: dict[str, Callable[[], Any]] = {"products": alone, **calls, "SciPy eigsh": scipy_route}
-    seconds = interleaved(every, asked.repeats)
+    seconds = interleaved([*every.items()], asked.repeats)
     for name, row in found.items():
         row["time / products"] = ratios(seconds[name], seconds["products"])
     return {"T": asked.size, "m": steps, "dtype": "float32", "routes": found}

@@ -134,10 +134,14 @@ def timing(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
         for name, product in products.items()
         if name != "factored"
     }
-    calls: dict[str, Callable[[], Any]] = {"F+B": unit}
-    calls |= {name: lambda product=product: product(u) for name, product in products.items()}
-    calls["set-up"] = made["factored"]
-    seconds = interleaved(calls, asked.repeats)
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda product=product: product(u) for name, product in products.items()
+    }
+    often = [("F+B", unit), ("factored", calls.pop("factored"))]
+    round_ = [*often, ("set-up", made["factored"])]
+    for k, other in enumerate(calls.items()):
+        round_ += [other, *often] if k % 2 else [other]
+    seconds = interleaved(round_, asked.repeats)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as whole:
         unit()
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as once:
@@ -205,7 +209,8 @@ def profile(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
         lanczos(M, M.M.error, min(asked.steps, targets.numel())).measure()
         recurrence.append(time.perf_counter() - begun)
 
-    seconds = interleaved({"F+B": forward_backward(model, tokens, targets), "profile": run}, asked.profiles, warm=0)
+    unit = ("F+B", forward_backward(model, tokens, targets))
+    seconds = interleaved([unit, unit, unit, ("profile", run), unit, unit], asked.profiles, warm=0)
     beyond = [1 - a / b for a, b in zip(inside, recurrence, strict=True)]
     return {
         "profile": {
