@@ -5,15 +5,19 @@
 
 How ``ntk`` multiplies: ``uses`` records where parameters enter, ``recording`` and ``tape`` turn the backward pass into linear
 programs, ``factors`` holds the blocks of K, ``folding`` takes own-position layers out, ``factored`` puts them together;
-``retained`` is the plain form. ``lockstep`` does all of it for many independent batches at once.
+``retained`` is the plain form. ``kernel`` is what all forms of M share, ``layers`` splits one by modules, ``lockstep`` multiplies
+by the kernels of many independent batches at once, ``shards`` by one whose rows sit in micro-batches or several processes
+(``halves``), ``memory`` measures what an operator takes.
 """
 
 from grsd.spectrum import fits, nulls
 from grsd.spectrum.krylov import Tridiagonal, lanczos
+from grsd.spectrum.layers import coherence
 from grsd.spectrum.lockstep import NTKBatches, lanczos_batches
 from grsd.spectrum.measure import SpectralMeasure
 from grsd.spectrum.ntk import NTK
 from grsd.spectrum.observables import ClassLogits, Observable, Outputs, TokenLogProb
+from grsd.spectrum.shards import NTKShards, micro_batches
 from grsd.spectrum.shells import (
     AveragedProfile,
     LogShells,
@@ -29,6 +33,7 @@ __all__ = [
     "ClassLogits",
     "LogShells",
     "NTKBatches",
+    "NTKShards",
     "Observable",
     "Outputs",
     "ProfileStatistics",
@@ -37,9 +42,11 @@ __all__ = [
     "TokenLogProb",
     "Tridiagonal",
     "average",
+    "coherence",
     "fits",
     "lanczos",
     "lanczos_batches",
+    "micro_batches",
     "nulls",
     "statistics",
 ]
