@@ -22,7 +22,7 @@ from grsd.dynamics.transport_solvers import fitted_exponent
 from grsd.lab import models, twolayer
 from grsd.lab.experiments import Experiment, Piece, rounded
 
-__all__ = ["EDGES", "EXPERIMENT", "TARGETS", "Parameters", "data", "follow", "problem"]
+__all__ = ["EDGES", "EXPERIMENT", "TARGETS", "Parameters", "data", "exponents", "follow", "problem"]
 
 EDGES = np.power(2.0, np.arange(-18, 2))  # of λ, in 1/time: two decades below what t = 1000 can learn, up to 2
 ORDERS = {"1": 1.0, "4": 4.0, "sharp": math.inf}
@@ -144,7 +144,6 @@ def measure(piece: Piece) -> dict[str, Any]:
     soft = drifts["1"]
     summaries = {name: {part: d.summary(part, after) for part in PARTS} for name, d in drifts.items()}
     late = times >= after * (1 - 1e-9)
-    lead = int(np.flatnonzero(late)[0])
     fit = drifts["sharp"].power_law("advective", after)
     return {
         "times": times,
@@ -156,7 +155,7 @@ def measure(piece: Piece) -> dict[str, Any]:
         "ratio": {name: _ratios(d, after) for name, d in drifts.items()},
         "velocity": fit._asdict(),
         "upward": _upward(drifts["sharp"], after),
-        "exponents": _exponents(path, instants, lead, {k: summaries["1"][k]["mean"] for k in ("advective", "total")}),
+        "exponents": exponents(path, instants, after),
         "correlation": soft.correlation(after),
         "regime": _regime(soft, after),
     }
@@ -185,14 +184,16 @@ def _ratios(d: drift.Drift, after: float) -> dict[str, float]:
     return {"median": float(np.median(ratio)), "tail": float(np.quantile(ratio, 0.9))}
 
 
-def _exponents(path: flow.Path, instants: list[modes.Modes], lead: int, c: dict[str, float]) -> dict[str, float]:
-    """Loss exponents over the window: measured, and of models that know less.
+def exponents(path: flow.Path, instants: list[modes.Modes], after: float = 10.0) -> dict[str, float]:
+    """Return loss exponents from `after` on: the one measured, and those of models that know less.
 
-    `frozen` is the kernel of the first time kept for ever; its exponent stands for p + 1 in the formulas. `model` starts
-    from the spectrum measured at the window's first time and moves it with a constant c.
+    ``frozen``: the kernel of the first time for ever; it stands for p + 1 in the formulas. ``still``: the same from `after` on.
+    ``formula_…`` is (1 + c)(p + 1) and ``printed_…`` is (1 + c)p + 1, with c the mean of the advective or of the total drift.
+    ``model_…`` starts from the spectrum measured at `after` and moves it with that constant c; ``model_printed_…`` does so by
+    equation (13) as printed.
     """
-    times, after = path.times[1:], path.times[1:][lead]
-    least = after * (1 - 1e-9)  # the window's first time is in the fit
+    times, least = path.times[1:], after * (1 - 1e-9)
+    lead = int(np.flatnonzero(times >= least)[0])
 
     def model(found: modes.Modes, c0: float, start: float) -> tuple[float, float]:
         window = times[times >= start]
@@ -200,13 +201,15 @@ def _exponents(path: flow.Path, instants: list[modes.Modes], lead: int, c: dict[
         corrected, printed = (fitted_exponent(window, loss, after=least) for loss in both)
         return corrected, printed
 
+    soft = drift.Drift.of(instants, times, EDGES)
     frozen = model(instants[0], 0.0, float(times[0]))[0]
     found = {"measured": fitted_exponent(times, path.losses[1:], after=least), "frozen": frozen}
-    found["still"] = model(instants[lead], 0.0, after)[0]
-    for part, value in c.items():
-        value = max(value, -0.9)
-        found[f"formula_{part}"], found[f"printed_{part}"] = transport.loss_exponent(value, frozen - 1)
-        found[f"model_{part}"], found[f"model_printed_{part}"] = model(instants[lead], value, after)
+    found["still"] = model(instants[lead], 0.0, float(times[lead]))[0]
+    parts: tuple[drift.Part, ...] = ("advective", "total")
+    for part in parts:
+        c = max(soft.summary(part, after)["mean"], -0.9)  # the formulas need c > −1
+        found[f"formula_{part}"], found[f"printed_{part}"] = transport.loss_exponent(c, frozen - 1)
+        found[f"model_{part}"], found[f"model_printed_{part}"] = model(instants[lead], c, float(times[lead]))
     return found
 
 

@@ -135,6 +135,21 @@ class TwoLayerProblem(Problem):
         half = (first + self._gram * second) / (self.width * self.samples)
         return half + half.T
 
+    def speed(self, theta: Vector) -> float:
+        """Return ‖J̇‖/(√n ‖θ̇‖) along gradient flow, in the operator norm: how fast singular values can move per parameter length.
+
+        From h J̇ J̇ᵀ = Φ̇ Φ̇ᵀ + G ∘ Ψ̇ Ψ̇ᵀ. Cost: two products of size n × h × n and one eigenproblem.
+        """
+        at = self._theta(theta)
+        v = self.velocity(at)
+        a, w = self._weights(at)
+        a_dot, w_dot = self._moves(v)
+        _, slope, bend = self._phi(self._x @ w.T)
+        z_dot = self._x @ w_dot.T
+        phi_dot, psi_dot = slope * z_dot, a_dot * slope + a * bend * z_dot
+        square = (phi_dot @ phi_dot.T + self._gram * (psi_dot @ psi_dot.T)) / (self.width * self.samples)
+        return math.sqrt(float(torch.linalg.eigvalsh(square)[-1])) / float(v.norm())
+
     def autodiff(self) -> Problem:
         """Return the same problem with every quantity from automatic differentiation."""
         return Problem(self._net, self.inputs, self.targets)
