@@ -11,6 +11,9 @@ and network. The theory rooms (`grsd.spectrum` and its neighbours) take what is 
 | `hub` | loads a checkpoint: mini suite, local folder, Hugging Face hub |
 | `runs` | spectra over many batches and checkpoints, resumable |
 | `protocol` | the runs of section 7 of 2512.10427 with their controls, at two scales |
+| `twolayer` | the two-layer net in closed form, fast enough for n of several hundred |
+| `experiments` | experiments made of stored pieces, and the registry behind `grsd experiment` |
+| `drift_series` | the experiment ``drift``: fluxes of error energy against the size of the net |
 | `reports` | what the command line prints and draws of a run |
 """
 
