@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grsd.spectrum.factors import Factor, Gram, Grams, Span, Through, Tied, Tokens, Vectors, accumulate, matrix
-from grsd.spectrum.folding import own_positions, share, unfold
-from grsd.spectrum.plan import PlanRow
+from grsd.spectrum.factors import Factor, Gain, Gram, Grams, Span, Through, Tied, Tokens, Vectors, accumulate, matrix
+from grsd.spectrum.folding import OwnPositions, share, unfold
 from grsd.spectrum.fusing import overwrite, simplify
+from grsd.spectrum.plan import PlanRow
 from grsd.spectrum.recording import record
 from grsd.spectrum.tape import Program, Rows
 from grsd.spectrum.transposing import transpose
@@ -53,7 +53,8 @@ class Factored:
 
         places: list[Place] = [*trace.places, *trace.parameters]
         start = torch.ones_like(rows.detach())
-        adjoint, values, slots = _backward(rows, places, start)
+        region = OwnPositions(0 if self._size // groups <= FOLD_LIMIT else None, self._size)
+        adjoint, values, slots = _backward(rows, places, start, region if groups == 1 else None)
         first = len(trace.places)
         by_parameter: dict[int, list[tuple[Use, int]]] = {}
         for use in trace.uses:
@@ -68,7 +69,9 @@ class Factored:
 
         if groups > 1:
             self._check_groups(by_parameter, adjoint, start, values)
-        own = own_positions(adjoint, values, self._size) if self._size // groups <= FOLD_LIMIT else {}
+            for node in adjoint.nodes:
+                region.reads(node, adjoint.kinds)
+        own = region.rows
         needed = self._build(by_parameter, own, values)
         self.slots = sorted(needed)
         last = {slot: k for k, factor in enumerate(self._factors) for slot in factor.slots}
@@ -204,8 +207,16 @@ class Factored:
                 self._factors.append(Span(slot, flat, len(biases)))
                 held = sum(a.numel() for a in flat) * item
                 self._note([*linear, *biases], "A (Aᵀ δ) + b 1 (1ᵀ δ)", 4 * n * fan_in * width, held)
+        done = {id(u) for u in (*linear, *biases)}
+        gains = [u for u in uses if u.rule == "scale" and u.spread == (width,) and u.data is not None]
+        if len(gains) == 1 and gains[0].data is not None and gains[0].data.dtype == delta.dtype:
+            offsets = [u for u in uses if u.rule == "shift" and u.spread == (width,) and id(u) not in done]
+            plain = gains[0].data.reshape(self.groups, block, width)
+            self._factors.append(Gain(slot, plain, len(offsets)))
+            self._note([gains[0], *offsets], "x̂ Σ x̂ δ + b Σ δ", 4 * delta.numel(), plain.numel() * item)
+            done |= {id(u) for u in (gains[0], *offsets)}
         for use in uses:
-            if any(use is u for u in (*linear, *biases)):
+            if id(use) in done:
                 continue
             if use.rule == "gather":
                 self._factors.append(_tokens(use, slot, delta.dtype, self.groups))
@@ -305,14 +316,14 @@ def _tokens(use: Use, slot: int, dtype: torch.dtype, groups: int) -> Tokens:
 
 
 def _backward(
-    rows: Tensor, places: Sequence[Place], start: Tensor
+    rows: Tensor, places: Sequence[Place], start: Tensor, region: OwnPositions | None
 ) -> tuple[Program, dict[int, Tensor], list[int | None]]:
     """Record the backward pass from u to every place; return it with its values and the slot of every place."""
 
     def backward(u: Tensor) -> Sequence[Tensor | None]:
         return torch.autograd.grad(rows, places, u, allow_unused=True)  # type: ignore[arg-type]
 
-    program, values, missing = record(backward, [start])
+    program, values, missing = record(backward, [start], region)
     found = iter(program.outputs)
     slots = [None if k in missing else next(found) for k in range(len(places))]
     return program, values, slots

@@ -134,6 +134,28 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """Gain and bias of a norm with one δ: x̂ ⊙ Σ(x̂ ⊙ δ) + b Σ δ, sums over rows. Cost O(n h)."""
+
+    slot: int
+    plain: Tensor  # x̂, (groups, n / groups, h)
+    biases: int
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return (self.slot,)
+
+    def add(self, deltas: Vectors, out: Vectors) -> None:
+        delta = deltas[self.slot].reshape(self.plain.shape)
+        gain = torch.linalg.vecdot(self.plain, delta, dim=1).unsqueeze(1)
+        if not self.biases:
+            value = self.plain * gain
+        else:
+            value = torch.addcmul(self.biases * delta.sum(1, keepdim=True), self.plain, gain)
+        accumulate(out, self.slot, value.view(deltas[self.slot].shape))
+
+
+@dataclass(frozen=True)
 class Tokens:
     """An embedding: rows of δ summed over equal tokens, and given back to each of them. Cost O(n h)."""
 

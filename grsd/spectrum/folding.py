@@ -8,7 +8,7 @@ operation without a rule here ends the region. The passes of a product then star
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -16,58 +16,65 @@ import torch
 from torch import Tensor
 
 from grsd.spectrum.factors import Grams, gram
-from grsd.spectrum.tape import NORMS, RESHAPING, Node, Program, Rows, Slot, pullback, spread
+from grsd.spectrum.tape import NORMS, RESHAPING, Kind, Node, Program, Rows, Slot, pullback, spread
 from grsd.spectrum.uses import Use
 
 aten = torch.ops.aten
 
 
-def own_positions(program: Program, values: dict[int, Tensor], size: int) -> dict[int, Rows]:
-    """Return the slots of `program` (a backward pass from u of shape (size,)) whose row i is u_i times a fixed vector."""
-    own: dict[int, Rows] = {program.inputs[0]: Rows(size)}
-    constant: set[int] = set()
-    for node in program.nodes:
+class OwnPositions:
+    """The slots of a backward pass from u, (size,) at slot `start`, whose row i is u_i times a fixed vector: `rows`."""
+
+    def __init__(self, start: int | None, size: int) -> None:
+        self.rows: dict[int, Rows] = {} if start is None else {start: Rows(size)}
+        self._constant: set[int] = set()
+
+    def reads(self, node: Node, kinds: Mapping[int, Kind]) -> bool:
+        """Take in the next operation, and say whether its value is constant or own-position."""
         sources = node.sources()
-        if all(s in constant for s in sources):
-            constant.update(node.outs)
-            continue
-        entering = [s for s in sources if s not in constant]
-        if not all(s in own for s in entering):
-            continue
-        rows = own[entering[0]]
-        if any(own[s] is not rows for s in entering):
-            continue
-        after = _rows_after(node, rows, entering, values)
-        if after is not None:
-            own.update((out, after) for out in node.outs if out >= 0)
-    return own
+        if all(s in self._constant for s in sources):
+            self._constant.update(node.outs)
+            return True
+        entering = [s for s in sources if s not in self._constant]
+        if not all(s in self.rows for s in entering):
+            return False
+        rows = self.rows[entering[0]]
+        if any(self.rows[s] is not rows for s in entering):
+            return False
+        after = _rows_after(node, rows, entering, kinds)
+        if after is None:
+            return False
+        self.rows.update((out, after) for out in node.outs if out >= 0)
+        return True
 
 
-def _rows_after(node: Node, rows: Rows, entering: list[int], values: dict[int, Tensor]) -> Rows | None:
-    value, result = values[entering[0]], values[node.outs[0]]
-    front = rows.front(value.shape)
+def _rows_after(node: Node, rows: Rows, entering: list[int], kinds: Mapping[int, Kind]) -> Rows | None:
+    shape, result = kinds[entering[0]][0], kinds[node.outs[0]][0]
+    front = rows.front(shape)
     if node.func in KEEPING:
         return rows
+    if node.func is spread:
+        return rows if rows.positions is None else None
     if node.func in PUTTING:
         return _put(node, rows, entering, result)
-    if front is None or (node.func in ALIGNED and any(values[s].ndim != result.ndim for s in entering)):
+    if front is None or (node.func in ALIGNED and any(len(kinds[s][0]) != len(result) for s in entering)):
         return None
-    if any(values[s].shape[:front] != value.shape[:front] for s in entering):
+    if any(kinds[s][0][:front] != shape[:front] for s in entering):
         return None
     rule = SEPARATE.get(node.func)
-    if rule is None or not rule(node, front, value.ndim) or result.shape[:front] != value.shape[:front]:
+    if rule is None or not rule(node, front, len(shape)) or result[:front] != shape[:front]:
         return None
     return rows
 
 
-def _put(node: Node, rows: Rows, entering: list[int], result: Tensor) -> Rows | None:
+def _put(node: Node, rows: Rows, entering: list[int], result: tuple[int, ...]) -> Rows | None:
     """Rows that are written to chosen positions of a larger tensor of zeros (the backward of boolean indexing)."""
     target, indices, values = node.args[:3]
     if rows.positions is not None or values != Slot(entering[0]) or target == values or len(entering) != 1:
         return None
     places = [x.nonzero().unbind(1) if x.dtype == torch.bool else (x,) for x in indices if x is not None]
     flat = [x for place in places for x in place]
-    lengths = result.shape[: len(flat)]
+    lengths = result[: len(flat)]
     if any(x is None for x in indices[: len(places)]) or any(x.shape != (rows.count,) for x in flat):
         return None
     position = torch.zeros_like(flat[0])

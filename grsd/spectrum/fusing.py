@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ NAMES: dict[Any, Any] = {
     aten.transpose.int: torch.transpose,
 }
 VIEWS = {torch.reshape, torch.transpose, torch.t, torch.permute}
-INTO = {
+INTO: dict[Any, Any] = {
     torch.add: torch.Tensor.add_,
     torch.mul: torch.Tensor.mul_,
     torch.neg: torch.Tensor.neg_,
@@ -39,7 +40,7 @@ INTO = {
     torch.addmm: torch.Tensor.addmm_,
     torch.baddbmm: torch.Tensor.baddbmm_,
 }
-ADDED = {torch.mm: torch.addmm, torch.bmm: torch.baddbmm}
+ADDED: dict[Any, Any] = {torch.mm: torch.addmm, torch.bmm: torch.baddbmm}
 
 
 def simplify(program: Program) -> Program:
@@ -96,7 +97,7 @@ class _Pieces:
         if (self.shape, self.axis) != (other.shape, other.axis):
             return None
         parts = sorted((*self.parts, *other.parts), key=lambda part: part[0])
-        if any(before[1] > after[0] for before, after in zip(parts, parts[1:], strict=False)):
+        if any(before[1] > after[0] for before, after in pairwise(parts)):
             return None
         return _Pieces(self.shape, self.axis, tuple(parts))
 
@@ -161,7 +162,8 @@ def _fused(
         fixed = [x for x in maker.args if isinstance(x, Tensor)]
         moving = [x for x in maker.args if isinstance(x, Slot)]
         if len(fixed) == 1 and fixed[0].dtype == kinds[q.index][1] and kinds[moving[0].index] == kinds[q.index]:
-            return [Node(torch.addcmul, (p, moving[0], fixed[0]), {}, node.outs)]
+            func: Any = torch.addcmul
+            return [Node(func, (p, moving[0], fixed[0]), {}, node.outs)]
         return None
     func = ADDED.get(maker.func)
     if func is None:
@@ -169,12 +171,13 @@ def _fused(
     kind = kinds[at.index]
     if kind == kinds[p.index]:
         return [Node(func, (p, *maker.args), {}, node.outs, maker.flops)]
+    reshape: Any = torch.reshape
     first, second = max(kinds) + 1, max(kinds) + 2
     kinds[first] = kinds[second] = kind
     return [
-        Node(torch.reshape, (p, kind[0]), {}, (first,)),
+        Node(reshape, (p, kind[0]), {}, (first,)),
         Node(func, (Slot(first), *maker.args), {}, (second,), maker.flops),
-        Node(torch.reshape, (Slot(second), kinds[node.outs[0]][0]), {}, node.outs),
+        Node(reshape, (Slot(second), kinds[node.outs[0]][0]), {}, node.outs),
     ]
 
 

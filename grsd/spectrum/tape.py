@@ -101,7 +101,7 @@ def spread(u: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
 
 def collect(g: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
     """Return the transpose of `spread` at g: the inner product of every row of g with that of `fixed`, (T,)."""
-    found = torch.linalg.vecdot(g.reshape(rows.count, -1), fixed.reshape(rows.count, -1))
+    found: Tensor = torch.linalg.vecdot(g.reshape(rows.count, -1), fixed.reshape(rows.count, -1))
     return found if rows.positions is None else found[rows.positions]
 
 

@@ -219,7 +219,9 @@ def _matrix_product(func: Any) -> Rule:
 
 def _slice(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
     slot, (shape, dtype) = node.args[0].index, kinds[node.args[0].index]
-    axis, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+    given = len(node.args) - 1
+    settings: list[Any] = [*node.args[1:], *[0, None, None, 1][given:]]
+    axis, start, end, step = settings
     bounds = (0 if start is None else start, shape[axis] if end is None else end)
     return [(slot, w.emit(aten.slice_backward.default, (g, list(shape), axis, *bounds, step), (shape, dtype)))]
 

@@ -18,6 +18,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from grsd.spectrum.losses import CrossEntropy
+
 Place = Tensor | GradientEdge
 Parts = tuple[Any, dict[str, Any]]
 
@@ -296,3 +298,13 @@ for _dimensions, _call in ((1, functional.conv1d), (2, functional.conv2d), (3, f
 def _dropout(trace: Trace, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
     if training and p > 0:
         raise ValueError(f"dropout is active (p = {p}): each pass would see another network. Call model.eval() first")
+
+
+@_stands_for(functional.cross_entropy)
+def _cross_entropy(trace: Trace, input: Tensor, target: Tensor, *rest: Any, **options: Any) -> Tensor | None:
+    """A loss a row, whose gradient is made in one pass over the logits and kept as fixed vectors."""
+    plain = options == {"reduction": "none"} and not rest and input.ndim == 2 and target.dtype == torch.int64
+    if not plain or not input.requires_grad or bool((target < 0).any()):
+        return None
+    result: Tensor = CrossEntropy.apply(input, target)  # type: ignore[no-untyped-call]
+    return result
