@@ -6,14 +6,16 @@ of K (:mod:`grsd.spectrum.factors`) and one T × T matrix (:mod:`grsd.spectrum.f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from grsd.spectrum.factors import Factor, Gain, Gram, Grams, Span, Through, Tied, Tokens, Vectors, accumulate, matrix
-from grsd.spectrum.folding import OwnPositions, share, unfold
+from grsd.spectrum.folding import OwnPositions, refuse, share, unfold
 from grsd.spectrum.fusing import overwrite, simplify
 from grsd.spectrum.plan import PlanRow
 from grsd.spectrum.recording import record
@@ -21,6 +23,7 @@ from grsd.spectrum.tape import Program, Rows
 from grsd.spectrum.transposing import transpose
 from grsd.spectrum.uses import Place, Trace, Use
 
+BLOCK_BYTES = 2**28  # what the temporaries of a block product may take
 FOLD_LIMIT = 8192  # a T × T matrix larger than this costs more than the passes that it saves
 
 
@@ -71,45 +74,68 @@ class Factored:
             self._check_groups(by_parameter, adjoint, start, values)
             for node in adjoint.nodes:
                 region.reads(node, adjoint.kinds)
+        refuse(adjoint, values, region, self._size)
         own = region.rows
         needed = self._build(by_parameter, own, values)
+        self._note_share()
         self.slots = sorted(needed)
         last = {slot: k for k, factor in enumerate(self._factors) for slot in factor.slots}
         self._done = [[slot for slot, at in last.items() if at == k] for k in range(len(self._factors))]
         self.adjoint: Program | None = None
         self.forward: Program | None = None
+        self._plain: tuple[Program | None, Program | None] = (None, None)
+        self._batched = True
+        self._column_bytes = 3 * start.element_size() * sum(prod(adjoint.kinds[slot][0]) for slot in self.slots)
         if self.slots:
             raw = unfold(adjoint, values, own, self.slots)
-            self.adjoint = overwrite(simplify(raw), owned=False)
-            self.forward = overwrite(simplify(transpose(raw, start.device)), owned=True)
+            back, forth = self._plain = simplify(raw), simplify(transpose(raw, start.device))
+            self.adjoint, self.forward = overwrite(back, owned=False), overwrite(forth, owned=True)
             for name, program in (("J_εᵀ", self.adjoint), ("J_ε", self.forward)):
                 self.plan_rows.append(PlanRow(f"({name})", "pass", "recorded program", program.flops, 0))
 
     def __call__(self, u: Tensor) -> Tensor:
         """Return J Jᵀ u for u of shape (T,)."""
         with torch.no_grad():
-            if self.share is None:
-                result = torch.zeros_like(u)
-            else:
-                result = (self.share @ u.view(*self.share.shape[:-1], 1)).view(-1)
-            if self.adjoint is not None and self.forward is not None:
-                found = self.adjoint.run(u)
-                deltas: Vectors = dict(zip(self.slots, found, strict=True))
-                del found
-                out: Vectors = {}
-                for tie in self._folded_ties:
-                    result += tie.add(u, deltas, out)
-                for factor, done in zip(self._factors, self._done, strict=True):
-                    factor.add(deltas, out)
-                    for slot in done:
-                        del deltas[slot]
-                seeds = [out.pop(s) for s in self.slots]
-                result += self.forward.consume(seeds)[0]
-            return result
+            return self._product(u, self.adjoint, self.forward)
 
     def block(self, U: Tensor) -> Tensor:
-        """Return J Jᵀ U for U of shape (T, k). Results agree with `__call__` column by column, to rounding."""
-        return torch.stack([self(u) for u in U.unbind(1)], dim=1)
+        """Return J Jᵀ U for U of shape (T, k); equal to `__call__` on every column, to rounding.
+
+        Several columns go through the programs together, as many as `BLOCK_BYTES` holds; one by one where an operation
+        cannot take a batch. Cost: k products, with one call of every operation for a group of columns.
+        """
+        size = max(1, BLOCK_BYTES // max(1, self._column_bytes))
+        if not self._batched or size == 1 or U.shape[1] < 2:
+            return torch.stack([self(u) for u in U.unbind(1)], dim=1)
+        adjoint, forward = self._plain
+        together = torch.func.vmap(lambda u: self._product(u, adjoint, forward), in_dims=1, out_dims=1)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # a loop inside vmap says so
+                return torch.cat([together(part) for part in U.split(size, dim=1)], dim=1)  # type: ignore[no-untyped-call]
+        except (RuntimeError, UserWarning):
+            self._batched = False
+            return self.block(U)
+
+    def _product(self, u: Tensor, adjoint: Program | None, forward: Program | None) -> Tensor:
+        if self.share is None:
+            result = torch.zeros_like(u)
+        else:
+            result = (self.share @ u.view(*self.share.shape[:-1], 1)).view(-1)
+        if adjoint is not None and forward is not None:
+            found = adjoint.run(u)
+            deltas: Vectors = dict(zip(self.slots, found, strict=True))
+            del found
+            out: Vectors = {}
+            for tie in self._folded_ties:
+                result += tie.add(u, deltas, out)
+            for factor, done in zip(self._factors, self._done, strict=True):
+                factor.add(deltas, out)
+                for slot in done:
+                    del deltas[slot]
+            seeds = [out.pop(s) for s in self.slots]
+            result += forward.consume(seeds)[0]
+        return result
 
     def _build(
         self, by_parameter: dict[int, list[tuple[Use, int]]], own: dict[int, Rows], values: dict[int, Tensor]
@@ -271,6 +297,11 @@ class Factored:
         if use.rule == "conv":
             return 4 * outputs * parameter[0].numel()
         return 0 if use.rule == "plain" else 4 * outputs
+
+    def _note_share(self) -> None:
+        if self.share is not None:
+            held, item = self.share.numel(), self.share.element_size()
+            self.plan_rows.append(PlanRow("(own positions)", "share of M", "folded into T × T", 2 * held, held * item))
 
     def _note(self, uses: Sequence[Use], association: str, flops: int, held: int) -> None:
         names = list(dict.fromkeys(self._names[u.parameter] for u in uses))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grsd.spectrum.factors import Grams, gram
-from grsd.spectrum.tape import NORMS, RESHAPING, Kind, Node, Program, Rows, Slot, pullback, spread
+from grsd.spectrum.tape import NORMS, RESHAPING, Kind, Node, Program, Rows, Slot, fill, pullback, spread
 from grsd.spectrum.uses import Use
 
 aten = torch.ops.aten
@@ -27,15 +27,15 @@ class OwnPositions:
 
     def __init__(self, start: int | None, size: int) -> None:
         self.rows: dict[int, Rows] = {} if start is None else {start: Rows(size)}
-        self._constant: set[int] = set()
+        self.constant: set[int] = set()
 
     def reads(self, node: Node, kinds: Mapping[int, Kind]) -> bool:
         """Take in the next operation, and say whether its value is constant or own-position."""
         sources = node.sources()
-        if all(s in self._constant for s in sources):
-            self._constant.update(node.outs)
+        if all(s in self.constant for s in sources):
+            self.constant.update(node.outs)
             return True
-        entering = [s for s in sources if s not in self._constant]
+        entering = [s for s in sources if s not in self.constant]
         if not all(s in self.rows for s in entering):
             return False
         rows = self.rows[entering[0]]
@@ -157,6 +157,53 @@ SEPARATE: dict[Any, Callable[[Node, int, int], bool]] = {
     aten.max_pool2d_with_indices_backward.default: _samples,
     aten.avg_pool2d_backward.default: _samples,
 }
+
+
+def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions, size: int) -> None:
+    """Take out of `region` what the model itself denies: values whose rows mix after all.
+
+    The region is run once more, from a vector with zeros: rows of outputs that were left out must be exactly zero, and the
+    others their fixed vectors times u_i, which is a power of two, so that nothing rounds. What fails, and what follows
+    from it, goes through the passes instead. Cost: the elementwise operations of the region; of large matrix products two rows.
+    """
+    own, start = region.rows, program.inputs[0]
+    if start not in own:
+        return
+    draw = torch.randint(0, 4, (size,), generator=torch.Generator().manual_seed(0))
+    like = values[start]
+    u = torch.tensor([0.0, 1.0, -2.0, 0.5], dtype=like.dtype)[draw].to(like.device)
+    found: dict[int, Tensor] = {start: u}
+    for node in program.nodes:
+        sources, out = node.sources(), node.outs[0]
+        if out not in own:
+            if region.constant.issuperset(node.outs):
+                found[out] = node.func(*fill(node.args, found), **fill(node.kwargs, found))
+            continue
+        bad = any(s in own and s not in found for s in sources) or len(node.outs) > 1
+        wanted = None
+        if not bad:
+            wanted = spread(u, own[out], values[out])
+            if node.func is spread:
+                result = wanted
+            elif node.func is aten.mm.default and node.flops > PROBED and isinstance(node.args[1], Tensor):
+                bad = node.args[0].index not in own
+                few = torch.mm(found[node.args[0].index][:2], node.args[1])
+                result, bad = wanted, bad or not _close(few, wanted[:2])
+            else:
+                result = node.func(*fill(node.args, found), **fill(node.kwargs, found))
+                bad = not _close(result, wanted)
+        if bad:
+            del own[out]
+        else:
+            found[out] = result
+
+
+PROBED = 10**8  # FLOPs; a larger matrix product is not repeated as a whole
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    eps = torch.finfo(a.dtype).eps
+    return bool((a - b).abs().amax() <= 100 * eps * b.abs().amax()) if a.numel() else True
 
 
 def share(uses: Sequence[Use], delta: Tensor, rows: Rows, grams: Grams) -> Tensor | None:
