@@ -78,6 +78,7 @@ class Factored:
         own = region.rows
         needed = self._build(by_parameter, own, values)
         self._note_share()
+        self._check_finite()
         self.slots = sorted(needed)
         last = {slot: k for k, factor in enumerate(self._factors) for slot in factor.slots}
         self._done = [[slot for slot, at in last.items() if at == k] for k in range(len(self._factors))]
@@ -106,7 +107,7 @@ class Factored:
         """
         size = max(1, BLOCK_BYTES // max(1, self._column_bytes))
         if not self._batched or size == 1 or U.shape[1] < 2:
-            return torch.stack([self(u) for u in U.unbind(1)], dim=1)
+            return torch.stack([self(u) for u in U.unbind(1)], dim=1) if U.shape[1] else torch.empty_like(U)
         adjoint, forward = self._plain
         together = torch.func.vmap(lambda u: self._product(u, adjoint, forward), in_dims=1, out_dims=1)
         try:
@@ -297,6 +298,19 @@ class Factored:
         if use.rule == "conv":
             return 4 * outputs * parameter[0].numel()
         return 0 if use.rule == "plain" else 4 * outputs
+
+    def _check_finite(self) -> None:
+        """Raise ValueError when an activation is not finite: the diagonal of its A Aᵀ is not finite either."""
+        blocks = [f.gram for f in self._factors if isinstance(f, Gram)]
+        if self.share is not None:
+            blocks.append(self.share)
+        found = [x.diagonal(dim1=-2, dim2=-1) for x in blocks]
+        found.extend(a.sum(-1) for f in self._factors if isinstance(f, Span) for a in f.inputs)
+        if any(not bool(torch.isfinite(x).all()) for x in found):
+            raise ValueError(
+                "activations or their gradients are not finite although the outputs are, so M is not finite: check the "
+                "checkpoint and the inputs, or use a wider dtype (model.double())"
+            )
 
     def _note_share(self) -> None:
         if self.share is not None:

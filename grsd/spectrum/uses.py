@@ -49,6 +49,14 @@ class Use:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+IN_PLACE = frozenset(
+    name
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.startswith("_") and name != "requires_grad_")
+    or name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
+)
+
+
 class Trace(TorchFunctionMode):
     """Records the uses of `parameters` (trainable ones) in the calls that are made under it."""
 
@@ -62,6 +70,11 @@ class Trace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if args and self.has(args[0]) and getattr(func, "__name__", "") in IN_PLACE:
+            raise ValueError(
+                f"the forward pass changes the parameter of shape {tuple(args[0].shape)} in place "
+                f"({func.__name__}): move that update out of the forward pass, or work on a copy of the parameter"
+            )
         rule = RULES.get(func)
         if rule is None or not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None:
             return func(*args, **kwargs)
