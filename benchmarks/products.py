@@ -141,7 +141,7 @@ def timing(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
     round_ = [*often, ("set-up", made["factored"])]
     for k, other in enumerate(calls.items()):
         round_ += [other, *often] if k % 2 else [other]
-    seconds = interleaved(round_, asked.repeats)
+    seconds = interleaved(round_, asked.repeats, warm=0)  # the differences above were the warm-up
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as whole:
         unit()
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as once:
