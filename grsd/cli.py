@@ -32,7 +32,7 @@ Examples:
   grsd shells mini-1.3m --revision step0 --revision step512 --png profile.png
   grsd shells ./my-model --corpus 'notes/*.txt' --steps 50 --batches 3
   grsd shells EleutherAI/pythia-70m --revision step1000 --corpus embedded --json
-  torchrun --nproc-per-node 2 -m grsd shells mini-1.3m --revision all
+  torchrun --nproc-per-node 2 -m -- grsd shells mini-1.3m --revision all
 """
 
 

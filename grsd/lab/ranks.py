@@ -1,5 +1,6 @@
-"""Processes that share the work of one run: `torchrun --nproc-per-node N -m grsd shells …`.
+"""Processes that share the work of one run: `torchrun --nproc-per-node N -m -- grsd shells …`.
 
+Without the `--`, torchrun takes the `--start` of `grsd shells` for one of its own options.
 Each process measures its share of the batches and checkpoints and writes their files; what is found in the cache, how much
 goes in one pass and who measures what is settled by the first one, before any work. The folder of the cache must be the same
 for all of them. How several processes multiply by one operator is in :mod:`grsd.spectrum.shards`.

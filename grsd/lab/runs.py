@@ -311,7 +311,7 @@ def shell_run(
     plan = ranks.from_first(lambda: _planned(spec, resume, cache, corpus, memory))
     origin = results.provenance(spec.argv(), asdict(spec), [spec.seed])
     if plan.group is not None:
-        origin |= {"lockstep": asdict(plan.group)}
+        origin |= {"lockstep": asdict(plan.group), "process": f"{ranks.rank} of {ranks.size}"}
     if corpus is None:
         corpus = corpora.open_corpus(spec.corpus, hub.tokenizer_of(plan.checkpoints[0].folder), cache=cache)
     root = _folder(spec, corpus, cache)

@@ -101,6 +101,30 @@ def test_error_of_gradient_step_is_minus_m_e() -> None:
         M @ M.error
 
 
+def test_a_changed_parameter_is_refused_even_if_it_is_frozen() -> None:
+    """J depends on the frozen ones as well; the null: a step that changes nothing of this model is none of its business."""
+    model, x, observable = mlp()
+    model[0].requires_grad_(False)
+    M, other = NTK(model, x, observable), mlp()[0]
+    with torch.no_grad():
+        other[0].weight += 1
+    M @ M.error
+    with torch.no_grad():
+        model[0].weight += 1
+    with pytest.raises(RuntimeError, match="make a new NTK"):
+        M @ M.error
+
+
+def test_a_matrix_of_vectors_is_multiplied_column_by_column() -> None:
+    for name, method in (("gpt2-tied", "factored"), ("mlp", "graph")):
+        M = NTK(*CASES[name](), method=method)  # type: ignore[arg-type]
+        U = torch.randn(M.shape[0], 3, dtype=torch.float64)
+        columns = torch.stack([M @ u for u in U.unbind(1)], dim=1)
+        assert torch.linalg.norm(M @ U - columns) < 1e-13 * torch.linalg.norm(columns)
+        with pytest.raises(ValueError, match="it multiplies vectors"):
+            M @ U[1:]
+
+
 def test_scipy_sees_the_same_operator() -> None:
     M = NTK(*gpt_neox())
     top = eigsh(M.scipy(), k=3, which="LA", return_eigenvectors=False)
