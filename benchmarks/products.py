@@ -138,27 +138,43 @@ def timing(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
         name: lambda product=product: product(u) for name, product in products.items()
     }
     often = [("F+B", unit), ("factored", calls.pop("factored"))]
-    round_ = [*often, ("set-up", made["factored"])]
+    square = torch.randn(2048, 2048, dtype=dtype)
+    round_ = [*often, ("set-up", made["factored"]), ("matrix product", lambda: square @ square)]
     for k, other in enumerate(calls.items()):
         round_ += [other, *often] if k % 2 else [other]
     seconds = interleaved(round_, asked.repeats, warm=0)  # the differences above were the warm-up
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as whole:
-        unit()
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as once:
-        products["factored"](u)
+    counted = {"F+B": unit, "product": lambda: products["factored"](u), "set-up": made["factored"]}
+    flops = {name: operations(call) for name, call in counted.items()}
     plan = NTK(model, tokens, observable, normalize="sum").plan()
     passes = sum(row.flops for row in plan.rows if row.rule == "pass")
     return {
         "settings": {"T": targets.numel(), "dtype": asked.dtype, "threads": asked.threads, "rounds": asked.repeats},
-        "ratio": {name: ratios(times, seconds["F+B"]) for name, times in seconds.items() if name != "F+B"},
+        "ratio": {
+            name: ratios(times, seconds["F+B"])
+            for name, times in seconds.items()
+            if name not in ("F+B", "matrix product")
+        },
         "slower": {name: ratios(seconds[name], seconds["factored"]) for name in products if name != "factored"},
         "difference": difference,
         "flops": {
-            "product / (F+B)": once.get_total_flops() / whole.get_total_flops(),
-            "passes / (F+B)": passes / whole.get_total_flops(),
-            "planned / (F+B)": plan.flops / whole.get_total_flops(),
+            "product / (F+B)": flops["product"] / flops["F+B"],
+            "set-up / (F+B)": flops["set-up"] / flops["F+B"],
+            "passes / (F+B)": passes / flops["F+B"],
+            "planned / (F+B)": plan.flops / flops["F+B"],
+        },
+        # the time that the operations alone would take at the rate of one large matrix product, in units of F+B
+        "ceiling": {
+            name: ratios([s * flops[name] / (2 * 2048**3) for s in seconds["matrix product"]], seconds["F+B"])
+            for name in flops
         },
     }
+
+
+def operations(call: Callable[[], Any]) -> int:
+    """Return the FLOPs of matrix products and convolutions in a call."""
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
 def memory(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
