@@ -164,38 +164,61 @@ def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions,
 
     The region is run once more, from a vector with zeros: rows of outputs that were left out must be exactly zero, and the
     others their fixed vectors times u_i, which is a power of two, so that nothing rounds. What fails, and what follows
-    from it, goes through the passes instead. Cost: the elementwise operations of the region; of large matrix products two rows.
+    from it, goes through the passes instead. Cost: the elementwise operations of the region; two rows of a large matrix
+    product; nothing for a large value that is only renamed.
     """
     own, start = region.rows, program.inputs[0]
     if start not in own:
         return
     draw = torch.randint(0, 4, (size,), generator=torch.Generator().manual_seed(0))
+    draw[:1] = 1  # a row that says something
     like = values[start]
     u = torch.tensor([0.0, 1.0, -2.0, 0.5], dtype=like.dtype)[draw].to(like.device)
-    found: dict[int, Tensor] = {start: u}
+    found = _Probe(u, own, values)
+    found[start] = u
     for node in program.nodes:
         sources, out = node.sources(), node.outs[0]
         if out not in own:
             if region.constant.issuperset(node.outs):
                 found[out] = node.func(*fill(node.args, found), **fill(node.kwargs, found))
             continue
-        bad = any(s in own and s not in found for s in sources) or len(node.outs) > 1
-        wanted = None
-        if not bad:
-            wanted = spread(u, own[out], values[out])
-            if node.func is spread:
-                result = wanted
-            elif node.func is aten.mm.default and node.flops > PROBED and isinstance(node.args[1], Tensor):
-                bad = node.args[0].index not in own
-                few = torch.mm(found[node.args[0].index][:2], node.args[1])
-                result, bad = wanted, bad or not _close(few, wanted[:2])
-            else:
-                result = node.func(*fill(node.args, found), **fill(node.kwargs, found))
-                bad = not _close(result, wanted)
-        if bad:
+        if len(node.outs) > 1 or any(s not in own and s not in region.constant for s in sources):
             del own[out]
+            continue
+        renamed = node.func in KEEPING or node.func is spread
+        large = node.func is aten.mm.default and node.flops > PROBED and isinstance(node.args[0], Slot)
+        if renamed and values[out].numel() > PROBED // 100:
+            continue  # made from its own-position source when something asks for it
+        if large:
+            near = _close(torch.mm(found.rows(node.args[0].index, 2), node.args[1]), found.rows(out, 2))
         else:
+            result = node.func(*fill(node.args, found), **fill(node.kwargs, found))
+            near = _close(result, spread(u, own[out], values[out]))
             found[out] = result
+        if not near:
+            del own[out]
+
+
+class _Probe(dict[int, Tensor]):
+    """Values of the probing run; what was not run is the fixed vectors times u."""
+
+    def __init__(self, u: Tensor, own: dict[int, Rows], values: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.u, self.own, self.values_at_one = u, own, values
+
+    def __missing__(self, slot: int) -> Tensor:
+        self[slot] = found = spread(self.u, self.own[slot], self.values_at_one[slot])
+        return found
+
+    def rows(self, slot: int, few: int) -> Tensor:
+        """Return the first rows of a value, flat."""
+        count = self.own[slot].count
+        if slot in self:
+            return self[slot].reshape(count, -1)[:few]
+        u, positions = self.u, self.own[slot].positions
+        if positions is not None:
+            u = u.new_zeros(count).index_copy(0, positions, u)
+        return u[:few, None] * self.values_at_one[slot].reshape(count, -1)[:few]
 
 
 PROBED = 10**8  # FLOPs; a larger matrix product is not repeated as a whole
