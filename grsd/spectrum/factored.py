@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from grsd.spectrum.factors import Factor, Gain, Gram, Grams, Span, Through, Tied, Tokens, Vectors, accumulate, matrix
+from grsd.spectrum.factors import (
+    Factor,
+    FoldedTie,
+    Gain,
+    Gram,
+    Grams,
+    Span,
+    Through,
+    Tied,
+    Tokens,
+    Vectors,
+    matrix,
+)
 from grsd.spectrum.folding import OwnPositions, refuse, share, unfold
 from grsd.spectrum.fusing import overwrite, simplify
 from grsd.spectrum.plan import PlanRow
@@ -40,8 +52,9 @@ class Factored:
 
     Notes
     -----
-    Set-up: one activation-only backward pass, the transposed pass of what is not folded, and the Gram matrices. A product:
-    about one forward pass each for J_εᵀ and J_ε without head and last block's tail, and 2 n² out FLOPs a layer for K.
+    Set-up: the backward pass of what is folded (in a decoder: head and last tail), Gram matrices, and no arithmetic for the
+    rest, which is recorded and transposed by rule. A product: about one forward pass each for J_εᵀ and J_ε without head and
+    last block's tail, and 2 n² out FLOPs a layer for K, or 4 n in out where that is less (n > 2 in); `plan_rows` has both.
     """
 
     def __init__(self, rows: Tensor, trace: Trace, names: Sequence[str], groups: int = 1) -> None:
@@ -313,6 +326,9 @@ class Factored:
             )
 
     def _note_share(self) -> None:
+        if self._size // self.groups > FOLD_LIMIT:
+            why = f"not folded: T = {self._size // self.groups} is above {FOLD_LIMIT}"
+            self.plan_rows.append(PlanRow("(own positions)", "share of M", why, 0, 0))
         if self.share is not None:
             held, item = self.share.numel(), self.share.element_size()
             self.plan_rows.append(PlanRow("(own positions)", "share of M", "folded into T × T", 2 * held, held * item))
@@ -321,27 +337,6 @@ class Factored:
         names = list(dict.fromkeys(self._names[u.parameter] for u in uses))
         rules = list(dict.fromkeys(u.rule for u in uses))
         self.plan_rows.append(PlanRow(", ".join(names), " + ".join(rules), association, flops, held))
-
-
-@dataclass(frozen=True)
-class FoldedTie:
-    """The cross terms of embedding and folded head: δ_z = u ⊙ Γ at the head, of which Γ[:, t] is all that is needed.
-
-    δ_s gets Γ[:, t]ᵀ (u ⊙ a); M u gets rowsum(a ⊙ (Γ[:, t] δ_s)). Cost 4 T m h FLOPs.
-    """
-
-    embedding: int
-    a: Tensor  # (T, h)
-    fixed: Tensor  # (T, m), Γ at the tokens of the batch
-    tokens: Tensor
-    kept: Tensor | float
-
-    def add(self, u: Tensor, deltas: Vectors, out: Vectors) -> Tensor:
-        delta = deltas[self.embedding]
-        back = (self.fixed.T @ (u[:, None] * self.a)) * self.kept
-        result = (self.a * (self.fixed @ (matrix(delta) * self.kept))).sum(1)
-        accumulate(out, self.embedding, back.view(delta.shape))
-        return result
 
 
 def _group(use: Use, g: int, groups: int) -> Use:

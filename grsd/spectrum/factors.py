@@ -232,6 +232,27 @@ class Tied:
         accumulate(out, self.embedding, (((rows[:, self.tokens] * self.same).T @ self.a) * self.kept).view(ds.shape))
 
 
+@dataclass(frozen=True)
+class FoldedTie:
+    """The cross terms of embedding and folded head: δ_z = u ⊙ Γ at the head, of which Γ[:, t] is all that is needed.
+
+    δ_s gets Γ[:, t]ᵀ (u ⊙ a); M u gets rowsum(a ⊙ (Γ[:, t] δ_s)). Cost 4 T m h FLOPs.
+    """
+
+    embedding: int
+    a: Tensor  # (T, h)
+    fixed: Tensor  # (T, m), Γ at the tokens of the batch
+    tokens: Tensor
+    kept: Tensor | float
+
+    def add(self, u: Tensor, deltas: Vectors, out: Vectors) -> Tensor:
+        delta = deltas[self.embedding]
+        back = (self.fixed.T @ (u[:, None] * self.a)) * self.kept
+        result = (self.a * (self.fixed @ (matrix(delta) * self.kept))).sum(1)
+        accumulate(out, self.embedding, back.view(delta.shape))
+        return result
+
+
 @dataclass
 class Grams:
     """Makes A Aᵀ once for all layers that read the same tensor."""

@@ -320,3 +320,13 @@ def test_an_output_that_is_not_a_row_is_refused() -> None:
 
     with pytest.raises(ValueError, match="batch axis"):
         NTK(Whole(3, 2).double(), torch.ones(4, 3, dtype=torch.float64), Outputs())
+
+
+def test_a_fold_that_is_too_large_is_left_to_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = gpt_neox()
+    folded = NTK(*case, method="factored").to_dense()
+    monkeypatch.setattr(factored, "FOLD_LIMIT", 17)
+    M = NTK(*case, method="factored")
+    assert "not folded: T = 18 is above 17" in str(M.plan())
+    # the same sums, in another order
+    assert torch.linalg.norm(M.to_dense() - folded) < 1e-13 * torch.linalg.norm(folded)
