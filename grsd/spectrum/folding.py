@@ -193,7 +193,8 @@ def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions,
             near = _close(torch.mm(found.rows(node.args[0].index, 2), node.args[1]), found.rows(out, 2))
         else:
             result = node.func(*fill(node.args, found), **fill(node.kwargs, found))
-            near = _close(result, spread(u, own[out], values[out]))
+            wanted = None if renamed else spread(u, own[out], values[out])
+            near = wanted is None or torch.equal(result, wanted) or _close(result, wanted)
             found[out] = result
         if not near:
             del own[out]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grsd.spectrum.tape import RESHAPING, Kind, Node, Program, Slot, fill, last_uses
+from grsd.spectrum.tape import RESHAPING, Kind, Node, Program, Slot, fill, last_uses, reachable
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ def simplify(program: Program) -> Program:
     kinds = dict(program.kinds)
     nodes, swap = _without_idle(program, kinds)
     outputs = [swap.get(slot, slot) for slot in program.outputs]
-    nodes = Program(_joined(nodes, outputs), program.inputs, outputs, kinds).nodes
+    nodes = reachable(_joined(nodes, outputs), outputs)
     return Program(_added(nodes, outputs, kinds), program.inputs, outputs, kinds)
 
 
@@ -70,7 +70,8 @@ def _without_idle(program: Program, kinds: dict[int, Kind]) -> tuple[list[Node],
         if idle and kinds[first.index] == kinds[node.outs[0]]:
             swap[node.outs[0]] = first.index
             continue
-        nodes.append(replace(node, func=NAMES.get(node.func, node.func)))
+        func = NAMES.get(node.func)
+        nodes.append(node if func is None else Node(func, node.args, node.kwargs, node.outs, node.flops))
     return nodes, swap
 
 
@@ -172,7 +173,8 @@ def _fused(
     if kind == kinds[p.index]:
         return [Node(func, (p, *maker.args), {}, node.outs, maker.flops)]
     reshape: Any = torch.reshape
-    first, second = max(kinds) + 1, max(kinds) + 2
+    first = max(kinds) + 1
+    second = first + 1
     kinds[first] = kinds[second] = kind
     return [
         Node(reshape, (p, kind[0]), {}, (first,)),

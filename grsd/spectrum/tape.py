@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +62,11 @@ class Node:
 
     def sources(self) -> list[int]:
         """Return the slots that the node reads."""
-        return [leaf.index for leaf in leaves_of(self.args, self.kwargs) if isinstance(leaf, Slot)]
+        return self._sources
+
+    @cached_property
+    def _sources(self) -> list[int]:
+        return [leaf.index for leaf in leaves_of(self.args, self.kwargs) if type(leaf) is Slot]
 
 
 @dataclass(frozen=True)
@@ -121,11 +126,14 @@ class Program:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.nodes = reachable(nodes, self.outputs)
         self.kinds = dict(kinds)
+
+    @cached_property
+    def _steps(self) -> list[tuple[Any, ...]]:
         dead: list[list[int]] = [[] for _ in self.nodes]
         for slot, k in last_uses(self.nodes).items():
             if slot not in self.outputs:
                 dead[k].append(slot)
-        self._steps = [_compile(node, tuple(d)) for node, d in zip(self.nodes, dead, strict=True)]
+        return [_compile(node, tuple(d)) for node, d in zip(self.nodes, dead, strict=True)]
 
     @property
     def flops(self) -> int:
@@ -186,7 +194,7 @@ def reachable(nodes: Sequence[Node], outputs: Sequence[int]) -> list[Node]:
     """Return the nodes that the outputs need."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
-        if wanted.intersection(node.outs):
+        if not wanted.isdisjoint(node.outs):
             wanted.update(node.sources())
             kept.append(node)
     return kept[::-1]
@@ -207,6 +215,6 @@ def _compile(node: Node, dead: tuple[int, ...]) -> tuple[Any, ...]:
     for k, arg in enumerate(node.args):
         if isinstance(arg, Slot):
             holes.append((k, arg.index))
-        elif isinstance(arg, (tuple, list)) and any(isinstance(leaf, Slot) for leaf in leaves_of(arg)):
+        elif type(arg) in (tuple, list) and any(type(leaf) is Slot for leaf in leaves_of(arg)):
             holes.append((k, arg))
     return node.func, node.args, node.kwargs, holes, node.outs, dead
