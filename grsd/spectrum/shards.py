@@ -64,7 +64,9 @@ class NTKShards(Kernel):
     of them (its own work is repeated by each). Cost of a product: two activation-only passes and two products per weight
     matrix, about 4/3 of a forward and backward pass, one all-reduce of the gradients in use and one gather of T numbers. With
     hold=False, a forward and backward pass for the first half and the set-up of an operator for the second are added.
-    `plan` has the numbers.
+    `plan` has the numbers. Measured for h = 256, 4 layers, V = 2048, T = 1024 on two cores, in units of a forward and backward
+    pass, with the peak of memory beyond the weights (17 MB): `NTK` 0.80, 351 MB; four micro-batches held 1.3, 165 MB;
+    made anew 3.9, 113 MB.
 
     A process that dies, or does not arrive within the timeout given to `torch.distributed.init_process_group`, makes the
     others fail; they do not wait for ever.
