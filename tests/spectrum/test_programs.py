@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -330,3 +331,25 @@ def test_a_fold_that_is_too_large_is_left_to_the_passes(monkeypatch: pytest.Monk
     assert "not folded: T = 18 is above 17" in str(M.plan())
     # the same sums, in another order
     assert torch.linalg.norm(M.to_dense() - folded) < 1e-13 * torch.linalg.norm(folded)
+
+
+def test_two_threads_with_different_operators_on_one_model() -> None:
+    model, x, observable = gpt_neox()
+    assert isinstance(observable, TokenLogProb)
+    halves = [(x[k : k + 1], TokenLogProb(observable.targets[k : k + 1])) for k in range(2)]
+    truth = [NTK(model, *half).to_dense() for half in halves]
+    found: list[list[Tensor]] = [[], []]
+
+    def work(k: int) -> None:
+        for _ in range(4):
+            M = NTK(model, *halves[k])
+            found[k].append(torch.stack([M @ u for u in torch.eye(M.shape[0], dtype=torch.float64)], 1))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # column by column and all at once: the same sums in another order
+    assert all(len(f) == 4 for f in found)
+    assert all(torch.linalg.norm(f - t) < 1e-13 * torch.linalg.norm(t) for k, t in enumerate(truth) for f in found[k])
