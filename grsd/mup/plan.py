@@ -373,7 +373,7 @@ def plan(
                 std_base=0.0 if constant else float(values.square().mean().sqrt()),
                 mean_base=float(values.flatten()[0]) if constant else 0.0,
                 split=_split(name, model, FUSED if fused is None else fused) if role == "hidden" else 1,
-                transposed=type(layout.modules[name.rpartition(".")[0]]).__name__ == "Conv1D",
+                transposed=p.ndim == 2 and type(layout.modules[name.rpartition(".")[0]]).__name__ == "Conv1D",
             )
         )
     multipliers = layout.multipliers(assigned, branch_ends, k, r_L)

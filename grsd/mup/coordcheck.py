@@ -1,0 +1,345 @@
+"""Coordinate check: do features move by the same amount at every width and depth, and if not, which condition is broken?
+
+Each model is trained for a few steps; what is fitted is the slope of log ‖Δh_L‖_R against log size. The diagnosis looks at what the
+features are made of: α‖W‖_R and α‖ΔW‖_R of every role, which the spectral condition fixes one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from grsd.mup.norms import rms_norm, rms_operator_norm
+from grsd.mup.optimizers import make_optimizer
+from grsd.mup.plan import Plan, _plain, _stack, plan
+from grsd.mup.rules import OPTIMIZERS, rule, update_norm, weight_norm
+from grsd.spectrum.ntk import refuse_dropout
+
+__all__ = ["CoordCheck", "Finding", "Run", "Slope", "coord_check"]
+
+Factory = Callable[[int, int], nn.Module]
+Loss = Callable[[nn.Module], Tensor]
+Parametrization = Literal["mup", "sp"]
+FLAT = (
+    0.25  # |slope| up to which a check passes: what finite sizes leave of an exact 0 (audit of 2603.00541, section 5)
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model, trained for a few steps on one batch. Norms that are not finite are kept: a diverged run is data.
+
+    Attributes
+    ----------
+    width, depth, seed : int
+    features : (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch.
+    outputs : (steps+1,), the same of the model's output.
+    losses : (steps+1,)
+    weights : role → α ‖W‖_R before training, geometric mean over the role's tensors (RMS norm for biases).
+    updates : role → α ‖ΔW‖_R of the first step, likewise.
+    """
+
+    width: int
+    depth: int
+    seed: int
+    features: tuple[float, ...]
+    outputs: tuple[float, ...]
+    losses: tuple[float, ...]
+    weights: dict[str, float]
+    updates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Slope:
+    """An exponent fitted over sizes and seeds: value with its 95 % interval, and how many points it rests on."""
+
+    value: float
+    low: float
+    high: float
+    points: int
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One quantity whose exponent is not what the condition asks for."""
+
+    role: str
+    quantity: str  # "initial norm" or "update norm"
+    axis: str
+    measured: Slope
+    wanted: float
+    condition: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.condition} is broken: the {self.quantity} of {self.role} goes like {self.axis}^{self.measured.value:+.2f} "
+            f"instead of {self.axis}^{self.wanted:+.2f}"
+        )
+
+
+@dataclass(frozen=True)
+class CoordCheck:
+    """The runs, what was fitted, and what it means.
+
+    Attributes
+    ----------
+    runs : tuple of Run
+    slopes : "width" and "depth" → slope of ‖Δh_L‖_R after the last step; an axis with one size is left out.
+    output_slopes : the same of the output.
+    first : the same of ‖Δh_L‖_R after the first step.
+    verdict : "flat", "not flat", or "diverged" when a run left the numbers.
+    findings : conditions that the measured norms break.
+    """
+
+    runs: tuple[Run, ...]
+    optimizer: str
+    parametrization: str
+    slopes: dict[str, Slope]
+    output_slopes: dict[str, Slope]
+    first: dict[str, Slope]
+    verdict: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def diagnosis(self) -> str:
+        """The verdict in words: which layer, which norm, which condition."""
+        lines = [f"{self.optimizer}, {self.parametrization}: {self.verdict}"]
+        lines += [f"  change of features against {axis}: {slope}" for axis, slope in self.slopes.items()]
+        lines += [f"  {finding}" for finding in self.findings]
+        if self.verdict == "not flat" and not self.findings:
+            lines.append(
+                "  every norm of the first step is as the condition asks: what breaks comes after it (alignment, or the"
+            )
+            lines.append("  optimizer's later steps); compare `first` with `slopes`")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.diagnosis
+
+
+def coord_check(
+    factory: Factory,
+    loss: Loss,
+    *,
+    widths: Sequence[int],
+    depths: Sequence[int],
+    base: tuple[int, int],
+    optimizer: str,
+    other: str = "adamw",
+    lr: float,
+    steps: int = 5,
+    seeds: Sequence[int] = (0, 1, 2),
+    parametrization: Parametrization = "mup",
+    k: int = 2,
+    options: dict[str, dict[str, Any]] | None = None,
+    eps: float | None = None,
+    outputs: Callable[[nn.Module], Tensor] | None = None,
+    make_plan: Callable[[nn.Module, nn.Module], Plan] | None = None,
+) -> CoordCheck:
+    """Train models of several widths (at the base's depth) and depths (at the base's width) for some steps, and fit exponents.
+
+    Parameters
+    ----------
+    factory : callable
+        (width, depth) → model, with residual blocks in one `nn.ModuleList`. Dropout must be off.
+    loss : callable
+        model → scalar loss on a fixed batch.
+    widths, depths : sizes; the base's own size may be among them. An axis with fewer than two sizes is not fitted.
+    base : (width, depth) whose hyperparameters are given.
+    optimizer, other, k : as `grsd.mup.plan`.
+    lr : float, base learning rate.
+    steps : int, optimizer steps.
+    seeds : of the initial weights.
+    parametrization : "mup", or "sp": variance 1/fan-in for every matrix and one learning rate, without multipliers.
+    options, eps : as `Plan.make_optimizer`.
+    outputs : callable, optional
+        model → output on the batch, by default not recorded apart from the loss.
+    make_plan : callable, optional
+        (model, base model) → Plan, in place of `grsd.mup.plan`: for roles of your own, or a rule to be tested.
+
+    Raises
+    ------
+    ValueError
+        Active dropout, sizes or seeds that are empty or not positive, and what `plan` refuses.
+
+    Notes
+    -----
+    Cost: (len(widths) + len(depths)) · len(seeds) · (steps + 1) forward-plus-backward passes, and two norms for each matrix.
+    """
+    if parametrization not in ("mup", "sp"):
+        raise ValueError(f'parametrization must be "mup" or "sp", got {parametrization!r}')
+    sizes = [*((w, base[1]) for w in widths), *((base[0], d) for d in depths)]
+    if steps < 1 or not seeds or not sizes or min(min(s) for s in (*sizes, base)) < 1:
+        raise ValueError(
+            f"need steps ≥ 1, a seed and positive sizes; got {steps}, {tuple(seeds)}, {sizes}, base {base}"
+        )
+    start = factory(*base)
+    refuse_dropout(start)
+
+    def planned(model: nn.Module) -> Plan:
+        if make_plan is not None:
+            return make_plan(model, start)
+        return plan(model, base=start, optimizer=optimizer, other=other, k=k)
+
+    runs = []
+    for width, depth in dict.fromkeys(sizes):
+        for seed in seeds:
+            model = factory(width, depth)
+            made = planned(model)
+            made.initialize_(model, seed=seed)
+            if parametrization == "mup":
+                made.attach(model)
+                opt = make_optimizer(made, model, lr=lr, eps=eps, options=options)
+            else:
+                made = _standard(made, model, seed)
+                opt = make_optimizer(made, model, lr=lr, eps=eps, options=options)
+            runs.append(_run(model, made, opt, loss, outputs, (width, depth, seed), steps))
+    return _judge(tuple(runs), base, optimizer, parametrization, k, steps, other)
+
+
+def _standard(made: Plan, model: nn.Module, seed: int) -> Plan:
+    """Return a plan without any scaling, after drawing matrices with variance 1/fan-in (embeddings keep the base's)."""
+    from dataclasses import replace
+
+    entries = []
+    for e in made.entries:
+        fan_in = e.shape[0] if e.transposed else math.prod(e.shape[1:])
+        std = e.std_base if e.role == "input" and len(e.shape) == 2 and e.std_base > 0 else fan_in**-0.5
+        std = std if len(e.shape) > 1 else e.std_base
+        entries.append(
+            replace(
+                e, multiplier=1.0, std=1.0, lr=1.0, weight_decay=1.0, eps=None if e.eps is None else 1.0, std_base=std
+            )
+        )
+    plain = replace(made, entries=tuple(entries), multipliers=())
+    plain.initialize_(model, seed=seed)
+    return plain
+
+
+def _run(
+    model: nn.Module,
+    made: Plan,
+    opt: torch.optim.Optimizer,
+    loss: Loss,
+    outputs: Callable[[nn.Module], Tensor] | None,
+    label: tuple[int, int, int],
+    steps: int,
+) -> Run:
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, inputs: Any, out: Any) -> None:
+        seen.append((out[0] if isinstance(out, tuple) else out).detach().double())
+
+    stack, depth = _stack(model)
+    last = {_plain(name): m for name, m in model.named_modules()}[f"{stack}.{depth - 1}"]
+    handle = last.register_forward_hook(watch)
+    parameters = {_plain(name): p for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    weights = _by_role(made, before)
+    updates: dict[str, float] = {}
+    features, values, losses = [], [], []
+    first_h = first_f = None
+    try:
+        for step in range(steps + 1):
+            seen.clear()
+            opt.zero_grad()
+            now = loss(model)
+            h = seen[0]
+            f = h if outputs is None else outputs(model).detach().double()
+            first_h, first_f = (h, f) if first_h is None else (first_h, first_f)
+            assert first_f is not None
+            features.append(_typical(h - first_h))
+            values.append(_typical(f - first_f) if outputs is not None else math.nan)
+            losses.append(float(now.detach()))
+            if step == steps:
+                break
+            now.backward()  # type: ignore[no-untyped-call]
+            opt.step()
+            if step == 0:
+                updates = _by_role(made, {name: p.detach() - before[name] for name, p in parameters.items()})
+    finally:
+        handle.remove()
+    return Run(*label, tuple(features), tuple(values), tuple(losses), weights, updates)
+
+
+def _typical(x: Tensor) -> float:
+    return float(rms_norm(x).square().mean().sqrt())
+
+
+def _by_role(made: Plan, tensors: dict[str, Tensor]) -> dict[str, float]:
+    logs: dict[str, list[float]] = {}
+    for e in made.entries:
+        x = tensors[e.name]
+        if not bool(torch.isfinite(x).all()):
+            logs.setdefault(e.role, []).append(math.nan)
+            continue
+        W = x.mT if e.transposed else x
+        size = float(rms_norm(W.reshape(-1))) if W.ndim < 2 else rms_operator_norm(W.flatten(1))
+        if size > 0:
+            logs.setdefault(e.role, []).append(math.log(size * e.multiplier))
+    return {role: math.exp(float(np.mean(found))) for role, found in logs.items()}
+
+
+def _fit(points: list[tuple[float, float]]) -> Slope | None:
+    """Least squares of log₂ y against log₂ x over all points that are finite and positive."""
+    x, y = (np.array(c, float) for c in zip(*points, strict=True)) if points else (np.array([]), np.array([]))
+    good = np.isfinite(y) & (y > 0)
+    if len(set(x[good])) < 2:
+        return None
+    found = stats.linregress(np.log2(x[good]), np.log2(y[good]))
+    count = int(good.sum())
+    half = float(stats.t.ppf(0.975, count - 2) * found.stderr) if count > 2 else math.inf
+    return Slope(float(found.slope), float(found.slope) - half, float(found.slope) + half, count)
+
+
+def _judge(
+    runs: tuple[Run, ...],
+    base: tuple[int, int],
+    optimizer: str,
+    parametrization: str,
+    k: int,
+    steps: int,
+    other: str,
+) -> CoordCheck:
+    axes = {"width": [r for r in runs if r.depth == base[1]], "depth": [r for r in runs if r.width == base[0]]}
+
+    def along(axis: str, value: Callable[[Run], float]) -> Slope | None:
+        return _fit([(float(getattr(r, axis)), value(r)) for r in axes[axis]])
+
+    def both(value: Callable[[Run], float]) -> dict[str, Slope]:
+        return {axis: s for axis in axes if (s := along(axis, value)) is not None}
+
+    slopes, first = both(lambda r: r.features[steps]), both(lambda r: r.features[1])
+    outs = both(lambda r: r.outputs[steps])
+    broken = any(not math.isfinite(v) for r in runs for v in (*r.features, *r.losses))
+    verdict = "diverged" if broken else "flat" if all(abs(s.value) <= FLAT for s in slopes.values()) else "not flat"
+    findings = []
+    for role in sorted({role for r in runs for role in r.updates}):
+        which = optimizer if role == "hidden" or not OPTIMIZERS[optimizer].matrices_only else other
+        wanted = rule(which, role, k)
+        norm = wanted.multiplier * weight_norm(role, wanted.variance)  # type: ignore[arg-type]
+        change = wanted.multiplier * wanted.lr * update_norm(which, role, k)  # type: ignore[arg-type]
+        for quantity, size, get in (("initial norm", norm, "weights"), ("update norm", change, "updates")):
+            for axis, target in (("width", float(size.n)), ("depth", float(size.L))):
+                slope = along(axis, lambda r, get=get, role=role: getattr(r, get).get(role, math.nan))  # type: ignore[misc]
+                if slope is not None and abs(slope.value - target) > FLAT and not slope.low <= target <= slope.high:
+                    findings.append(Finding(role, quantity, axis, slope, target, _condition(role, quantity, k)))
+    return CoordCheck(runs, optimizer, parametrization, slopes, outs, first, verdict, tuple(findings))
+
+
+def _condition(role: str, quantity: str, k: int) -> str:
+    if role.endswith("bias"):
+        return "B.3"
+    if role == "hidden":
+        return "B.1" if k == 1 else "C1.2" if quantity == "initial norm" else "C2.2"
+    return "C1.1" if quantity == "initial norm" else "C2.1"
