@@ -19,7 +19,7 @@ __all__ = ["__version__", "check_environment"]
 REQUIRED: dict[str, str] = {
     "torch": "2.6",
     "numpy": "1.26",
-    "scipy": "1.13",
+    "scipy": "1.15",
     "matplotlib": "3.8",
     "PyYAML": "6.0",
     "click": "8.1",
@@ -47,7 +47,7 @@ def check_environment(*, verbose: bool = True) -> list[str]:
     Returns
     -------
     list of str
-        One requirement per missing or outdated package, such as "scipy>=1.13"; empty when all is well.
+        One requirement per missing or outdated package, such as "scipy>=1.15"; empty when all is well.
     """
     wanted: list[str] = []
     lines: list[str] = []

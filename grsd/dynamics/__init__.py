@@ -1,8 +1,33 @@
 """How the picture moves: error in function space, its modes, shells and fluxes, transport, and test loss.
 
-``flow`` moves a network in float64; ``modes`` reads one instant in the eigenbasis of M.
+``problem`` is a network on its data as functions of one parameter vector, ``flow`` moves it, ``modes`` reads one instant in the
+eigenbasis of M. ``balance`` says what changes the energy of a shell at an instant, ``crossings`` integrates that over time, ``drift`` bins
+what moves along the λ axis. ``transport`` is the continuum, with ``transport_solvers``; ``generalization`` is about test loss, and ``window``
+about the transport model's account of it.
 """
 
-from grsd.dynamics import flow, modes
+from grsd.dynamics import (
+    balance,
+    crossings,
+    drift,
+    flow,
+    generalization,
+    modes,
+    problem,
+    transport,
+    transport_solvers,
+    window,
+)
 
-__all__ = ["flow", "modes"]
+__all__ = [
+    "balance",
+    "crossings",
+    "drift",
+    "flow",
+    "generalization",
+    "modes",
+    "problem",
+    "transport",
+    "transport_solvers",
+    "window",
+]
