@@ -164,7 +164,7 @@ def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions,
 
     The region is run once more, from a vector with zeros: rows of outputs that were left out must be exactly zero, and the
     others their fixed vectors times u_i, which is a power of two, so that nothing rounds. What fails, and what follows
-    from it, goes through the passes instead. Cost: the elementwise operations of the region; two rows of a large matrix
+    from it, goes through the passes instead. Cost: the elementwise operations of the region; a corner of a large matrix
     product; nothing for a large value that is only renamed.
     """
     own, start = region.rows, program.inputs[0]
@@ -190,7 +190,8 @@ def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions,
         if renamed and values[out].numel() > PROBED // 100:
             continue  # made from its own-position source when something asks for it
         if large:
-            near = _close(torch.mm(found.rows(node.args[0].index, 2), node.args[1]), found.rows(out, 2))
+            part = torch.mm(found.rows(node.args[0].index, 2), node.args[1][:, :8])
+            near = _close(part, found.rows(out, 2)[:, :8])
         else:
             result = node.func(*fill(node.args, found), **fill(node.kwargs, found))
             wanted = None if renamed else spread(u, own[out], values[out])
