@@ -76,12 +76,12 @@ LINES = (
     Line("the same, retained double backward", ("peak / weights", "retained"), {}),
     Line("the same, curvlinops", ("peak / weights", "curvlinops"), {}),
     Line("100 Lanczos steps with set-up (F+B)", ("profile", "ratio"), {}),
-    Line("share of their time beyond products", ("profile", "beyond products"), {}),
+    Line("share of their time beyond products", ("profile", "beyond products"), _every(0.03)),
+    Line("difference to double backward, relative", ("difference", "retained"), {}),
     Line("FLOPs of M u / FLOPs of F+B", ("flops", "product / (F+B)"), {}),
     Line("M u if it ran at the rate of one large matrix product (F+B)", ("ceiling", "product"), {}),
     Line("set-up, likewise (F+B)", ("ceiling", "set-up"), {}),
     Line("F+B, likewise (F+B)", ("ceiling", "F+B"), {}),
-    Line("difference to double backward, relative", ("difference", "retained"), {}),
 )
 
 
