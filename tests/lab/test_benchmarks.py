@@ -166,7 +166,7 @@ def test_the_matrix_of_known_spectrum_is_what_it_says(script: object) -> None:
     assert np.abs(values - nodes).max() < 1e-13  # 60 roundings
     assert np.abs((vectors.T @ start.numpy()) ** 2 - weights).max() < 1e-12
     exact = (nodes, weights)
-    full = krylov.by_grsd(M, start, 20)
-    assert krylov.moment_error(full, exact, 40) < 1e-12
-    assert krylov.moment_error(full, exact, 60) > 1e-6  # beyond 2m a quadrature is not exact
-    assert krylov.moment_error((full[0] * 1.001, full[1]), exact, 40) > 1e-4  # a wrong node is seen
+    few = krylov.by_grsd(M, start, 5)
+    assert krylov.moment_error(few, exact, 10) < 1e-12
+    assert krylov.moment_error(few, exact, 20) > 1e-4  # beyond degree 2m − 1 a quadrature is not exact
+    assert krylov.moment_error((few[0] * 1.001, few[1]), exact, 10) > 1e-5  # a wrong node is seen
