@@ -148,7 +148,9 @@ def test_constant_drift_agrees_with_the_closed_form_of_the_continuum_and_the_pri
     spectrum = PowerSpectrum(p)
     t = np.geomspace(10, 1e4, 12)
     corrected, printed = constant_drift_loss(centre, spectrum(centre) * cell, c0, 1.0, t)
-    np.testing.assert_allclose(corrected, loss(t, c0, spectrum), rtol=1e-5)  # (step 0.0012 in log u)², and 1e-16^0.7 below
+    np.testing.assert_allclose(
+        corrected, loss(t, c0, spectrum), rtol=1e-5
+    )  # (step 0.0012 in log u)², and 1e-16^0.7 below
     exact = loss_exponent(c0, p)
     late = t >= 500
     assert fitted_exponent(t[late], corrected[late]) == pytest.approx(exact.corrected, abs=2e-3)

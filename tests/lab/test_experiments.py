@@ -169,7 +169,13 @@ def test_the_command_makes_a_result_that_recompute_reproduces(tmp_path: Path, mo
     assert made.exit_code == 0, made.stderr
     assert "c_adv" in made.stdout
     stored = results.load("drift-tiny", tmp_path)
-    words = ["sizes=12,16", "seeds=2", "until=60.0", "points=12", "device=cpu"]  # what a scale could change is always there
+    words = [
+        "sizes=12,16",
+        "seeds=2",
+        "until=60.0",
+        "points=12",
+        "device=cpu",
+    ]  # what a scale could change is always there
     assert stored.provenance["command"] == ["experiment", "drift", *_options(*words)]
     assert stored.provenance["seeds"] == [0, 1] and len(stored.data["runs"]) == 4 and len(stored.data["groups"]) == 2
     monkeypatch.setattr(results, "packaged_dir", lambda: tmp_path)
