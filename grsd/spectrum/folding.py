@@ -190,8 +190,7 @@ def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions,
         if renamed and values[out].numel() > PROBED // 100:
             continue  # made from its own-position source when something asks for it
         if large:
-            part = torch.mm(found.rows(node.args[0].index, 2), node.args[1][:, :8])
-            near = _close(part, found.rows(out, 2)[:, :8])
+            near = same_product(found.rows(node.args[0].index, 2), node.args[1][:, :8], found.rows(out, 2)[:, :8])
         else:
             result = node.func(*fill(node.args, found), **fill(node.kwargs, found))
             wanted = None if renamed else spread(u, own[out], values[out])
@@ -224,6 +223,15 @@ class _Probe(dict[int, Tensor]):
 
 
 PROBED = 10**8  # FLOPs; a larger matrix product is not repeated as a whole
+
+
+def same_product(a: Tensor, b: Tensor, product: Tensor) -> bool:
+    """Say whether `product` is a b up to the order of summation: 10 √k ε |a||b| entry by entry, for sums of k terms.
+
+    Terms may cancel, so the result itself is no measure of its rounding.
+    """
+    room = 10 * a.shape[1] ** 0.5 * torch.finfo(a.dtype).eps
+    return bool(((a @ b - product).abs() <= room * (a.abs() @ b.abs())).all())
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

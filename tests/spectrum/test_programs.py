@@ -186,6 +186,25 @@ def test_a_layer_that_a_wrong_rule_would_fold_is_unfolded(monkeypatch: pytest.Mo
     assert "before.weight, before.bias" in names and gap > 0.1
 
 
+@pytest.mark.parametrize("terms", [512, 50304])
+def test_a_large_product_is_compared_by_the_rounding_of_its_terms(terms: int) -> None:
+    generator = torch.Generator().manual_seed(terms)
+    a, b = torch.randn(2, terms, generator=generator), torch.randn(terms, 8, generator=generator)
+    b[-1] -= (a[0] @ b) / a[0, -1]  # row 0 cancels: what is left is rounding
+    order = torch.randperm(terms, generator=generator)
+    assert folding.same_product(a, b, a[:, order] @ b[order])
+    assert folding.same_product(a, b, (a.double() @ b.double()).float())
+    other = a + 0.1 * torch.randn(2, terms, generator=generator)  # a tenth of another row mixed in
+    assert not folding.same_product(a, b, other @ b)
+
+
+def test_a_large_head_is_folded() -> None:
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(50304, 48), nn.Linear(48, 50304)), torch.randint(0, 50304, (4, 8))
+    plan = NTK(model, tokens, TokenLogProb(tokens), method="factored").plan()
+    assert {row.layer for row in plan.rows if row.association == "folded into T × T"} >= {"1.weight, 1.bias"}
+
+
 class Decoder(nn.Module):
     """A small language model from parts that the architectures differ in."""
 
