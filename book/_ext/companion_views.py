@@ -164,9 +164,12 @@ def page(chosen: Sequence[claims.Claim], link: Linker) -> list[nodes.Node]:
     return [counts, *(card(claim, link) for claim in chosen)]
 
 
+LONG = 6  # claims; about a screen
+
+
 def box(chosen: Sequence[claims.Claim], link: Linker) -> nodes.admonition:
-    """The opening of a chapter: what it settles, and how."""
-    out = nodes.admonition(classes=["claim-box"])
+    """The opening of a chapter: what it settles, and how; a long list scrolls, so that the question stays in sight."""
+    out = nodes.admonition(classes=["claim-box", "claim-box-long"] if len(chosen) > LONG else ["claim-box"])
     out += nodes.title("", "Claims settled in this chapter")
     for claim in chosen:
         where = nodes.Text(f" · {arxiv(claim.paper)}, {claim.locator}")
