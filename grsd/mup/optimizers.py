@@ -147,7 +147,8 @@ class _Matrix(torch.optim.Optimizer):
         return p.grad.lerp(mean, beta) if group.get("nesterov", False) else mean.clone()
 
     def _update(self, G: Tensor, home: list[tuple[Tensor, int]], group: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        """Return the direction of a batch of matrices, (b, n_out, n_in): the gradient itself, unless a subclass says otherwise."""
+        return G
 
     def _after(self, used: list[Tensor], group: dict[str, Any]) -> None:
         return None
