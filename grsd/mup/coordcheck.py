@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,6 @@ from scipy import stats
 from torch import Tensor, nn
 
 from grsd.mup.norms import rms_norm, rms_operator_norm
-from grsd.mup.optimizers import make_optimizer
 from grsd.mup.plan import Plan, _plain, _stack, plan
 from grsd.mup.rules import OPTIMIZERS, rule, update_norm, weight_norm
 from grsd.spectrum.ntk import refuse_dropout
@@ -199,18 +198,15 @@ def coord_check(
             made.initialize_(model, seed=seed)
             if parametrization == "mup":
                 made.attach(model)
-                opt = make_optimizer(made, model, lr=lr, eps=eps, options=options)
             else:
                 made = _standard(made, model, seed)
-                opt = make_optimizer(made, model, lr=lr, eps=eps, options=options)
+            opt = made.make_optimizer(model, lr=lr, eps=eps, options=options)
             runs.append(_run(model, made, opt, loss, outputs, (width, depth, seed), steps))
     return _judge(tuple(runs), base, optimizer, parametrization, k, steps, other)
 
 
 def _standard(made: Plan, model: nn.Module, seed: int) -> Plan:
     """Return a plan without any scaling, after drawing matrices with variance 1/fan-in (embeddings keep the base's)."""
-    from dataclasses import replace
-
     entries = []
     for e in made.entries:
         fan_in = e.shape[0] if e.transposed else math.prod(e.shape[1:])

@@ -1,7 +1,7 @@
 """The matrix optimizers of the paper's tables that no library has in this form, on one batched Newton–Schulz.
 
 `Muon` in three scalings, `Shampoo` with exponential averages, `SSO` on the spectral sphere. SGD and AdamW are torch's; Lion, SOAP and
-Sophia come from `pytorch_optimizer`. `make_optimizer` builds what a plan asks for, and `Combined` makes one optimizer of several.
+Sophia come from `pytorch_optimizer`. `assemble` builds what a plan asks for, and `Combined` makes one optimizer of several.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from grsd.mup.plan import Plan
-
-__all__ = ["SSO", "Combined", "Muon", "Shampoo", "make_optimizer", "newton_schulz", "polar"]
+__all__ = ["SSO", "Combined", "Muon", "Shampoo", "assemble", "newton_schulz", "polar"]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b, c of Jordan's iteration: singular values end between about 0.7 and 1.2."""
@@ -388,18 +385,11 @@ class Combined(torch.optim.Optimizer):
 _KEPT = {"lion": "Lion", "soap": "SOAP", "sophia": "SophiaH"}
 
 
-def make_optimizer(
-    plan: Plan,
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    eps: float | None = None,
-    options: dict[str, dict[str, Any]] | None = None,
+def assemble(
+    groups: dict[str, list[dict[str, Any]]], lr: float, options: dict[str, dict[str, Any]] | None = None
 ) -> torch.optim.Optimizer:
-    """Return one optimizer for the model, with the plan's rates; see `Plan.make_optimizer`."""
+    """Return one optimizer from the groups of `Plan.param_groups`; several are put into a `Combined`."""
     options = options or {}
-    groups = plan.param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps)
     unknown = set(options) - set(groups)
     if unknown:
         raise ValueError(f"options name {sorted(unknown)[0]!r}; this plan uses {', '.join(groups)}")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from grsd.mup.optimizers import make_optimizer
+from grsd.mup.optimizers import assemble
 from grsd.mup.rules import OPTIMIZERS, ROLES, Rule, Scale, rule
 
 __all__ = ["BRANCH_ENDS", "FUSED", "Entry", "Plan", "plan"]
@@ -263,7 +263,7 @@ class Plan:
         ImportError
             Lion, SOAP or Sophia without `pytorch_optimizer`.
         """
-        return make_optimizer(self, model, lr=lr, weight_decay=weight_decay, eps=eps, options=options)
+        return assemble(self.param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps), lr, options)
 
     def _matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
         """Return (parameter, entry) pairs; wrappers that prefix names (compile, DDP, FSDP) are seen through."""
