@@ -134,6 +134,14 @@ def timing(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
         for name, product in products.items()
         if name != "factored"
     }
+    limit = (
+        100 * torch.finfo(dtype).eps
+    )  # sums in another order; a route that computes another matrix is off by order one
+    for name, gap in difference.items():
+        if not gap < limit:
+            raise ArithmeticError(
+                f"{name} and the factored product differ by {gap:.2g} on {shape}, more than {limit:.2g}"
+            )
     calls: dict[str, Callable[[], Any]] = {
         name: lambda product=product: product(u) for name, product in products.items()
     }
