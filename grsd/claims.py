@@ -79,7 +79,7 @@ Measured = Value | dict[str, Value]
 
 _ID = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
 _CHAPTER = re.compile(r"[a-z0-9-]+(?:/[a-z0-9-]+)+")
-_AUDIT = re.compile(r"[A-Z]+[0-9]+[a-z]?")
+_AUDIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+'/()-]*")  # C54, L1.3, T1+, III/C2, A.3.5
 
 
 @dataclass(frozen=True)
