@@ -9,6 +9,7 @@ from scipy.linalg import expm
 from torch import Tensor, nn
 
 from grsd.dynamics.flow import Path, Problem, around, central, descend, effective_time, integrate, orbit_gap
+from grsd.lab.architectures import res_mlp
 from grsd.lab.models import mlp
 
 
@@ -107,6 +108,18 @@ def test_a_wrong_second_derivative_is_noticed() -> None:
     problem = Problem(Wrong(), *data())
     with pytest.raises(ArithmeticError, match="off by"):
         problem.kernel_rate(problem.theta)
+
+
+def test_a_deep_network_is_not_taken_for_a_wrong_second_derivative() -> None:
+    """A hundred tanh blocks bend within the first, wide step of the check."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(64, *shape, generator=g, dtype=torch.float64) for shape in ((8,), ()))
+    net = res_mlp(inputs=8, width=16, depth=100, layers=1, activation="tanh", epsilon=0.3, seed=0)
+    problem = Problem(net, x, y)
+    v, h = problem.velocity(problem.theta), 1e-7  # rounding: 1e-16/1e-7 of M; curvature: h⁴ of a fast network
+    rate = problem.kernel_rate(problem.theta)
+    near, far = (problem.kernel(problem.theta + k * h * v) - problem.kernel(problem.theta - k * h * v) for k in (1, 2))
+    assert float((rate - (8 * near - far) / (12 * h)).abs().max() / rate.abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("net", [mlp([3, 8, 1], seed=1), MixesSamples(), normed()[0]])
