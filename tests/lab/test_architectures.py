@@ -71,8 +71,8 @@ def test_weights_have_variance_one_over_fan_in() -> None:
     net = res_mlp(inputs=50, width=200, depth=2, seed=0)
     first = net.blocks[1].branch.first.weight  # type: ignore[union-attr, operator]
     # 200 · 200 draws: their variance has relative standard error √(2/40000) = 0.7 %
-    assert abs(200 * float(first.var()) - 1) < 0.03  # type: ignore[operator, arg-type]
-    assert abs(50 * float(net.read.weight.var()) - 1) < 0.06  # type: ignore[operator, arg-type]
+    assert abs(200 * float(first.detach().var()) - 1) < 0.03  # type: ignore[operator, arg-type]
+    assert abs(50 * float(net.read.weight.detach().var()) - 1) < 0.06  # type: ignore[operator, arg-type]
 
 
 @pytest.mark.parametrize("layers", [1, 2])
