@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.flop_counter import flop_registry
 
 from grsd.spectrum.tape import NORMS, Kind, Node, Program, Rows, Slot, leaves_of, pullback, rebuild, spread
@@ -163,11 +163,12 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record row i of `rows`, (T, k), times g_i. `rows` now belongs to the tape."""
         slot, source = self._slots[id(g)], Slot(self._slots[id(g)])
         own = self._region.rows.get(slot) if self._region is not None else None
-        if own is not None and own.positions is None:  # g = u ⊙ g(1): the value at u = 1 is there without a copy
-            rows, source = rows.mul_(g[:, None]), Slot(0)
-            value = rows.view_as(rows)
-        else:
-            value = g[:, None] * rows
+        with _disable_current_modes():  # type: ignore[no-untyped-call]
+            if own is not None and own.positions is None:  # g = u ⊙ g(1): the value at u = 1 is there without a copy
+                rows, source = rows.mul_(g[:, None]), Slot(0)
+                value = rows.view_as(rows)
+            else:
+                value = g[:, None] * rows
         self._emit(spread, (source, Rows(len(rows)), rows), {}, (value,))
         return value
 

@@ -314,10 +314,22 @@ def _dropout(trace: Trace, input: Tensor, p: float = 0.5, training: bool = True,
 
 
 @_stands_for(functional.cross_entropy)
-def _cross_entropy(trace: Trace, input: Tensor, target: Tensor, *rest: Any, **options: Any) -> Tensor | None:
+def _cross_entropy(
+    trace: Trace,
+    input: Tensor,
+    target: Tensor,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
     """A loss a row, whose gradient is made in one pass over the logits and kept as fixed vectors."""
-    plain = options == {"reduction": "none"} and not rest and input.ndim == 2 and target.dtype == torch.int64
-    if not plain or not input.requires_grad or bool((target < 0).any()):
+    plain = weight is None and size_average is None and reduce is None and reduction == "none" and label_smoothing == 0
+    if not plain or input.ndim != 2 or target.dtype != torch.int64 or not input.requires_grad:
+        return None
+    if bool(((target < 0) | (target == ignore_index)).any()):
         return None
     result: Tensor = CrossEntropy.apply(input, target)  # type: ignore[no-untyped-call]
     return result
