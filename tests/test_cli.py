@@ -72,7 +72,7 @@ def test_doctor_says_what_is_there() -> None:
 
 
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grsd.cli.check_environment", lambda **_: ["scipy>=1.13"])
+    monkeypatch.setattr("grsd.cli.environment.check_environment", lambda **_: ["scipy>=1.13"])
     shown = _grsd("doctor")
     assert shown.exit_code == 1 and "MISSING scipy>=1.13" in shown.stdout
     assert "pip install 'scipy>=1.13'" in shown.stderr
