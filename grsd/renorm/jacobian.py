@@ -69,6 +69,7 @@ class Coefficients:
         `parts[l][p]` for |p − l| ≤ K: a_lp as an array of shape (); B_pl (p_p, p_l), from the parameters of block l to those of p;
         A_lp (n, n), on function space.
     residuals : (L,), relative Frobenius norm of what the band leaves of J̇^(l); 0 where J̇^(l) = 0.
+    remainders : (L,), operator norm of the same, not relative.
     ranks : (L,) int, of the system that was solved; "right" is vacuous where it is n.
     """
 
@@ -76,6 +77,7 @@ class Coefficients:
     band: int
     parts: list[dict[int, Array]]
     residuals: Array
+    remainders: Array
     ranks: NDArray[np.int64]
 
     @property
@@ -198,7 +200,7 @@ def coefficients(
         raise ValueError(
             f"blocks have {sorted({a.shape[1] for a in j})} parameters: a {kind} coefficient adds blocks of one size. Use kind='right'"
         )
-    parts, residuals, ranks = [], [], []
+    parts, residuals, remainders, ranks = [], [], [], []
     for i, goal in enumerate(rate):
         near = [p for p in range(len(j)) if abs(p - i) <= band]
         system: Array
@@ -210,8 +212,9 @@ def coefficients(
         else:
             system, aim = np.stack([j[p].ravel() for p in near], axis=1), goal.ravel()
         solution, _, rank, _ = np.linalg.lstsq(system, aim, rcond=None)
-        left = np.linalg.norm(aim - system @ solution)
-        residuals.append(float(left / max(np.linalg.norm(goal), np.finfo(float).tiny)))
+        rest = (aim - system @ solution).reshape(goal.shape if kind == "scalar" else aim.shape)
+        residuals.append(float(np.linalg.norm(rest) / max(np.linalg.norm(goal), np.finfo(float).tiny)))
+        remainders.append(float(np.linalg.norm(rest, 2)))
         ranks.append(int(rank))
         if kind == "scalar":
             parts.append({p: np.asarray(a) for p, a in zip(near, solution, strict=True)})
@@ -219,7 +222,7 @@ def coefficients(
             cuts = np.cumsum([j[p].shape[1] if kind == "right" else len(goal) for p in near])[:-1]
             pieces = np.split(solution, cuts)
             parts.append({p: piece if kind == "right" else piece.T for p, piece in zip(near, pieces, strict=True)})
-    return Coefficients(kind, int(band), parts, np.array(residuals), np.array(ranks))
+    return Coefficients(kind, int(band), parts, np.array(residuals), np.array(remainders), np.array(ranks))
 
 
 def flux_by_distance(exchange: ArrayLike) -> Array:
