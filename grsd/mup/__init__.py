@@ -4,8 +4,8 @@
 ``optimizers`` has what no library has in the paper's form, ``coordcheck`` looks whether it worked and says what did not.
 """
 
-from grsd.mup import norms, optimizers, rules
+from grsd.mup import norms, optimizers, rules, schedules
 from grsd.mup.coordcheck import CoordCheck, coord_check
 from grsd.mup.plan import Plan, plan
 
-__all__ = ["CoordCheck", "Plan", "coord_check", "norms", "optimizers", "plan", "rules"]
+__all__ = ["CoordCheck", "Plan", "coord_check", "norms", "optimizers", "plan", "rules", "schedules"]

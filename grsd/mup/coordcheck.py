@@ -16,8 +16,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from grsd.mup.layout import plain, stack_of
 from grsd.mup.norms import rms_norm, rms_operator_norm
-from grsd.mup.plan import Plan, _plain, _stack, plan
+from grsd.mup.plan import Plan, plan
 from grsd.mup.rules import OPTIMIZERS, rule, update_norm, weight_norm
 from grsd.spectrum.ntk import refuse_dropout
 
@@ -210,11 +211,18 @@ def _standard(made: Plan, model: nn.Module, seed: int) -> Plan:
     entries = []
     for e in made.entries:
         fan_in = e.shape[0] if e.transposed else math.prod(e.shape[1:])
-        std = e.std_base if e.role == "input" and len(e.shape) == 2 and e.std_base > 0 else fan_in**-0.5
-        std = std if len(e.shape) > 1 else e.std_base
+        std = e.std_base if e.role == "input" and len(e.shape) == 2 and e.std_base else fan_in**-0.5
+        std = std if len(e.shape) > 1 else e.std_base or 0.0
         entries.append(
             replace(
-                e, multiplier=1.0, std=1.0, lr=1.0, weight_decay=1.0, eps=None if e.eps is None else 1.0, std_base=std
+                e,
+                multiplier=1.0,
+                std=1.0,
+                lr=1.0,
+                weight_decay=1.0,
+                eps=e.eps and 1.0,
+                clip=e.clip and 1.0,
+                std_base=std,
             )
         )
     plain = replace(made, entries=tuple(entries), multipliers=())
@@ -236,10 +244,10 @@ def _run(
     def watch(module: nn.Module, inputs: Any, out: Any) -> None:
         seen.append((out[0] if isinstance(out, tuple) else out).detach().double())
 
-    stack, depth = _stack(model)
-    last = {_plain(name): m for name, m in model.named_modules()}[f"{stack}.{depth - 1}"]
+    stack, depth = stack_of(model)
+    last = {plain(name): m for name, m in model.named_modules()}[f"{stack}.{depth - 1}"]
     handle = last.register_forward_hook(watch)
-    parameters = {_plain(name): p for name, p in model.named_parameters()}
+    parameters = {plain(name): p for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in parameters.items()}
     weights = _by_role(made, before)
     updates: dict[str, float] = {}

@@ -382,18 +382,19 @@ class Combined(torch.optim.Optimizer):
         self.param_groups = [g for o in self.optimizers for g in o.param_groups]
 
 
-_KEPT = {"lion": "Lion", "soap": "SOAP", "sophia": "SophiaH"}
+_KEPT = {"lion": "Lion", "soap": "SOAP", "soap_sqrt": "SOAP", "sophia": "SophiaH", "sophia_rho": "SophiaH"}
+RHO = 1e-2  # SophiaH's own default
 
 
 def assemble(
     groups: dict[str, list[dict[str, Any]]], lr: float, options: dict[str, dict[str, Any]] | None = None
 ) -> torch.optim.Optimizer:
     """Return one optimizer from the groups of `Plan.param_groups`; several are put into a `Combined`."""
-    options = options or {}
+    options = {name: dict(more) for name, more in (options or {}).items()}
     unknown = set(options) - set(groups)
     if unknown:
         raise ValueError(f"options name {sorted(unknown)[0]!r}; this plan uses {', '.join(groups)}")
-    built = [_build(name, list(chosen), lr, options.get(name, {})) for name, chosen in groups.items()]
+    built = [_build(name, [dict(g) for g in chosen], lr, options.get(name, {})) for name, chosen in groups.items()]
     return built[0] if len(built) == 1 else Combined(built)
 
 
@@ -415,5 +416,11 @@ def _build(name: str, groups: list[dict[str, Any]], lr: float, more: dict[str, A
         raise ImportError(
             f"{name} comes from the package pytorch_optimizer, which is not installed: pip install pytorch_optimizer"
         ) from missing
+    if name.startswith("sophia"):
+        # SophiaH moves by η clip(m/h, ±ρ), the paper's Sophia by η clip(m/(ρh), ±1): with the η of the table, η/ρ for it
+        rho = more.pop("p", RHO)
+        for g in groups:
+            bound = rho * g.get("mup_clip", 1.0)
+            g |= {"p": bound, "lr": g["lr"] / bound, "mup_lr": g["mup_lr"] / bound}
     kept: torch.optim.Optimizer = getattr(library, _KEPT[name])(groups, lr=lr, **more)
     return kept

@@ -7,47 +7,36 @@ so saving, compiling and wrapping the model leave it alone.
 
 from __future__ import annotations
 
-import fnmatch
+import importlib
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from grsd.mup.layout import (
+    BRANCH_ENDS,
+    FUSED,
+    Fused,
+    Layout,
+    Multiplier,
+    partner,
+    plain,
+    split_of,
+    stack_of,
+    tied,
+    width_ratio,
+)
 from grsd.mup.optimizers import assemble
 from grsd.mup.rules import OPTIMIZERS, ROLES, Rule, Scale, rule
 
 __all__ = ["BRANCH_ENDS", "FUSED", "Entry", "Plan", "plan"]
 
-BRANCH_ENDS = (
-    "*.attn.c_proj", "*.mlp.c_proj",  # GPT-2
-    "*.attention.dense", "*.mlp.dense_4h_to_h",  # GPT-NeoX
-    "*.self_attn.o_proj", "*.mlp.down_proj",  # Llama and its kin
-    "*.branch_end",  # grsd.lab.models
-)  # fmt: skip
-"""Layers whose output is added to the residual stream, as patterns of module names; `plan(..., branch_ends=)` names others."""
-
-FUSED: Mapping[str, int | tuple[int, int] | Literal["heads"]] = {
-    "*.attn.c_attn.weight": 3,  # GPT-2: Q, K, V one after another
-    "*.attention.query_key_value.weight": "heads",  # GPT-NeoX: Q, K, V of one head after another
-}
-"""Matrices that hold several, which a matrix optimizer must treat one by one."""
 WeightDecay = Literal["paper", "unscaled"]
-Side = Literal["input", "output"]
-_HALF = Fraction(1, 2)
-
-
-class Multiplier(NamedTuple):
-    """A factor on what enters or leaves a module."""
-
-    module: str
-    factor: float
-    side: Side  # a head's input, so that its bias is left alone; the whole output of a branch, its bias included
 
 
 @dataclass(frozen=True)
@@ -61,10 +50,10 @@ class Entry:
     shape : tuple of int.
     optimizer : the optimizer that gets it.
     rule : Rule, the exponents of (r_n, r_L).
-    multiplier, std, lr, weight_decay, eps : the rule at this model's ratios; eps is None when the optimizer has no rule for it.
+    multiplier, std, lr, weight_decay, eps, clip : the rule at this model's ratios; the last two None without a rule.
     split : how a matrix is fused along its outputs: parts, or (blocks, parts) when parts alternate in blocks.
     transposed : bool, stored (n_in, n_out).
-    std_base : float, standard deviation of the base model's values.
+    std_base : float or None, standard deviation of the base model's values; None for a plan without a base model.
     mean_base : float, their mean (1 for a norm's gain).
     """
 
@@ -78,10 +67,11 @@ class Entry:
     lr: float
     weight_decay: float
     eps: float | None
-    std_base: float
+    std_base: float | None
     mean_base: float
     split: int | tuple[int, int] = 1
     transposed: bool = False
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,51 +106,74 @@ class Plan:
         raise KeyError(f"the plan has no parameter {name!r}")
 
     def table(self) -> str:
-        """Return one line for every distinct rule: role, optimizer, how many parameters, and the factors as r_n, r_L and numbers."""
-        lines = [("role", "optimizer", "tensors", "α", "σ", "η", "λ", "ε")]
+        """Return the plan laid out as the paper's tables: a row for every hyperparameter, a column for every role and optimizer.
+
+        A cell is the factor on the base value, as a formula and, where it is not 1, as a number.
+        """
         seen: dict[tuple[str, str], list[Entry]] = {}
-        for entry in self.entries:
+        for entry in sorted(self.entries, key=lambda e: ROLES.index(e.role)):
             seen.setdefault((entry.role, entry.optimizer), []).append(entry)
-        for (role, optimizer), group in sorted(seen.items(), key=lambda item: ROLES.index(item[0][0])):
+        columns = [["", "optimizer", "tensors", *(words for words, _ in _ROWS)]]
+        for (role, optimizer), group in seen.items():
             e = group[0]
-            cells = (
-                _cell(e.rule.multiplier, e.multiplier),
-                _cell(e.rule.variance**_HALF, e.std),
-                _cell(e.rule.lr, e.lr),
-                _cell(e.rule.weight_decay, e.weight_decay),
-                "-" if e.rule.eps is None or e.eps is None else _cell(e.rule.eps, e.eps),
-            )
-            lines.append((role, optimizer, str(len(group)), *cells))
-        widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-        head = f"width ratio r_n = {self.r_n:g}, depth ratio r_L = {self.r_L:g}, k = {self.k}"
-        body = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+            values = (e.multiplier, e.std**2, e.lr, e.weight_decay, e.eps, e.clip)
+            cells = [_cell(get(e.rule), value) for (_, get), value in zip(_ROWS, values, strict=True)]
+            columns.append([_HEADS[role], optimizer, str(len(group)), *cells])
+        rows = [row for row in zip(*columns, strict=True) if any(cell != "–" for cell in row[1:])]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        head = f"width ratio r_n = {self.r_n:g}, depth ratio r_L = {self.r_L:g}, k {'= 1' if self.k == 1 else '≥ 2'}"
+        body = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([head, *body, *self.notes])
 
     def __str__(self) -> str:
         return self.table()
 
-    def initialize_(self, model: nn.Module, *, seed: int) -> None:
+    def initialize_(self, model: nn.Module, *, seed: int, std: Mapping[str, float] | None = None) -> None:
         """Draw the weights again: normal with the base model's standard deviation times √(variance factor), at the base's mean.
 
         Tensors that are constant in the base model (zero biases, gains of one) are set to that constant.
+
+        Parameters
+        ----------
+        std : mapping, optional
+            Role → σ_b, in place of the base model's. A plan without a base model needs one for every role with drawn weights.
+
+        Raises
+        ------
+        ValueError
+            A plan without a base model, and no `std` for a role.
         """
         generator = torch.Generator().manual_seed(seed)
+        given = std or {}
+        for entry in self.entries:
+            if entry.std_base is None and entry.role not in given:
+                raise ValueError(
+                    f"the plan was made from ratios and does not know the base's initial values of {entry.name!r}: "
+                    f"give std={{{entry.role!r}: …}}, or make the plan with base="
+                )
         with torch.no_grad():
             for parameter, entry in self._matched(model):
+                size = given.get(entry.role, entry.std_base or 0.0)
                 parameter.fill_(entry.mean_base)
-                if entry.std_base > 0:
+                if size > 0:
                     noise = torch.randn(entry.shape, generator=generator, dtype=torch.float32)
-                    parameter.add_((entry.std_base * entry.std * noise).to(parameter))
+                    parameter.add_((size * entry.std * noise).to(parameter))
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
-        """Multiply by forward hooks; return their handles (`handle.remove()` takes one off)."""
+        """Multiply by forward hooks; return their handles (`handle.remove()` takes one off).
+
+        `torch.compile` by default reuses a graph for a model of the same class whose hooks differ, and would so give it the multipliers
+        of another plan; this method makes it look at hooks (`torch._dynamo.config.skip_nnmodule_hook_guards = False`).
+        """
+        tracer: Any = importlib.import_module("torch._dynamo.config")
+        tracer.skip_nnmodule_hook_guards = False
         self._matched(model)
         for name, module in model.named_modules():
             if any(
                 isinstance(h, _Multiply) for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             ):
                 raise ValueError(f"{name!r} already carries a multiplier; remove the hooks of the earlier plan first")
-        modules = {_plain(name): module for name, module in model.named_modules()}
+        modules = {plain(name): module for name, module in model.named_modules()}
         handles = []
         for name, factor, side in self.multipliers:
             hook = _Multiply(factor)
@@ -183,7 +196,7 @@ class Plan:
         matched = {entry.name: parameter for parameter, entry in self._matched(model)}
         shared = {name for group in self.tied for name in group}
         changed: dict[str, float] = {}
-        modules = {_plain(name): module for name, module in model.named_modules()}
+        modules = {plain(name): module for name, module in model.named_modules()}
         for module, factor, side in self.multipliers:
             for local, p in modules[module].named_parameters(recurse=False):
                 if side == "input" and p.ndim < 2:
@@ -232,11 +245,13 @@ class Plan:
         for parameter, entry in self._matched(model):
             if not parameter.requires_grad:
                 continue
-            key = (entry.role, entry.lr, entry.weight_decay, entry.eps, entry.split, entry.transposed)
+            key = (entry.role, entry.lr, entry.weight_decay, entry.eps, entry.clip, entry.split, entry.transposed)
             fresh: dict[str, Any] = {"params": [], "role": entry.role, "mup_lr": entry.lr, "lr": lr * entry.lr}
             fresh["weight_decay"] = weight_decay * entry.weight_decay
             if OPTIMIZERS[entry.optimizer].matrices_only:
                 fresh |= {"split": entry.split, "transposed": entry.transposed}
+            if entry.clip is not None:
+                fresh["mup_clip"] = entry.clip
             if eps is not None:
                 fresh["eps"] = eps * (1.0 if entry.eps is None else entry.eps)
             made.setdefault(entry.optimizer, {}).setdefault(key, fresh)["params"].append(parameter)
@@ -267,7 +282,7 @@ class Plan:
 
     def _matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
         """Return (parameter, entry) pairs; wrappers that prefix names (compile, DDP, FSDP) are seen through."""
-        found = {_plain(name): parameter for name, parameter in model.named_parameters()}
+        found = {plain(name): parameter for name, parameter in model.named_parameters()}
         missing = [e.name for e in self.entries if e.name not in found]
         if missing or len(found) != len(self.entries):
             other = missing or sorted(set(found) - {e.name for e in self.entries})
@@ -283,14 +298,16 @@ class Plan:
 def plan(
     model: nn.Module,
     *,
-    base: nn.Module,
+    base: nn.Module | None = None,
+    r_n: float | None = None,
+    r_L: float | None = None,
     optimizer: str,
     other: str = "adamw",
     k: int = 2,
     wd_rule: WeightDecay = "paper",
     roles: Mapping[str, str] | None = None,
     branch_ends: Sequence[str] = BRANCH_ENDS,
-    fused: Mapping[str, int | tuple[int, int] | Literal["heads"]] | None = None,
+    fused: Fused | None = None,
 ) -> Plan:
     """Compare a model with its base and return the plan.
 
@@ -298,6 +315,9 @@ def plan(
     ----------
     model, base : nn.Module
         One architecture at two sizes. They may be the same size; ratios are then 1 and every factor is 1.
+    r_n, r_L : float
+        Width and depth ratio, in place of a base model. Roles then follow from the position alone, and `Plan.initialize_` needs
+        the base's standard deviations.
     optimizer : str
         One of `grsd.mup.rules.OPTIMIZERS`, for hidden matrices and all that it can take.
     other : str
@@ -316,8 +336,13 @@ def plan(
     Raises
     ------
     ValueError
-        Another architecture, ratios that differ from layer to layer, a parameter without a role (named, with what to say), a tensor
-        in two roles whose rules differ, no residual stack, no branch end.
+        Another architecture, ratios that differ from layer to layer or are not positive, both a base and ratios, a parameter without
+        a role (named, with what to say), a tensor in two roles whose rules differ, no residual stack, no branch end.
+
+    Warns
+    -----
+    UserWarning
+        For an optimizer whose rule is known to fail: see `grsd.mup.rules.Optimizer.caution`.
     """
     for name in (optimizer, other):
         if name not in OPTIMIZERS:
@@ -328,26 +353,40 @@ def plan(
         )
     if wd_rule not in ("paper", "unscaled"):
         raise ValueError(f'wd_rule must be "paper" or "unscaled", got {wd_rule!r}')
-    stack, depth = _stack(model)
-    base_stack, base_depth = _stack(base)
-    if stack != base_stack:
-        raise ValueError(f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model")
-    parameters = {_plain(name): p for name, p in model.named_parameters()}
-    base_parameters = {_plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
-    tied = _tied(model)
-    names = [*parameters, *(name for group in tied for name in group[1:])]
-    pairs = {name: _partner(name, base_parameters, stack, base_depth) for name in names}
-    r_n, r_L = _width_ratio({name: (p, pairs[name]) for name, p in parameters.items()}), depth / base_depth
-    layout = _Layout({_plain(name): m for name, m in model.named_modules()}, list(parameters), stack, r_n, roles or {})
+    if (base is None) == (r_n is None and r_L is None):
+        raise ValueError("give either base=, a model of the same architecture, or the ratios r_n= and r_L=")
+    caution = OPTIMIZERS[optimizer].caution
+    if caution:
+        warnings.warn(caution, stacklevel=2)
+    stack, depth = stack_of(model)
+    parameters = {plain(name): p for name, p in model.named_parameters()}
+    shared = tied(model)
+    names = [*parameters, *(name for group in shared for name in group[1:])]
+    if base is None:
+        r_n, r_L = (1.0 if r is None else float(r) for r in (r_n, r_L))
+        Scale().at(r_n, r_L)  # refuses what is no ratio
+        pairs: dict[str, Tensor] = {name: parameters[next((g[0] for g in shared if name in g), name)] for name in names}
+        compared = False
+    else:
+        base_stack, base_depth = stack_of(base)
+        if stack != base_stack:
+            raise ValueError(f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model")
+        base_parameters = {plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
+        pairs = {name: partner(name, base_parameters, stack, base_depth) for name in names}
+        r_n, r_L = width_ratio({name: (p, pairs[name]) for name, p in parameters.items()}), depth / base_depth
+        compared = r_n != 1.0
+    layout = Layout(
+        {plain(name): m for name, m in model.named_modules()}, list(parameters), stack, compared, roles or {}
+    )
 
-    owner = {name: group[0] for group in tied for name in group}
+    owner = {name: group[0] for group in shared for name in group}
     assigned = {name: layout.role(name, parameters[owner.get(name, name)], pairs[name]) for name in names}
     entries = []
     for name, p in parameters.items():
         role = assigned[name]
         which = optimizer if role == "hidden" or not OPTIMIZERS[optimizer].matrices_only else other
         found = rule(which, role, k)
-        for twin in next((group for group in tied if group[0] == name), ())[1:]:
+        for twin in next((group for group in shared if group[0] == name), ())[1:]:
             second = rule(which, assigned[twin], k)
             if (found.lr, found.weight_decay, found.eps) != (second.lr, second.weight_decay, second.eps):
                 raise ValueError(
@@ -358,6 +397,7 @@ def plan(
             found = replace(found, weight_decay=Scale())
         values = pairs[name].detach().double()
         constant = bool((values == values.flatten()[0]).all())
+        std_base = 0.0 if constant else float(values.square().mean().sqrt()) if base is not None else None
         entries.append(
             Entry(
                 name=name,
@@ -370,86 +410,16 @@ def plan(
                 lr=found.lr.at(r_n, r_L),
                 weight_decay=found.weight_decay.at(r_n, r_L),
                 eps=None if found.eps is None else found.eps.at(r_n, r_L),
-                std_base=0.0 if constant else float(values.square().mean().sqrt()),
+                std_base=std_base,
                 mean_base=float(values.flatten()[0]) if constant else 0.0,
-                split=_split(name, model, FUSED if fused is None else fused) if role == "hidden" else 1,
+                split=split_of(name, model, FUSED if fused is None else fused) if role == "hidden" else 1,
                 transposed=p.ndim == 2 and type(layout.modules[name.rpartition(".")[0]]).__name__ == "Conv1D",
+                clip=None if found.clip is None else found.clip.at(r_n, r_L),
             )
         )
-    multipliers = layout.multipliers(assigned, branch_ends, k, r_L)
-    return Plan(tuple(entries), multipliers, r_n, r_L, min(k, 2), tied, _notes(model, base, r_n))
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where a parameter stands: in which module, inside the residual stack or before or after it."""
-
-    modules: Mapping[str, nn.Module]
-    names: Sequence[str]
-    stack: str
-    r_n: float
-    roles: Mapping[str, str]
-
-    def role(self, name: str, p: Tensor, partner: Tensor) -> str:
-        for pattern, role in self.roles.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                if role not in ROLES:
-                    raise ValueError(f"roles[{pattern!r}] is {role!r}; there are {', '.join(ROLES)}")
-                return role
-        module = self.modules[name.rpartition(".")[0]]
-        inside = name.startswith(self.stack + ".")
-        if p.ndim < 2:
-            return "hidden_bias" if inside else "input_bias" if self._grows(p, partner, 0, name) else "output_bias"
-        if isinstance(module, nn.Embedding):
-            return "input"
-        rows, columns = (1, 0) if type(module).__name__ == "Conv1D" else (0, 1)
-        out, into = (self._grows(p, partner, axis, name) for axis in (rows, columns))
-        if inside and out and into:
-            return "hidden"
-        if not inside and out != into:
-            return "input" if out else "output"
-        where = "inside" if inside else "outside"
-        sides = "both sides" if out and into else "one side" if out or into else "no side"
-        raise ValueError(
-            f"cannot tell the role of {name!r}, a matrix {where} the stack {self.stack!r} of which {sides} grow with the width "
-            f"({tuple(partner.shape)} → {tuple(p.shape)}); say roles={{{name!r}: 'hidden'}}, or 'input' or 'output'"
-        )
-
-    def _grows(self, p: Tensor, partner: Tensor, axis: int, name: str) -> bool:
-        if self.r_n != 1.0:
-            return p.shape[axis] != partner.shape[axis]
-        # equal widths: what comes before the stack takes inputs in, what comes after puts outputs out
-        stacked = [k for k, other in enumerate(self.names) if other.startswith(self.stack + ".")]
-        if name.startswith(self.stack + "."):
-            return True
-        before = name in self.names and self.names.index(name) < stacked[0]
-        if p.ndim < 2:  # a norm after the stack has the width too; only a head's bias has not
-            return before or not any(
-                q.ndim == 2 and not isinstance(self.modules[name.rpartition(".")[0]], nn.Embedding)
-                for q in self.modules[name.rpartition(".")[0]].parameters(recurse=False)
-            )
-        transposed = type(self.modules[name.rpartition(".")[0]]).__name__ == "Conv1D"
-        is_out = (axis == 1) if transposed else (axis == 0)
-        return is_out if before else not is_out
-
-    def multipliers(
-        self, assigned: Mapping[str, str], branch_ends: Sequence[str], k: int, r_L: float
-    ) -> tuple[Multiplier, ...]:
-        found = []
-        for name in self.modules:
-            inside = name.startswith(self.stack + ".")
-            if inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in branch_ends):
-                found.append(Multiplier(name, rule("adamw", "hidden", k).multiplier.at(self.r_n, r_L), "output"))
-            elif any(n.rpartition(".")[0] == name and role == "output" for n, role in assigned.items()):
-                found.append(Multiplier(name, rule("adamw", "output", k).multiplier.at(self.r_n, r_L), "input"))
-        if not any(m.side == "output" for m in found):
-            raise ValueError(
-                f"no end of a residual branch found in {self.stack!r}: name the layers whose output is added to the stream, "
-                "e.g. branch_ends=['*.mlp.down_proj']"
-            )
-        if not any(m.side == "input" for m in found):
-            raise ValueError("no output layer found: name its weight, e.g. roles={'head.weight': 'output'}")
-        return tuple(found)
+    multipliers = layout.multipliers(assigned, branch_ends, k, r_n, r_L)
+    notes = (*((caution,) if caution else ()), *_heads(model, base))
+    return Plan(tuple(entries), multipliers, r_n, r_L, min(k, 2), shared, notes)
 
 
 class _Multiply:
@@ -465,68 +435,7 @@ class _Multiply:
         return value * self.factor
 
 
-def _plain(name: str) -> str:
-    """Return a name without what torch.compile, DataParallel and FSDP put in."""
-    name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.|$)", "", name)
-    return re.sub(r"^module(\.|$)", "", name.removeprefix("."))
-
-
-def _split(
-    name: str, model: nn.Module, fused: Mapping[str, int | tuple[int, int] | Literal["heads"]]
-) -> int | tuple[int, int]:
-    for pattern, split in fused.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            config: Any = getattr(model, "config", None)
-            return (int(config.num_attention_heads), 3) if split == "heads" else split
-    return 1
-
-
-def _stack(model: nn.Module) -> tuple[str, int]:
-    """Return the name and length of the residual stack: the ModuleList with the most parameters."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.ModuleList of residual blocks; put the blocks into one, so that depth can be read"
-        )
-    name, found = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return _plain(name), len(found)
-
-
-def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    groups: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(p), []).append(_plain(name))
-    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
-
-
-def _partner(name: str, base: Mapping[str, Tensor], stack: str, base_depth: int) -> Tensor:
-    """Return the base model's tensor for a parameter; block i stands beside block i modulo the base's depth."""
-    inside = re.match(re.escape(stack) + r"\.(\d+)\.(.*)", name)
-    there = f"{stack}.{int(inside[1]) % base_depth}.{inside[2]}" if inside else name
-    if there not in base:
-        raise ValueError(
-            f"the base model has no {there!r}, which {name!r} should be compared with: another architecture?"
-        )
-    return base[there]
-
-
-def _width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    found: dict[float, str] = {}
-    for name, (p, q) in pairs.items():
-        if p.ndim != q.ndim:
-            raise ValueError(f"{name!r} has {p.ndim} axes here and {q.ndim} in the base model: another architecture?")
-        for a, b in zip(p.shape, q.shape, strict=True):
-            if a != b:
-                found.setdefault(a / b, name)
-    if len(found) > 1:
-        (first, one), (second, two) = list(found.items())[:2]
-        raise ValueError(
-            f"the layers do not grow alike: {one!r} by {first:g} and {two!r} by {second:g}; scale all widths by one ratio"
-        )
-    return next(iter(found), 1.0)
-
-
-def _notes(model: nn.Module, base: nn.Module, r_n: float) -> tuple[str, ...]:
+def _heads(model: nn.Module, base: nn.Module | None) -> tuple[str, ...]:
     sizes = []
     for m in (model, base):
         config: Any = getattr(m, "config", None)
@@ -540,5 +449,20 @@ def _notes(model: nn.Module, base: nn.Module, r_n: float) -> tuple[str, ...]:
     )
 
 
-def _cell(scale: Scale, value: float) -> str:
+_HEADS: dict[str, str] = {
+    role: role.replace("_bias", " biases") if role.endswith("bias") else f"{role} weights" for role in ROLES
+}
+_ROWS: tuple[tuple[str, Callable[[Rule], Scale | None]], ...] = (
+    ("block multiplier α", lambda r: r.multiplier),
+    ("initial variance σ²", lambda r: r.variance),
+    ("learning rate η", lambda r: r.lr),
+    ("weight decay λ", lambda r: r.weight_decay),
+    ("stabilizer ε", lambda r: r.eps),
+    ("clipping ρ", lambda r: r.clip),
+)
+
+
+def _cell(scale: Scale | None, value: float | None) -> str:
+    if scale is None or value is None:
+        return "–"
     return str(scale) if str(scale) == "1" else f"{scale} = {value:.4g}"

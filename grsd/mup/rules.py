@@ -48,12 +48,15 @@ class Scale(NamedTuple):
         return math.pow(r_n, self.n) * math.pow(r_L, self.L)
 
     def __str__(self) -> str:
-        parts = [
-            symbol if power == 1 else f"{symbol}^{power}"
-            for symbol, power in (("r_n", self.n), ("r_L", self.L))
-            if power
-        ]
-        return " ".join(parts) or "1"
+        powers = tuple(zip(("r_n", "r_L"), self, strict=True))
+        above, below = ([_power(x, sign * p) for x, p in powers if sign * p > 0] for sign in (1, -1))
+        if not below:
+            return " ".join(above) or "1"
+        return f"{' '.join(above) or '1'}/{below[0] if len(below) == 1 else '(' + ' '.join(below) + ')'}"
+
+
+def _power(symbol: str, power: Fraction) -> str:
+    return {1: symbol, 2: f"{symbol}²", Fraction(1, 2): f"√{symbol}"}.get(power, f"{symbol}^{power}")
 
 
 def scale(n: int | str = 0, L: int | str = 0) -> Scale:
@@ -75,6 +78,7 @@ class Rule:
     lr : η.
     weight_decay : λ in ΔW = −η (A + λ W): the decay grows with what the update does.
     eps : ε of the optimizer, or None when it has none that matters.
+    clip : ρ of Sophia, which multiplies the curvature before it divides, or None.
     """
 
     multiplier: Scale
@@ -82,6 +86,7 @@ class Rule:
     lr: Scale
     weight_decay: Scale
     eps: Scale | None = None
+    clip: Scale | None = None
 
 
 @dataclass(frozen=True)
@@ -94,27 +99,40 @@ class Optimizer:
     factor : multiplies U Vᵀ: None for 1, "kimi" for 0.2 √max(n_in, n_out), "keller" for √max(1, n_out/n_in), "radius" for √(n_out/n_in).
     eps : what ε is compared with: "entry" (a typical entry of ∇), "square" (the square of ∇'s largest singular value), or None.
     matrices_only : it cannot take vectors; biases then go to another optimizer.
+    clip : the ratio of momentum to curvature is kept in proportion to a bound ρ that scales.
+    caution : what a plan with it should say.
     """
 
     kind: Literal["gradient", "sign", "orthogonal"]
     factor: Literal["kimi", "keller", "radius"] | None = None
     eps: Literal["entry", "square"] | None = None
     matrices_only: bool = False
+    clip: bool = False
+    caution: str = ""
 
+
+SOAP_CAUTION = (
+    "soap: the paper's rule (η of hidden matrices not scaled) holds for the first step. Once the averaged statistics have full rank, "
+    "updates grow like √r_n beside it; 'soap_sqrt' scales η for that."
+)
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer("gradient"),
     "adamw": Optimizer("sign", eps="entry"),
     "lion": Optimizer("sign"),
     "sophia": Optimizer("sign"),
+    "sophia_rho": Optimizer("sign", clip=True),
     "muon": Optimizer("orthogonal", matrices_only=True),
     "muon_keller": Optimizer("orthogonal", "keller", matrices_only=True),
     "muon_kimi": Optimizer("orthogonal", "kimi", matrices_only=True),
     "shampoo": Optimizer("orthogonal", eps="square", matrices_only=True),
-    "soap": Optimizer("orthogonal", matrices_only=True),
+    "soap": Optimizer("orthogonal", matrices_only=True, caution=SOAP_CAUTION),
+    "soap_sqrt": Optimizer("orthogonal", "kimi", matrices_only=True),
     "sso": Optimizer("orthogonal", "radius", matrices_only=True),
 }
-"""Nine optimizers, Muon in three scalings: bare U Vᵀ (the paper's), Jordan's (torch's default) and Kimi's ("match_rms_adamw")."""
+"""Nine optimizers, some in variants: Muon with bare U Vᵀ (the paper's), Jordan's factor (torch's default) and Kimi's ("match_rms_adamw");
+SOAP at its first step and, as `soap_sqrt`, with statistics of full rank, where a rotated matrix of ±1 has the spectral norm of Kimi's
+factor, about √max(n_in, n_out); Sophia with a fixed ρ, where it drifts to a sign, and, as `sophia_rho`, with ρ in proportion to r_n r_L."""
 
 
 # α, σ² of the roles do not depend on the optimizer. "nL^-2" is r_n r_L^-2; "-" says that there is none.
@@ -147,6 +165,12 @@ sophia       2  η   1       n^-1          1       1           1            1
 sophia       2  λ   1       n             1       1           1            1
 sophia       1  η   1       n^-1L^-1/2    1       1           L^-1/2       1
 sophia       1  λ   1       n             1       1           1            1
+sophia_rho   2  η   1       n^-1          1       1           1            1
+sophia_rho   2  λ   1       n             1       1           1            1
+sophia_rho   2  ρ   n       nL            n       n           nL           1
+sophia_rho   1  η   1       n^-1L^-1/2    1       1           L^-1/2       1
+sophia_rho   1  λ   1       n             1       1           1            1
+sophia_rho   1  ρ   n       nL^1/2        n       n           nL^1/2       1
 muon         2  η   n^1/2   1             n^1/2   -           -            -
 muon         2  λ   n^-1/2  1             n^-1/2  -           -            -
 muon         1  η   n^1/2   L^-1/2        n^1/2   -           -            -
@@ -169,6 +193,10 @@ soap         2  η   n^1/2   1             n^1/2   -           -            -
 soap         2  λ   n^-1/2  1             n^-1/2  -           -            -
 soap         1  η   n^1/2   L^-1/2        n^1/2   -           -            -
 soap         1  λ   n^-1/2  1             n^-1/2  -           -            -
+soap_sqrt    2  η   1       n^-1/2        1       -           -            -
+soap_sqrt    2  λ   1       n^1/2         1       -           -            -
+soap_sqrt    1  η   1       n^-1/2L^-1/2  1       -           -            -
+soap_sqrt    1  λ   1       n^1/2         1       -           -            -
 sso          2  η   1       1             n       -           -            -
 sso          2  λ   1       1             n^-1    -           -            -
 sso          1  η   1       L^-1/2        n       -           -            -
@@ -197,8 +225,8 @@ def _table() -> dict[tuple[str, int], dict[Role, Rule]]:
                 wide, narrow, variance = (_parse(cell) for cell in _INIT[role])
                 multiplier = wide if k == 2 else narrow
                 assert multiplier is not None and variance is not None
-                eps = cells.get((name, k, "ε"), {}).get(role)
-                found[name, k][role] = Rule(multiplier, variance, lr, decay, eps)
+                eps, clip = (cells.get((name, k, of), {}).get(role) for of in "ερ")
+                found[name, k][role] = Rule(multiplier, variance, lr, decay, eps, clip)
     return found
 
 
@@ -302,7 +330,7 @@ def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
     Input and output: α ‖W‖_R = α ‖ΔW‖_R = Θ(1) (C1.1, C2.1). A block of k ≥ 2 layers: α ∏ ‖W‖_R = Θ(1/L) with every subset of the factors
     replaced by its update (C1.2, C2.2, C2.3, B.2), so ‖ΔW‖_R = ‖W‖_R = Θ(1) and α = 1/L. One layer: α ‖W‖_R = Θ(1/√L), the largest
     that B.1 allows, and α ‖ΔW‖_R = Θ(1/L). Biases: ‖b‖_R = Θ(1), and updates like those of the block (B.3). Decay: λ ‖W‖_R = ‖A‖_R
-    (Δ2). ε: the size of what it is added to.
+    (Δ2). ε: the size of what it is added to. ρ: what keeps m/(ρh) fixed, when the curvature h is of the size of a squared gradient.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"no rule for the optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
@@ -316,12 +344,10 @@ def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
         multiplier = target / weight_norm("hidden", scale(-1)) if inside else ONE / norm
         change = scale(0, -1) / multiplier if inside else ONE / multiplier  # what ‖ΔW‖_R must be
         size = update_norm(optimizer, role, k)
-        found[role] = Rule(multiplier, variance, change / size, size / norm, _eps(known, role, k))
+        entry = (
+            gradient_norm(role, k) / (_SIZES[role][0] * _SIZES[role][1]) ** _HALF
+        )  # of the gradient, root mean square
+        eps = {None: None, "entry": entry, "square": gradient_norm(role, k) ** 2}[known.eps]
+        clip = ONE / entry if known.clip else None  # m/(ρh) with h like m²
+        found[role] = Rule(multiplier, variance, change / size, size / norm, eps, clip)
     return found
-
-
-def _eps(known: Optimizer, role: Role, k: int) -> Scale | None:
-    if known.eps is None:
-        return None
-    size, (out, into) = gradient_norm(role, k), _SIZES[role]
-    return size**2 if known.eps == "square" else size / (out * into) ** _HALF

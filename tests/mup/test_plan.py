@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -198,9 +199,13 @@ def test_groups_carry_the_rates() -> None:
 
 def test_the_table_shows_rules_and_numbers() -> None:
     text = mup.plan(Residual(64, 8), base=Residual(16, 2), optimizer="muon_kimi").table()
-    line = next(line for line in text.splitlines() if line.startswith("hidden "))
-    assert line.split() == "hidden muon_kimi 16 r_L^-1 = 0.25 r_n^-1/2 = 0.5 r_n^-1/2 = 0.5 r_n^1/2 = 2 -".split()
-    assert text.startswith("width ratio r_n = 4, depth ratio r_L = 4, k = 2")
+    rows = {line[:19].strip(): re.split(r"\s{2,}", line[19:].strip()) for line in text.splitlines()[1:]}
+    assert text.startswith("width ratio r_n = 4, depth ratio r_L = 4, k ≥ 2")
+    assert rows[""][:3] == ["input weights", "hidden weights", "output weights"]
+    assert rows["optimizer"][:3] == ["adamw", "muon_kimi", "adamw"] and rows["tensors"][1] == "16"
+    assert rows["block multiplier α"][:3] == ["1", "1/r_L = 0.25", "1/r_n = 0.25"]
+    assert rows["initial variance σ²"][1] == "1/r_n = 0.25" and rows["learning rate η"][1] == "1/√r_n = 0.5"
+    assert rows["weight decay λ"][1] == "√r_n = 2" and rows["stabilizer ε"][1:3] == ["–", "1/r_n = 0.25"]
     note = mup.plan(gpt2(32, 2), base=models.gpt2(seed=0, hidden=16, layers=2, heads=4), optimizer="adamw").table()
     assert "The head dimension goes from 4 to 8" in note and "head dimension" not in text
 

@@ -88,7 +88,10 @@ def test_muon_rules_differ_by_the_factor_of_the_scaling() -> None:
 
 
 def test_a_scale_is_a_number_at_given_ratios() -> None:
-    assert rule("adamw", "hidden").eps == scale(-1, -1) and str(scale(-1, "1/2")) == "r_n^-1 r_L^1/2"
+    assert rule("adamw", "hidden").eps == scale(-1, -1) and str(scale(-1, "1/2")) == "√r_L/r_n"
+    assert (
+        str(scale(-1, -2)) == "1/(r_n r_L²)" and str(scale("3/2")) == "r_n^3/2" and str(scale("1/2", 1)) == "√r_n r_L"
+    )
     assert scale("-1/2", 2).at(4.0, 3.0) == pytest.approx(4.5) and str(Scale()) == "1" and Scale().at(7, 9) == 1.0
     with pytest.raises(ValueError, match=r"positive and finite, got r_n = 0, r_L = 2"):
         scale(1).at(0, 2)
