@@ -231,19 +231,26 @@ class Blocks:
 
     # ---- dense, for small models
 
-    def jacobian(self) -> tuple[Tensor, ...]:
-        """Return every J^(l), (T, p_l). Cost: T backward passes, T·P numbers."""
+    def jacobian(self, only: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Return J^(l), (T, p_l), of every block or of those in a slice. Cost: T backward passes, T·P numbers."""
         self.passes += VJP * self.size
-        return self._dense(self.rows)
+        spans = self._spans[only]
+        chosen = slice(spans[0].start, spans[-1].stop)
+        parts = [self._batched(units, chosen) for units in torch.split(self._units(), 64)]
+        whole = [torch.cat(column) for column in zip(*parts, strict=True)]
+        return tuple(
+            torch.cat([g.flatten(1) for g in whole[span.start - chosen.start : span.stop - chosen.start]], dim=1)
+            for span in spans
+        )
 
-    def rate(self) -> tuple[Tensor, ...]:
-        """Return every J̇^(l), (T, p_l). Cost: T Hessian products, T·P numbers."""
-        each = [self.rate_vjp(unit) for unit in torch.eye(self.size, dtype=self.dtype, device=self.device)]
+    def rate(self, only: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Return J̇^(l), (T, p_l), of every block or of those in a slice. Cost: T Hessian products, T·P numbers."""
+        each = [self.rate_vjp(unit)[only] for unit in self._units()]
         return tuple(torch.stack(rows) for rows in zip(*each, strict=True))
 
     def rate_pieces(self) -> list[tuple[Tensor, ...]]:
         """Return every G_lm as `found[m][l]`, (T, p_l). Cost: T·L Hessian products, T·L·P numbers."""
-        each = [self.pieces(unit) for unit in torch.eye(self.size, dtype=self.dtype, device=self.device)]
+        each = [self.pieces(unit) for unit in self._units()]
         return [tuple(torch.stack(rows) for rows in zip(*by, strict=True)) for by in zip(*each, strict=True)]
 
     # ---- the graphs
@@ -265,22 +272,22 @@ class Blocks:
         )
         return list(found)
 
-    def _dense(self, rows: Tensor, chunk: int = 64) -> tuple[Tensor, ...]:
-        parts: list[list[Tensor]] = []
-        for units in torch.split(torch.eye(self.size, dtype=self.dtype, device=self.device), chunk):
-            try:
-                batch = torch.autograd.grad(
-                    rows, self._leaves, units, retain_graph=True, is_grads_batched=True, allow_unused=True
-                )
-                found = [
-                    units.new_zeros(len(units), *leaf.shape) if g is None else g
-                    for g, leaf in zip(batch, self._leaves, strict=True)
-                ]
-            except RuntimeError:  # an operation without a batching rule
-                each = [self._grad([rows], self._leaves, [unit]) for unit in units]
-                found = [torch.stack(column) for column in zip(*each, strict=True)]
-            parts.append([torch.cat([g.flatten(1) for g in found[span]], dim=1) for span in self._spans])
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    def _units(self) -> Tensor:
+        return torch.eye(self.size, dtype=self.dtype, device=self.device)
+
+    def _batched(self, units: Tensor, chosen: slice) -> list[Tensor]:
+        """Jᵀ of several unit vectors at once for some of the leaves, each (k, ...)."""
+        leaves = self._leaves[chosen]
+        try:
+            found = torch.autograd.grad(
+                self.rows, leaves, units, retain_graph=True, is_grads_batched=True, allow_unused=True
+            )
+        except RuntimeError:  # an operation without a batching rule
+            each = [self._grad([self.rows], leaves, [unit]) for unit in units]
+            return [torch.stack(column) for column in zip(*each, strict=True)]
+        return [
+            units.new_zeros(len(units), *leaf.shape) if g is None else g for g, leaf in zip(found, leaves, strict=True)
+        ]
 
     def _blocked(self, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(torch.cat([w.reshape(-1) for w in values[span]]) for span in self._spans)
