@@ -26,7 +26,11 @@ from grsd.scale import cache_dir, pick
 
 __all__ = ["MODULES", "Experiment", "Outcome", "find", "parameters", "run"]
 
-MODULES: dict[str, str] = {"drift": "grsd.lab.drift_series"}
+MODULES: dict[str, str] = {
+    "drift": "grsd.lab.drift_series",
+    "shift": "grsd.lab.shift_series",
+    "transfer": "grsd.lab.transfer_series",
+}
 
 Piece = dict[str, Any]
 Progress = Callable[[int, int, str], None]

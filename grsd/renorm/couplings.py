@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.interpolate import BSpline
 
-__all__ = ["NOISE", "Kernel", "Shift", "binned", "normalized", "omega", "shift_invariance"]
+__all__ = ["NOISE", "Kernel", "Shift", "average", "binned", "normalized", "omega", "planted", "shift_invariance"]
 
 Smooth = Literal["spline", "classes"]
 Statistic = Literal["log", "square"]
@@ -183,21 +183,23 @@ def _basis(distance: np.ndarray, smooth: Smooth) -> np.ndarray:
 
 
 def _gamma(y: np.ndarray, basis: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """log E y in the span of `basis`, orthonormal, by the quasi-likelihood Σ η + y e^{−η}: convex, with weights 1 in expectation."""
+    """log E y in the span of `basis` by the quasi-likelihood Σ η + y e^{−η} of a Gamma law: convex, by Newton's method."""
     eta, height = start, float((start + y * np.exp(-start)).sum())
-    for _ in range(500):
-        step = basis @ (basis.T @ (y * np.exp(-eta) - 1))
-        if np.abs(step).max() < 1e-9:
+    for _ in range(200):
+        ratio = y * np.exp(-eta)
+        pull = basis.T @ (ratio - 1)
+        if np.abs(pull).max() < 1e-9 * len(y):
             return eta
-        scale = 1.0
-        while scale > 1e-6:
+        step = basis @ np.linalg.solve((basis * ratio[:, None]).T @ basis, pull)
+        scale = min(1.0, 5.0 / float(np.abs(step).max()))
+        while scale > 1e-9:
             trial = eta + scale * step
             found = float((trial + y * np.exp(-trial)).sum())
             if found <= height:
                 break
             scale /= 2
         eta, height = trial, found
-    raise ArithmeticError(f"the Gamma regression still moves by {np.abs(step).max():.2g} nats after 500 steps")
+    raise ArithmeticError(f"the Gamma regression has the gradient {np.abs(pull).max():.2g} after 200 steps")
 
 
 def _fit(s: np.ndarray, squares: np.ndarray, smooth: Smooth, statistic: Statistic, kernel: int) -> Shift:
@@ -208,7 +210,8 @@ def _fit(s: np.ndarray, squares: np.ndarray, smooth: Smooth, statistic: Statisti
             f"{zero} of {len(y)} couplings in the window are exactly zero, and their logarithm does not exist: modes that never "
             "couple (a diagonal model, for one) have no kernel to be invariant"
         )
-    q, _ = np.linalg.qr(_basis(distance, smooth))
+    q, sizes, _ = np.linalg.svd(_basis(distance, smooth), full_matrices=False)
+    q = q[:, sizes > 1e-9 * sizes[0]]
     place = place - place.mean()
     line = place - q @ (q.T @ place)
     size = float(line @ line)
@@ -343,6 +346,34 @@ def average(found: Sequence[Shift]) -> Shift:
         nets=len(found),
         each=tuple(found),
     )
+
+
+def planted(
+    eigenvalues: np.ndarray, *, slope: float = 0.0, bump: float = 0.0, decay: float = 1.0, seed: int
+) -> np.ndarray:
+    """Draw Gaussian couplings X on a given spectrum whose X̃ is log-shift invariant up to a planted violation, (n, n).
+
+    log E X̃² = −decay |Δ| + slope (s̄ − m) + bump exp(−½ ((s̄ − m)/w)²), with m the median of s and w an eighth of the distance
+    between its deciles: what `shift_invariance` must pass (both 0), what its slope must see, and what only its rms sees.
+
+    Parameters
+    ----------
+    eigenvalues : (n,) positive
+    slope : float, nats of X̃² per nat of s̄
+    bump : float, nats
+    decay : float, per nat
+    seed : int
+    """
+    lam = np.asarray(eigenvalues, dtype=np.float64)
+    if lam.ndim != 1 or len(lam) < 2 or not (np.isfinite(lam).all() and lam.min() > 0):
+        raise ValueError(f"eigenvalues must be two or more positive numbers, got {lam!r}")
+    s = np.log(lam)
+    draw = np.triu(np.random.default_rng(seed).standard_normal((len(s), len(s))))
+    place = (s[:, None] + s[None, :]) / 2 - np.median(s)
+    wide = max(float(np.quantile(s, 0.9) - np.quantile(s, 0.1)) / 8, np.finfo(float).tiny)
+    logs = -decay * np.abs(s[:, None] - s[None, :]) + slope * place + bump * np.exp(-0.5 * (place / wide) ** 2)
+    found: np.ndarray = (draw + np.triu(draw, 1).T) * np.exp((logs + s[:, None] + s[None, :]) / 2)
+    return found
 
 
 def binned(s: np.ndarray, weights: np.ndarray, width: float, *, least: int = 1) -> Kernel:
