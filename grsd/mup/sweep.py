@@ -1,358 +1,282 @@
-"""Sweeps of learning rate and weight decay over sizes and seeds, and what can be read off their U-curves.
+"""Sweeps of learning rate and weight decay over sizes and seeds: runs that are kept one by one, so that a killed sweep goes on.
 
-`sweep` trains and keeps what each run gave; `optimum`, `drift` and `regret` take arrays, so that they read a published table as well.
-The best rate of a curve is the vertex of the parabola through its smallest mean loss and the two neighbours, in log₂ η. A curve
-whose smallest loss stands at the end of the grid gives a bound, and says so.
+What is read off them (`optimum`, `drift`, `regret`) is in `grsd.mup.curves` and takes arrays, so that it reads a published table as well.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-from scipy import stats
+import torch
+from torch import Tensor, nn
 
-__all__ = ["Drift", "Optimum", "Regret", "drift", "optimum", "regret"]
+from grsd.mup.curves import Array, Drift, Optimum, Regret, drift, optimum, regret
+from grsd.mup.plan import Plan, plan
 
-Array = npt.NDArray[np.float64]
-Bound = Literal["", "at most", "at least", "unknown"]
-DRAWS = 2000  # resamples; a 95 % end is then known to a few per cent of the interval
-_SEED = 20260301
+__all__ = [
+    "Drift",
+    "Optimum",
+    "Regret",
+    "Sweep",
+    "drift",
+    "optimum",
+    "regret",
+    "sweep",
+    "train",
+    "unscaled",
+]
+
+Size = tuple[int, int]
+Loss = Callable[[nn.Module, int, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Optimum:
-    """The best learning rate of one U-curve, in log₂ η (or of one curve over log₂ λ).
+class Sweep:
+    """What a sweep gave.
 
     Attributes
     ----------
-    value : float
-        Vertex of the parabola; the end of the grid for a bound; NaN when every run diverged.
-    low, high : float
-        95 % interval: over seeds, over the noise that was given, or over both; NaN when neither is known.
-    loss : float
-        The parabola's smallest loss (the smallest mean loss for a bound).
-    bound : str
-        "" for an optimum inside the grid, "at most" or "at least" when it stands at the left or right end (to half a step of the grid),
-        "unknown" when fewer than two rates gave a loss.
-    cliff : bool
-        The next larger rate diverged. The optimum is then known to lie between the two neighbours and no better; so says the interval.
-    index : int
-        Which rate had the smallest mean loss, counted in the sorted grid of the rates that were run; −1 when none.
-    draws : ndarray (B,)
-        Resampled values, empty when neither seeds nor noise are known.
-    dof : float
-        Degrees of freedom of the spread over seeds, seeds − 1; infinite when only `noise` is known.
+    sizes : tuple of (width, depth)
+    log2_lr : ndarray (G,), sorted base rates
+    weight_decays : tuple of float, base values
+    seeds : tuple of int
+    losses : masked array (sizes, weight decays, seeds, G)
+        NaN is a run that diverged; masked is a run that was not made.
     """
 
-    value: float
-    low: float
-    high: float
-    loss: float
-    bound: Bound
-    cliff: bool
-    index: int
-    draws: Array = field(repr=False, compare=False)
-    dof: float = math.inf
+    sizes: tuple[Size, ...]
+    log2_lr: Array
+    weight_decays: tuple[float, ...]
+    seeds: tuple[int, ...]
+    losses: Any
+
+    def curve(self, size: Size, weight_decay: float | None = None) -> Any:
+        """Return the losses (seeds, G) of one size; with several weight decays, of the one that is asked for."""
+        chosen = self.weight_decays[0] if weight_decay is None and len(self.weight_decays) == 1 else weight_decay
+        if size not in self.sizes or chosen not in self.weight_decays:
+            raise ValueError(
+                f"the sweep has sizes {self.sizes} and weight decays {self.weight_decays}, not {size}, {chosen}"
+            )
+        return self.losses[self.sizes.index(size), self.weight_decays.index(chosen)]
+
+    def optima(self, weight_decay: float | None = None, **more: Any) -> list[Optimum]:
+        """Return the best rate of every size; further arguments as `optimum`."""
+        return [optimum(self.log2_lr, self.curve(size, weight_decay), **more) for size in self.sizes]
+
+    def drift(self, axis: Literal["width", "depth"], weight_decay: float | None = None) -> Drift:
+        """Return the drift along one axis; the sizes must agree on the other."""
+        if len({size[axis == "width"] for size in self.sizes}) > 1:
+            raise ValueError(
+                f"the sizes {self.sizes} differ along both axes; a drift along {axis} needs the other fixed"
+            )
+        return drift([size[axis == "depth"] for size in self.sizes], self.optima(weight_decay))
+
+    def regret(self, weight_decay: float | None = None) -> Regret:
+        """Return what every size pays for the best rate of the first."""
+        return regret(self.log2_lr, np.ma.stack([self.curve(size, weight_decay) for size in self.sizes]))
 
     def __str__(self) -> str:
-        words = {"": "", "at most": "≤ ", "at least": "≥ ", "unknown": "? "}[self.bound] + f"{self.value:.2f}"
-        return words + ("" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]")
+        lines = [("width", "depth", "λ", "log₂ η∗", "loss", "regret")]
+        for decay in self.weight_decays:
+            best, cost = self.optima(decay), self.regret(decay)
+            for (width, depth), o, r in zip(self.sizes, best, cost.values, strict=True):
+                lines.append((str(width), str(depth), f"{decay:g}", str(o), f"{o.loss:.4g}", f"{r:.3g}"))
+        columns = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, columns, strict=True)).rstrip() for line in lines)
 
 
-@dataclass(frozen=True)
-class Drift:
-    """How far the best rate moves per doubling of a size, in octaves.
+def unscaled(made: Plan) -> Plan:
+    """Return the plan of standard parametrization: the base's variance, multiplier and rate at every size."""
+    entries = tuple(
+        replace(e, multiplier=1.0, std=1.0, lr=1.0, weight_decay=1.0, eps=e.eps and 1.0, clip=e.clip and 1.0)
+        for e in made
+    )
+    return replace(made, entries=entries, multipliers=())
 
-    Attributes
+
+def train(
+    model: nn.Module,
+    made: Plan,
+    loss: Loss,
+    *,
+    seed: int,
+    steps: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    schedule: Callable[[int], float] | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+    clip: float | None = None,
+    **options: Any,
+) -> tuple[float, int]:
+    """Draw the weights, train under a plan, and return (loss, steps made); NaN and fewer steps when the run left the numbers.
+
+    Parameters
     ----------
-    value : float
-        Least-squares slope of log₂ η∗ against log₂ size.
-    low, high : float
-        95 % interval; from the optima's own resamples when all have them, else from the scatter about the line (three sizes or more).
-    bound : str
-        "" when every optimum is inside its grid; "at least" or "at most" when the bounded ones all push the slope one way; "unknown"
-        when they do not, or when fewer than two optima are left.
-    scatter : float
-        Root mean square distance of the optima from the line, octaves.
-    points : int
-        Optima used; those that are NaN are left out.
-    """
-
-    value: float
-    low: float
-    high: float
-    bound: Bound
-    scatter: float
-    points: int
-
-    def __str__(self) -> str:
-        words = {"": "", "at most": "≤ ", "at least": "≥ ", "unknown": "? "}[self.bound] + f"{self.value:+.2f}"
-        return words + ("" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]")
-
-
-@dataclass(frozen=True)
-class Regret:
-    """Loss that each size pays for the best rate of the source size.
-
-    Attributes
-    ----------
-    at : float
-        log₂ of the rate that is carried over.
-    values : ndarray (sizes,)
-        Mean loss at that rate minus the smallest mean loss of the size; infinite when it diverges there, NaN when not run.
-    low, high : ndarray (sizes,)
-        95 % interval over seeds, NaN with one seed.
-    censored : tuple of bool
-        The size's own best rate is at an end of its grid: its regret is then at least this.
+    model : nn.Module, changed in place
+    loss : (model, seed, step) → scalar. The same seed and step must give the same batch.
+    schedule : step → factor on all rates, such as `grsd.mup.schedules.cosine`
+    score : model → number to be compared, called once at the end without gradients; by default the mean training loss of the last
+        quarter of the steps
+    clip : largest norm of the gradient
+    options : further arguments of `Plan.make_optimizer` (eps, options)
 
     Notes
     -----
-    The smallest of several noisy means is too small, so a regret below the noise floor is no regret.
+    torch's generators are seeded with `seed` for the run and put back after it.
     """
-
-    at: float
-    values: Array
-    low: Array
-    high: Array
-    censored: tuple[bool, ...]
-
-
-def optimum(
-    log2_lr: npt.ArrayLike, losses: npt.ArrayLike, *, noise: float = 0.0, draws: int = DRAWS, seed: int = _SEED
-) -> Optimum:
-    """Return the best rate of one U-curve.
-
-    Parameters
-    ----------
-    log2_lr : (G,)
-        Rates, in any order, none twice.
-    losses : (G,) or (seeds, G)
-        NaN and infinity are diverged runs: a rate at which one seed diverged counts as diverged. Mask (`numpy.ma`) what was not run: a
-        seed that is missing at some rates is filled in by the additive model seed + rate, so that no rate gains by which seeds ran.
-    noise : float
-        Standard deviation of one run's loss, for a curve of one seed or on top of the seeds.
-    draws : int
-        Resamples of the seeds (rows) and of the noise. With S seeds the resampled means are spread by √(S/(S−1)), and the interval by
-        the ratio of Student's to the normal quantile at S − 1 degrees of freedom: three seeds resampled as they are cover far too little.
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit, rates that are not finite or given twice, negative noise.
-    """
-    x, means, rows, kept = _curve(log2_lr, losses)
-    if not noise >= 0:
-        raise ValueError(f"noise is a standard deviation, at least 0; got {noise}")
-    value, loss, index, bound, cliff = _vertex(x, means)
-    runs = len(rows)
-    if index < 0 or (runs < 2 and noise == 0):
-        return Optimum(value, math.nan, math.nan, loss, bound, cliff, index, np.empty(0))
-    rng = np.random.default_rng(seed)
-    sample = np.tile(means, (draws, 1))
-    if runs > 1:
-        sample[:, kept] += _resampled(rows[:, kept], means[kept], draws, rng)
-    if noise > 0:
-        sample[:, kept] += noise / math.sqrt(runs) * rng.standard_normal((draws, int(kept.sum())))
-    found = _vertices(x, sample, rng)
-    dof = runs - 1.0 if runs > 1 else math.inf
-    low, high = _interval(value, found, dof)
-    return Optimum(value, low, high, loss, bound, cliff, index, found, dof)
+    seen: list[float] = []
+    handles = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            made.initialize_(model, seed=seed)
+            handles = made.attach(model)
+            optimizer = made.make_optimizer(model, lr=lr, weight_decay=weight_decay, **options)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for step in range(steps):
+                factor = 1.0 if schedule is None else schedule(step)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+                optimizer.zero_grad()
+                now = loss(model, seed, step)
+                seen.append(float(now.detach()))
+                if not math.isfinite(seen[-1]):
+                    return math.nan, step
+                now.backward()  # type: ignore[no-untyped-call]
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+            if score is None:
+                value = math.fsum(seen[-max(1, steps // 4) :]) / max(1, steps // 4)
+            else:
+                with torch.no_grad():
+                    value = float(score(model))
+            return (value if math.isfinite(value) else math.nan), steps
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a decomposition met infinite entries
+            return math.nan, len(seen)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Drift:
-    """Return the slope of the best rate against log₂ size.
-
-    Parameters
-    ----------
-    sizes : (N,), positive
-    optima : N times `Optimum`, or (N,) log₂ rates. With `Optimum`, bounds are carried through: the slope is Σ wᵢ log₂ ηᵢ with known
-        weights, so a bound on ηᵢ bounds it in the direction of wᵢ.
-
-    Raises
-    ------
-    ValueError
-        Sizes that are not positive, or not as many as optima, or all one size.
-    """
-    listed: list[Any] = list(optima)  # type: ignore[arg-type]
-    x = np.log2(np.asarray(sizes, dtype=float))
-    if x.ndim != 1 or len(x) != len(listed) or not np.isfinite(x).all():
-        raise ValueError(f"need one positive size for each of the {len(listed)} optima, got {np.asarray(sizes)}")
-    known = [o if isinstance(o, Optimum) else None for o in listed]
-    y = np.array([o.value if isinstance(o, Optimum) else float(o) for o in listed])
-    good = np.isfinite(y)
-    x, y, known = x[good], y[good], [o for o, g in zip(known, good, strict=True) if g]
-    if len(x) and len(set(x)) < 2 and good.all():
-        raise ValueError(f"a drift needs two sizes, got {np.asarray(sizes)}")
-    if len(set(x)) < 2:
-        return Drift(math.nan, math.nan, math.nan, "unknown", math.nan, len(x))
-    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    value = float(weights @ y)
-    off = y - y.mean() - value * (x - x.mean())
-    low = high = math.nan
-    if all(o is not None and o.draws.size for o in known):
-        count = min(o.draws.size for o in known if o is not None)
-        # seeds of two sizes are taken as independent; shifting the resamples against each other undoes their common generator
-        slopes = sum(
-            w * np.roll(o.draws[:count], 97 * k) for k, (w, o) in enumerate(zip(weights, known, strict=True)) if o
-        )
-        low, high = _interval(value, np.asarray(slopes), sum(o.dof for o in known if o is not None))
-    elif len(x) > 2:
-        spread = math.sqrt(float((off**2).sum()) / (len(x) - 2) / float(((x - x.mean()) ** 2).sum()))
-        half = float(stats.t.ppf(0.975, len(x) - 2)) * spread
-        low, high = value - half, value + half
-    pushes = {_push(o.bound, w) for o, w in zip(known, weights, strict=True) if o is not None} - {""}
-    bound: Bound = "" if not pushes else pushes.pop() if len(pushes) == 1 else "unknown"
-    return Drift(value, low, high, bound, float(np.sqrt((off**2).mean())), len(x))
-
-
-def regret(
-    log2_lr: npt.ArrayLike,
-    losses: npt.ArrayLike,
+def sweep(
+    factory: Callable[[int, int], nn.Module],
+    loss: Loss,
     *,
-    source: int = 0,
-    draws: int = DRAWS,
-    seed: int = _SEED,
-) -> Regret:
-    """Return what every size pays for the source size's best rate of the grid.
+    sizes: Sequence[Size],
+    base: Size,
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    optimizer: str,
+    weight_decays: Sequence[float] = (0.0,),
+    parametrization: Literal["mup", "sp"] = "mup",
+    make_plan: Callable[[nn.Module, nn.Module], Plan] | None = None,
+    near: int | None = None,
+    store: MutableMapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+    other: str = "adamw",
+    k: int = 2,
+    **more: Any,
+) -> Sweep:
+    """Train every size at every rate, weight decay and seed; keep what each run gave.
 
     Parameters
     ----------
-    log2_lr : (G,)
-    losses : (sizes, G) or (sizes, seeds, G)
-        As in `optimum`; the same grid for every size.
-    source : int
-        Index of the size whose best rate is carried to the others, usually the smallest.
+    factory : (width, depth) → model, as in `coord_check`
+    loss, steps, and `more` : as `train`
+    base : the size whose hyperparameters `lrs` and `weight_decays` are
+    parametrization : "mup", or "sp": the base's standard deviations and one rate for all (`unscaled`), the paper's SP
+    make_plan : (model, base model) → Plan, in place of both: for a rule of your own
+    near : run the seeds after the first only up to so many grid steps from the best rate of the seeds before, further where a seed's own
+        best rate would else stand at the end of what it ran. None runs all.
+    store : mapping
+        Runs found here are not made again, and every finished run is put here at once (`sync` is called if there is one), so that a
+        sweep that was killed goes on where it was: ``shelve.open("sweep")``, or any mapping of your own. A value is ``{"loss": float or
+        None, "steps": int}``, None for a diverged run. A key names the run and a digest of its plan; it cannot see what `loss`, `score`
+        and `schedule` do: take a new store when they change.
+    progress : called with the key of every run that was made
 
     Raises
     ------
     ValueError
-        Shapes that do not fit, a source that does not exist or at which every run diverged.
+        Nothing to run, rates that are not positive, rates or sizes given twice, and what `plan` refuses.
+
+    Notes
+    -----
+    Cost: sizes · weight decays · seeds · rates runs of `steps` steps, less with `near`.
     """
-    table = np.ma.masked_array(losses, dtype=float)
-    if table.ndim not in (2, 3) or not 0 <= source < len(table):
+    if parametrization not in ("mup", "sp"):
+        raise ValueError(f'parametrization must be "mup" or "sp", got {parametrization!r}')
+    if not (sizes and lrs and seeds and weight_decays) or steps < 1 or (near is not None and near < 1):
         raise ValueError(
-            f"losses must be (sizes, rates) or (sizes, seeds, rates) with 0 ≤ source < sizes; got {table.shape}, {source}"
+            f"need sizes, rates, seeds, weight decays, steps ≥ 1 and near ≥ 1; got {sizes}, {lrs}, {seeds}, {weight_decays}, {steps}, {near}"
         )
-    curves = [_curve(log2_lr, one) for one in table]
-    x, means, _, _ = curves[source]
-    best = _vertex(x, means)[2]
-    if best < 0:
-        raise ValueError(f"every run of the source size (index {source}) diverged; there is no rate to carry over")
-    at, rng = float(x[best]), np.random.default_rng(seed)
-    values, lows, highs = (np.full(len(table), math.nan) for _ in range(3))
-    ends = []
-    for k, (grid, mean, rows, kept) in enumerate(curves):
-        _, _, own, bound, _ = _vertex(grid, mean)
-        ends.append(bound != "")
-        here = np.flatnonzero(np.isclose(grid, at))
-        if not here.size or own < 0:
-            continue
-        values[k] = mean[here[0]] - mean[own]
-        if len(rows) > 1 and math.isfinite(values[k]):
-            sample = mean[kept] + _resampled(rows[:, kept], mean[kept], draws, rng)
-            column = int(kept[: here[0]].sum())
-            found = sample[:, column] - sample.min(axis=1)
-            lows[k], highs[k] = _interval(float(values[k]), found, len(rows) - 1.0)
-    return Regret(at, values, np.maximum(lows, 0.0), highs, tuple(ends))
+    if min(lrs) <= 0 or len(set(lrs)) < len(lrs) or len(set(sizes)) < len(sizes) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"rates must be positive, and rates, sizes and seeds given once; got {lrs}, {sizes}, {seeds}")
+    start = _built(factory, base)
+    rates, decays = sorted(lrs), tuple(weight_decays)
+    found = np.ma.masked_array(np.full((len(sizes), len(decays), len(seeds), len(rates)), math.nan), mask=True)
+    kept: MutableMapping[str, Any] = {} if store is None else store
+    for a, size in enumerate(sizes):
+        for b, decay in enumerate(decays):
+
+            def run(seed: int, lr: float, size: Size = size, decay: float = decay) -> float:
+                model = _built(factory, size)
+                made = (
+                    make_plan(model, start)
+                    if make_plan
+                    else plan(model, base=start, optimizer=optimizer, other=other, k=k)
+                )
+                made = unscaled(made) if parametrization == "sp" and make_plan is None else made
+                key = _key(made, (size, parametrization, optimizer, lr, decay, seed, steps), more)
+                if key not in kept:
+                    value, done = train(model, made, loss, seed=seed, steps=steps, lr=lr, weight_decay=decay, **more)
+                    kept[key] = {"loss": None if math.isnan(value) else value, "steps": done}
+                    if hasattr(kept, "sync"):
+                        kept.sync()
+                    if progress is not None:
+                        progress(key)
+                value = kept[key]["loss"]
+                return math.nan if value is None else float(value)
+
+            for c, seed in enumerate(seeds):
+                every = range(len(rates))
+                while todo := [
+                    g for g in every if np.ma.getmaskarray(found)[a, b, c, g] and _wanted(found[a, b], c, g, near)
+                ]:
+                    found[a, b, c, todo[0]] = run(seed, rates[todo[0]])
+    return Sweep(tuple(sizes), np.log2(rates), decays, tuple(seeds), found)
 
 
-# --- Curves -----------------------------------------------------------------------------------------------------------
+def _built(factory: Callable[[int, int], nn.Module], size: Size) -> nn.Module:
+    """Return a model; what its constructor draws is the same in every process (the base's standard deviations are read off it)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return factory(*size)
 
 
-def _curve(log2_lr: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[Array, Array, Array, npt.NDArray[np.bool_]]:
-    """Return the sorted rates that were run, mean losses (infinite where one diverged), completed rows, and which rates are finite."""
-    x = np.asarray(log2_lr, dtype=float)
-    table = np.ma.masked_array(losses, dtype=float)
-    table = table[None] if table.ndim == 1 else table
-    if x.ndim != 1 or table.ndim != 2 or table.shape[1] != len(x) or not len(x) or not len(table):
-        raise ValueError(f"losses must be (rates,) or (seeds, rates); got {table.shape} for {x.shape} rates")
-    if not np.isfinite(x).all() or len(set(x.tolist())) < len(x):
-        raise ValueError(f"rates must be finite (in log₂) and different from each other, got {x}")
-    order = np.argsort(x)
-    missing = np.ma.getmaskarray(table)[:, order]
-    values = np.ma.getdata(table)[:, order]
-    run, rows_run = ~missing.all(axis=0), ~missing.all(axis=1)
-    missing, values, x = missing[np.ix_(rows_run, run)], values[np.ix_(rows_run, run)], x[order][run]
-    values = np.where(missing | np.isfinite(values), values, np.inf)
-    kept = ~(np.isinf(values) & ~missing).any(axis=0)
-    rows = np.where(kept, _completed(np.where(kept, values, 0.0), missing & kept), np.inf)
-    return x, rows.mean(axis=0) if len(rows) else np.empty(0), rows, kept
+def _key(made: Plan, run: tuple[Any, ...], more: dict[str, Any]) -> str:
+    (width, depth), parametrization, optimizer, lr, decay, seed, steps = run
+    plain = {name: value for name, value in more.items() if not callable(value)}
+    digest = hashlib.sha256(repr((made, sorted(plain.items()))).encode()).hexdigest()[:12]
+    return f"{optimizer} {parametrization} {width}x{depth} lr={lr!r} wd={decay!r} seed={seed} steps={steps} {digest}"
 
 
-def _completed(values: Array, missing: npt.NDArray[np.bool_]) -> Array:
-    """Fill what is missing by least squares of (seed + rate) over what is there."""
-    if not missing.any():
-        return values
-    seeds, rates = values.shape
-    i, j = np.nonzero(~missing)
-    design = np.zeros((len(i), seeds + rates))
-    design[np.arange(len(i)), i] = design[np.arange(len(i)), seeds + j] = 1.0
-    effects = np.linalg.lstsq(design, values[i, j], rcond=None)[0]
-    return np.where(missing, effects[:seeds, None] + effects[None, seeds:], values)
+def _wanted(found: Any, row: int, column: int, near: int | None) -> bool:
+    """Return whether a seed is to be run at a rate: all of the first seed, then what is near the best, then what brackets its own."""
+    if near is None or row == 0:
+        return True
+    best, own = _lowest(found[:row]), _lowest(found[row : row + 1])
+    return best is None or abs(column - best) <= near or (own is not None and abs(column - own) == 1)
 
 
-def _vertex(x: Array, means: Array) -> tuple[float, float, int, Bound, bool]:
-    """Return the vertex, its loss, the index of the smallest mean, the bound, and whether the next rate diverged."""
-    finite = np.isfinite(means)
-    if not finite.any():
-        return math.nan, math.inf, -1, "unknown", False
-    i = int(np.argmin(means))
-    left, right = i > 0 and finite[i - 1], i + 1 < len(x) and finite[i + 1]
-    if left and right:
-        value, loss = _parabola(x[i - 1 : i + 2], means[i - 1 : i + 2])
-        return value, loss, i, "", False
-    cliff = i + 1 < len(x) and not right
-    bound: Bound = ""
-    if i == 0:
-        bound = "at most" if right or cliff else "unknown"
-    elif not left:  # it diverged: no U-curve
-        bound = "unknown"
-    elif i == len(x) - 1:
-        bound = "at least"
-    return float(x[i]), float(means[i]), i, bound, cliff
-
-
-def _parabola(x: Array, y: Array) -> tuple[float, float]:
-    """Return vertex and value of the parabola through three points, the middle one lowest."""
-    first, second = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    curvature = (second - first) / (x[2] - x[0])
-    if curvature <= 0:  # three equal losses
-        return float(x[1]), float(y[1])
-    slope = first + curvature * (x[1] - x[0])  # at the middle
-    step = -slope / (2 * curvature)
-    return float(x[1] + step), float(y[1] - curvature * step**2)
-
-
-def _vertices(x: Array, sample: Array, rng: np.random.Generator) -> Array:
-    found = np.empty(len(sample))
-    for k, means in enumerate(sample):
-        value, _, i, _, cliff = _vertex(x, means)
-        # beside a cliff nothing is known but the bracket
-        found[k] = rng.uniform(x[max(i - 1, 0)], x[i + 1]) if cliff else value
-    return found
-
-
-def _resampled(rows: Array, means: Array, draws: int, rng: np.random.Generator) -> Array:
-    """Return deviations (draws, G) of the mean over resampled rows, spread so that their variance is that of the mean."""
-    count = len(rows)
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
-    deviations: Array = math.sqrt(count / (count - 1)) * (weights @ (rows - means))
-    return deviations
-
-
-def _interval(value: float, draws: Array, dof: float) -> tuple[float, float]:
-    wider = float(stats.t.ppf(0.975, dof) / stats.norm.ppf(0.975)) if math.isfinite(dof) else 1.0
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return value - wider * max(value - float(low), 0.0), value + wider * max(float(high) - value, 0.0)
-
-
-def _push(bound: Bound, weight: float) -> Bound:
-    """Return which way a bound on one optimum bounds the slope."""
-    if bound in ("", "unknown") or weight == 0:
-        return "" if weight == 0 else bound
-    return bound if weight > 0 else "at most" if bound == "at least" else "at least"
+def _lowest(rows: Any) -> int | None:
+    """Return the rate of the smallest mean loss, over the runs that did not diverge."""
+    means = np.ma.masked_invalid(rows).mean(axis=0).filled(np.inf)
+    return int(np.argmin(means)) if np.isfinite(means).any() else None
