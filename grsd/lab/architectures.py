@@ -189,7 +189,7 @@ class Rows(nn.Linear):
 
 
 class Mean(nn.Module):
-    """The mean over the given dimensions: of tokens or pixels."""
+    """The mean over the given dimensions."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
@@ -197,6 +197,18 @@ class Mean(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h.mean(self.dims)
+
+
+class NormOfMean(nn.Module):
+    """The layer norm of the mean over tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = Norm(width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.norm(h.mean(1))
+        return out
 
 
 class Last(nn.Module):
@@ -329,8 +341,7 @@ def transformer(
             mlp = Branch(first, activation, end, norm=Norm(width))
             blocks.append(Residual(epsilon, attention=Attention(width, heads, bias), mlp=mlp))
         read = Patches(channels, side, patch, width, positions, bias)
-        pool = nn.Sequential(Mean(1), Norm(width))
-        net = ResidualNet(read, blocks, nn.Linear(width, outputs, bias=bias), pool)
+        net = ResidualNet(read, blocks, nn.Linear(width, outputs, bias=bias), NormOfMean(width))
     return _finish(net, seed, dtype)
 
 
@@ -413,6 +424,5 @@ def mixer(
             across = Branch(first, activation, end, norm=Norm(width))
             blocks.append(Residual(epsilon, tokens=Transposed(Norm(width), along), channels=across))
         read = Patches(channels, side, patch, width, False, bias)
-        pool = nn.Sequential(Mean(1), Norm(width))
-        net = ResidualNet(read, blocks, nn.Linear(width, outputs, bias=bias), pool)
+        net = ResidualNet(read, blocks, nn.Linear(width, outputs, bias=bias), NormOfMean(width))
     return _finish(net, seed, dtype)

@@ -197,7 +197,7 @@ def test_mixer_is_its_formula() -> None:
     h = patches @ p["read.linear.weight"].T + p["read.linear.bias"]
     h = h + 0.4 * torch.einsum("nkt->ntk", two(torch.einsum("ntk->nkt", norm(h, "tokens.norm")), "tokens.inner"))
     h = h + 0.4 * two(norm(h, "channels.norm"), "channels")
-    assert torch.allclose(net(x), norm(h.mean(1), "pool.1") @ p["head.weight"].T + p["head.bias"], **CLOSE)
+    assert torch.allclose(net(x), norm(h.mean(1), "pool.norm") @ p["head.weight"].T + p["head.bias"], **CLOSE)
 
 
 def test_norm_is_layer_norm_and_differentiates_twice_in_either_mode() -> None:
