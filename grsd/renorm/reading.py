@@ -1,0 +1,145 @@
+"""How a report is read: one table and one figure. What is measured is in :mod:`grsd.renorm.conditions`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from grsd.figures import Table, look, panels
+
+if TYPE_CHECKING:
+    from grsd.renorm.conditions import Instant, Report
+
+__all__ = ["draw", "table"]
+
+COLUMNS = ("diagnostic", "first time", "last time", "what the condition wants")
+
+
+def _number(value: float, error: float | None = None) -> str:
+    if not np.isfinite(value):
+        return "–"
+    text = f"{value:.3g}"
+    return text if not error else f"{text} ± {error:.1g}"
+
+
+def table(report: Report) -> Table:
+    """Return the report as a table; "–" stands for what could not be measured."""
+    first, last = report.instants[0], report.instants[-1]
+    rows: list[tuple[str, str, str, str]] = []
+
+    def add(name: str, wanted: str, read: Any) -> None:
+        cells = []
+        for instant in (first, last):
+            try:
+                cells.append(read(instant))
+            except (AttributeError, IndexError, TypeError):  # the diagnostic is None there
+                cells.append("–")
+        rows.append((name, *cells, wanted))
+
+    count = len(report.blocks)
+    for band in sorted({0, 1, min(2, count - 1)}):
+        add(
+            f"D1 tail B({band})",
+            f"0 beyond the band; {_even(first, band)} without any locality",
+            lambda i, k=band: _number(i.bandedness.pooled[k], i.bandedness.pooled_error[k]),
+        )
+    add("D1 scalar residual, all blocks", "0", lambda i: _scalar(i))
+    add(
+        "D1 right residual, K = 0",
+        "0, with a bounded coefficient and rank below T",
+        lambda i: _right(i, report.rows),
+    )
+    add("D2 neighbours, normalised", "any", lambda i: _number(i.coherence.by_distance(True)[1]))
+    add(
+        "D2 farthest pair, normalised",
+        "0 as the depth grows; 1 if the largest directions agree",
+        lambda i: _number(i.coherence.by_distance(True)[-1]),
+    )
+    add("D2 Σ u_k", "bounded as the depth grows", lambda i: _number(i.coherence.total))
+    add(
+        "D3 ‖J‖",
+        f"bounded; largest {_number(max(i.size.jacobian for i in report.instants))}",
+        lambda i: _number(i.size.jacobian),
+    )
+    add(
+        "D3 ‖J̇‖",
+        f"bounded; largest {_number(max(i.size.rate for i in report.instants))}",
+        lambda i: _number(i.size.rate),
+    )
+    add("D4 slope per nat", "0 within its error", lambda i: _number(i.shift.slope, i.shift.slope_error))
+    add("D4 rms, nats", "its floor", lambda i: f"{_number(i.shift.rms)} (floor {_number(i.shift.floor)})")
+    found = report.collapse
+    along = "–" if found is None else _number(found.value, found.error)
+    wanted = "0" if found is None else f"0; {_number(found.null, found.null_error)} without relation"
+    rows.append(("D5 collapse, along the path", "", along, wanted))
+    add(
+        "D6 roughness (of ranks)",
+        "0; 1 without relation",
+        lambda i: (
+            f"{_number(i.roughness.value)} ({_number(i.roughness.ranks)}), noise ± {_number(i.roughness.null_error)}"
+        ),
+    )
+    return Table(COLUMNS, rows)
+
+
+def _even(instant: Instant, band: int) -> str:
+    return "–" if instant.bandedness is None else _number(float(instant.bandedness.even[band]))
+
+
+def _scalar(instant: Instant) -> str:
+    assert instant.bandedness is not None
+    values = instant.bandedness.scalar[:, -1]
+    return f"{_number(float(np.nanmin(values)))} to {_number(float(np.nanmax(values)))}"
+
+
+def _right(instant: Instant, rows: int) -> str:
+    if instant.bandedness is None or instant.bandedness.right is None:
+        return "–"
+    right = instant.bandedness.right
+    full = int(right.vacuous[:, 0].sum())
+    return (
+        f"{_number(float(np.nanmax(right.residual[:, 0])))}, ‖B‖ to {_number(float(np.nanmax(right.coefficient[:, 0])))}; "
+        f"empty for {full} of {len(right.rank)} blocks"
+    )
+
+
+def draw(report: Report, figure: Figure) -> Figure:
+    """Draw (a) tails, (b) coherence by distance, (c) sizes along the path, (d) slope of D4 and roughness along the path."""
+    axes = figure.subplots(2, 2)
+    tails, overlaps, sizes, fields = axes.ravel()
+    ends = (report.instants[0], report.instants[-1]) if len(report.instants) > 1 else report.instants
+    for index, instant in enumerate(ends):
+        label = f"t = {instant.time:.3g}"
+        if (band := instant.bandedness) is not None:
+            reach = np.arange(len(band.pooled))
+            tails.errorbar(reach, band.pooled, yerr=2 * band.pooled_error, label=label, capsize=2, **look(index))
+            if index == 0:
+                tails.plot(reach, band.even, color="0.4", linestyle=":", marker="", label="no locality")
+        if (overlap := instant.coherence) is not None:
+            values = overlap.by_distance(True)
+            overlaps.plot(np.arange(1, len(values)), values[1:], label=label, **look(index))
+    tails.set(xlabel="distance K (blocks)", ylabel="tail B(K)", ylim=(0, None))
+    overlaps.set(xlabel="distance |l − m| (blocks)", ylabel="largest normalised coherence", ylim=(0, 1.05))
+    for ax in (tails, overlaps):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    times = [instant.time for instant in report.instants]
+    sizes.plot(times, [i.size.jacobian for i in report.instants], label=r"$\|J\|$", **look(0))
+    sizes.plot(times, [i.size.rate for i in report.instants], label=r"$\|\dot J\|$ (per time)", **look(1))
+    sizes.set(xlabel="time", ylabel="operator norm", yscale="log")
+    shifts = [(i.time, i.shift.slope, i.shift.slope_error) for i in report.instants if i.shift is not None]
+    if shifts:
+        place, slope, error = np.array(shifts).T
+        fields.errorbar(place, slope, yerr=2 * error, label="D4 slope per nat", capsize=2, **look(0))
+    rough = [(i.time, i.roughness.ranks) for i in report.instants if i.roughness is not None]
+    if rough:
+        fields.plot(*np.array(rough).T, label="D6 roughness of ranks", **look(1))
+    fields.axhline(0, color="0.4", linewidth=0.8)
+    fields.set(xlabel="time", ylabel="0 is what the paper states")
+    for ax in axes.ravel():
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend()
+    panels(axes.ravel())
+    return figure
