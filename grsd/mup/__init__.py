@@ -1,11 +1,24 @@
 """Width–depth μP: which norms weights and updates must have, and the hyperparameter rules that follow.
 
 ``norms`` measures, ``rules`` holds the exponents as data and derives them a second time, ``plan`` applies them to a model,
-``optimizers`` has what no library has in the paper's form, ``coordcheck`` looks whether it worked and says what did not.
+``optimizers`` has what no library has in the paper's form, ``audit`` measures the exponents of one step, ``schedules`` keep the ratios of
+the rates, and ``coordcheck`` looks whether it worked and says what did not.
 """
 
 from grsd.mup import norms, optimizers, rules, schedules
+from grsd.mup.audit import UpdateAudit, audit_update_norms
 from grsd.mup.coordcheck import CoordCheck, coord_check
 from grsd.mup.plan import Plan, plan
 
-__all__ = ["CoordCheck", "Plan", "coord_check", "norms", "optimizers", "plan", "rules", "schedules"]
+__all__ = [
+    "CoordCheck",
+    "Plan",
+    "UpdateAudit",
+    "audit_update_norms",
+    "coord_check",
+    "norms",
+    "optimizers",
+    "plan",
+    "rules",
+    "schedules",
+]

@@ -22,7 +22,7 @@ from grsd.mup.plan import Plan, plan
 from grsd.mup.rules import OPTIMIZERS, rule, update_norm, weight_norm
 from grsd.spectrum.ntk import refuse_dropout
 
-__all__ = ["CoordCheck", "Finding", "Run", "Slope", "coord_check"]
+__all__ = ["CoordCheck", "Finding", "Run", "Slope", "coord_check", "fit_slope"]
 
 Factory = Callable[[int, int], nn.Module]
 Loss = Callable[[nn.Module], Tensor]
@@ -294,7 +294,7 @@ def _by_role(made: Plan, tensors: dict[str, Tensor]) -> dict[str, float]:
     return {role: math.exp(float(np.mean(found))) for role, found in logs.items()}
 
 
-def _fit(points: list[tuple[float, float]]) -> Slope | None:
+def fit_slope(points: list[tuple[float, float]]) -> Slope | None:
     """Least squares of log₂ y against log₂ x over all points that are finite and positive."""
     x, y = (np.array(c, float) for c in zip(*points, strict=True)) if points else (np.array([]), np.array([]))
     good = np.isfinite(y) & (y > 0)
@@ -302,7 +302,8 @@ def _fit(points: list[tuple[float, float]]) -> Slope | None:
         return None
     found = stats.linregress(np.log2(x[good]), np.log2(y[good]))
     count = int(good.sum())
-    half = float(stats.t.ppf(0.975, count - 2) * found.stderr) if count > 2 else math.inf
+    error = float(np.nan_to_num(found.stderr))  # NaN where all y are equal
+    half = float(stats.t.ppf(0.975, count - 2)) * error if count > 2 else math.inf
     return Slope(float(found.slope), float(found.slope) - half, float(found.slope) + half, count)
 
 
@@ -318,7 +319,7 @@ def _judge(
     axes = {"width": [r for r in runs if r.depth == base[1]], "depth": [r for r in runs if r.width == base[0]]}
 
     def along(axis: str, value: Callable[[Run], float]) -> Slope | None:
-        return _fit([(float(getattr(r, axis)), value(r)) for r in axes[axis]])
+        return fit_slope([(float(getattr(r, axis)), value(r)) for r in axes[axis]])
 
     def both(value: Callable[[Run], float]) -> dict[str, Slope]:
         return {axis: s for axis in axes if (s := along(axis, value)) is not None}
@@ -331,8 +332,8 @@ def _judge(
     for role in sorted({role for r in runs for role in r.updates}):
         which = optimizer if role == "hidden" or not OPTIMIZERS[optimizer].matrices_only else other
         wanted = rule(which, role, k)
-        norm = wanted.multiplier * weight_norm(role, wanted.variance)  # type: ignore[arg-type]
-        change = wanted.multiplier * wanted.lr * update_norm(which, role, k)  # type: ignore[arg-type]
+        norm = wanted.multiplier * weight_norm(role, wanted.variance)
+        change = wanted.multiplier * wanted.lr * update_norm(which, role, k)
         for quantity, size, get in (("initial norm", norm, "weights"), ("update norm", change, "updates")):
             for axis, target in (("width", float(size.n)), ("depth", float(size.L))):
                 slope = along(axis, lambda r, get=get, role=role: getattr(r, get).get(role, math.nan))  # type: ignore[misc]

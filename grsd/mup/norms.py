@@ -98,19 +98,19 @@ def _by_lanczos(W: Tensor, tolerance: float, seed: int) -> float:
     for _ in range(rows):
         v = W.mT @ basis[-1] - betas[-1] * v
         alphas.append(float(torch.linalg.vector_norm(v)))
-        if alphas[-1] == 0.0:
-            break
+        bidiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+        bidiagonal += torch.diag(torch.tensor(betas[1:], dtype=torch.float64), 1)
+        top = float(torch.linalg.matrix_norm(bidiagonal, ord=2))
+        if alphas[-1] == 0.0 or abs(top - last) <= 0.1 * tolerance * top:
+            return top
+        last = top
         v = v / alphas[-1]
         u = W @ v - alphas[-1] * basis[-1]
         seen = torch.stack(basis)
         u = u - (seen @ u) @ seen
         u = u - (seen @ u) @ seen
-        bidiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-        bidiagonal += torch.diag(torch.tensor(betas[1:], dtype=torch.float64), 1)
-        top = float(torch.linalg.matrix_norm(bidiagonal, ord=2))
         betas.append(float(torch.linalg.vector_norm(u)))
-        if abs(top - last) <= 0.1 * tolerance * top or betas[-1] <= 1e-12 * top:
+        if betas[-1] <= 1e-12 * top:
             return top
-        last = top
         basis.append(u / betas[-1])
     return last

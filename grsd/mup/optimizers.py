@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["SSO", "Combined", "Muon", "Shampoo", "assemble", "newton_schulz", "polar"]
+__all__ = ["SSO", "Combined", "Muon", "Shampoo", "assemble", "newton_schulz", "pieces", "polar"]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b, c of Jordan's iteration: singular values end between about 0.7 and 1.2."""
@@ -78,6 +78,19 @@ def _factor(shape: torch.Size, scaling: Scaling) -> float:
     return {"bare": 1.0, "keller": math.sqrt(max(1.0, out / into)), "kimi": 0.2 * math.sqrt(max(out, into))}[scaling]
 
 
+def pieces(p: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """Return views of a (fused) weight, each (..., n_out, n_in), leading axes to be joined with n_out."""
+    split, W = group.get("split", 1), p.mT if group.get("transposed") else p
+    heads, parts = split if isinstance(split, (tuple, list)) else (1, split)
+    if heads < 1 or parts < 1 or W.shape[0] % (heads * parts):
+        raise ValueError(
+            f"split = {split} does not divide the {W.shape[0]} outputs of a matrix of shape {tuple(p.shape)}"
+        )
+    if parts == 1:
+        return [W]
+    return list(W.view(heads, parts, -1, W.shape[1]).unbind(1))
+
+
 class _Matrix(torch.optim.Optimizer):
     """What the matrix optimizers share: checks, momentum, splitting of fused weights, decay, and work in batches of one shape."""
 
@@ -91,20 +104,7 @@ class _Matrix(torch.optim.Optimizer):
                     raise ValueError(
                         f"{type(self).__name__} takes matrices; a parameter has shape {tuple(p.shape)}. Give it to another optimizer"
                     )
-                self._pieces(p, group)
-
-    @staticmethod
-    def _pieces(p: Tensor, group: dict[str, Any]) -> list[Tensor]:
-        """Return views of a (fused) weight, each (..., n_out, n_in), leading axes to be joined with n_out."""
-        split, W = group.get("split", 1), p.mT if group.get("transposed") else p
-        heads, parts = split if isinstance(split, (tuple, list)) else (1, split)
-        if heads < 1 or parts < 1 or W.shape[0] % (heads * parts):
-            raise ValueError(
-                f"split = {split} does not divide the {W.shape[0]} outputs of a matrix of shape {tuple(p.shape)}"
-            )
-        if parts == 1:
-            return [W]
-        return list(W.view(heads, parts, -1, W.shape[1]).unbind(1))
+                pieces(p, group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -118,16 +118,16 @@ class _Matrix(torch.optim.Optimizer):
                 continue
             entering, home = [], []
             for p in used:
-                pieces = self._pieces(self._momentum(p, group), group)
-                entering += [piece.reshape(-1, piece.shape[-1]) for piece in pieces]
-                home += [(p, k) for k in range(len(pieces))]
+                parts = pieces(self._momentum(p, group), group)
+                entering += [part.reshape(-1, part.shape[-1]) for part in parts]
+                home += [(p, k) for k in range(len(parts))]
             fades = 1 - group["lr"] * group["weight_decay"]
             for chosen in _by_shape(entering):
                 stacked = torch.stack([entering[k] for k in chosen])
                 update = self._update(stacked, [home[k] for k in chosen], group)
                 for k, u in zip(chosen, update.unbind(0), strict=True):
                     p, part = home[k]
-                    piece = self._pieces(p, group)[part]
+                    piece = pieces(p, group)[part]
                     piece.mul_(fades).sub_(u.view(piece.shape), alpha=group["lr"])
             self._after(used, group)
         return loss
@@ -301,7 +301,7 @@ class SSO(_Matrix):
         super().__init__(params, defaults)
 
     def _update(self, G: Tensor, home: list[tuple[Tensor, int]], group: dict[str, Any]) -> Tensor:
-        weights = torch.stack([_flat(self._pieces(p, group)[part]) for p, part in home])
+        weights = torch.stack([_flat(pieces(p, group)[part]) for p, part in home])
         u, v = _leading(weights)
         theta = u[..., :, None] * v[..., None, :]
         G = G / torch.linalg.matrix_norm(G, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
@@ -330,7 +330,7 @@ class SSO(_Matrix):
                 self.retract(each["params"], each)
             return
         for p in used or ():
-            for piece in self._pieces(p, group):
+            for piece in pieces(p, group):
                 W = _flat(piece)
                 R = group["radius"] * math.sqrt(W.shape[0] / W.shape[1])
                 piece.mul_(R / torch.linalg.matrix_norm(W, ord=2))

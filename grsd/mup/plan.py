@@ -55,6 +55,7 @@ class Entry:
     transposed : bool, stored (n_in, n_out).
     std_base : float or None, standard deviation of the base model's values; None for a plan without a base model.
     mean_base : float, their mean (1 for a norm's gain).
+    block : the residual block that holds it; None outside the stack.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Entry:
     split: int | tuple[int, int] = 1
     transposed: bool = False
     clip: float | None = None
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -415,6 +417,7 @@ def plan(
                 split=split_of(name, model, FUSED if fused is None else fused) if role == "hidden" else 1,
                 transposed=p.ndim == 2 and type(layout.modules[name.rpartition(".")[0]]).__name__ == "Conv1D",
                 clip=None if found.clip is None else found.clip.at(r_n, r_L),
+                block=int(name.removeprefix(f"{stack}.").partition(".")[0]) if name.startswith(f"{stack}.") else None,
             )
         )
     multipliers = layout.multipliers(assigned, branch_ends, k, r_n, r_L)

@@ -258,7 +258,7 @@ def rule(optimizer: str, role: str, k: int = 2) -> Rule:
 
 # --- The same table again, from the condition ----------------------------------------------------------------------
 
-_SIZES: dict[Role, tuple[Scale, Scale]] = {  # (n_out, n_in); a bias is a vector of n_out
+_SIZES: dict[str, tuple[Scale, Scale]] = {  # (n_out, n_in); a bias is a vector of n_out
     "input": (scale(1), ONE),
     "hidden": (scale(1), scale(1)),
     "output": (ONE, scale(1)),
@@ -266,7 +266,12 @@ _SIZES: dict[Role, tuple[Scale, Scale]] = {  # (n_out, n_in); a bias is a vector
     "hidden_bias": (scale(1), ONE),
     "output_bias": (ONE, ONE),
 }
-_HALF = Fraction(1, 2)
+HALF = Fraction(1, 2)
+
+
+def sizes(role: str) -> tuple[Scale, Scale]:
+    """Return how (n_out, n_in) of a role grow; a bias is a vector of n_out."""
+    return _SIZES[role]
 
 
 def _largest(a: Scale, b: Scale) -> Scale:
@@ -274,21 +279,21 @@ def _largest(a: Scale, b: Scale) -> Scale:
     return a if a.n >= b.n else b
 
 
-def _rms(role: Role, spectral: Scale) -> Scale:
+def _rms(role: str, spectral: Scale) -> Scale:
     """Return ‖·‖_R from ‖·‖₂: times √(n_in/n_out) for a matrix, over √n_out for a vector."""
     out, into = _SIZES[role]
-    return spectral * (into / out) ** _HALF if role in MATRICES else spectral / out**_HALF
+    return spectral * (into / out) ** HALF if role in MATRICES else spectral / out**HALF
 
 
-def weight_norm(role: Role, variance: Scale) -> Scale:
+def weight_norm(role: str, variance: Scale) -> Scale:
     """Return how ‖W‖_R of independent entries scales: σ (√n_in + √n_out) √(n_in/n_out), and σ for a bias."""
     out, into = _SIZES[role]
     if role not in MATRICES:
-        return variance**_HALF
-    return _rms(role, variance**_HALF * _largest(out, into) ** _HALF)
+        return variance**HALF
+    return _rms(role, variance**HALF * _largest(out, into) ** HALF)
 
 
-def gradient_norm(role: Role, k: int) -> Scale:
+def gradient_norm(role: str, k: int) -> Scale:
     """Return how ‖∇W‖₂ (Frobenius and spectral norm alike: one sample, rank one) scales when ∂ℓ/∂f and features are Θ(1).
 
     h has norm √n; what comes back to the residual stream is α_out W_outᵀ ∂ℓ/∂f, of norm n^-1 · √n; a block adds its α.
@@ -305,21 +310,21 @@ def gradient_norm(role: Role, k: int) -> Scale:
     }[role]
 
 
-def update_norm(optimizer: str, role: Role, k: int = 2) -> Scale:
+def update_norm(optimizer: str, role: str, k: int = 2) -> Scale:
     """Return how ‖A‖_R of the first update ΔW = −η A scales, at η = 1. Source: 2603.00541, equations (11)–(14), (25), (31), (35)."""
     kind, factor = OPTIMIZERS[optimizer].kind, OPTIMIZERS[optimizer].factor
     out, into = _SIZES[role]
     if kind == "gradient":
         return _rms(role, gradient_norm(role, k))
     if kind == "sign":  # entries ±1: norm √(n_in n_out)
-        return _rms(role, (out * into) ** _HALF)
+        return _rms(role, (out * into) ** HALF)
     if role not in MATRICES:
         raise ValueError(f"{optimizer} takes matrices only, got the role {role!r}")
     scaling = {
         None: ONE,
-        "kimi": _largest(out, into) ** _HALF,
-        "keller": _largest(ONE, out / into) ** _HALF,
-        "radius": (out / into) ** _HALF,
+        "kimi": _largest(out, into) ** HALF,
+        "keller": _largest(ONE, out / into) ** HALF,
+        "radius": (out / into) ** HALF,
     }[factor]
     return _rms(role, scaling)
 
@@ -345,7 +350,7 @@ def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
         change = scale(0, -1) / multiplier if inside else ONE / multiplier  # what ‖ΔW‖_R must be
         size = update_norm(optimizer, role, k)
         entry = (
-            gradient_norm(role, k) / (_SIZES[role][0] * _SIZES[role][1]) ** _HALF
+            gradient_norm(role, k) / (_SIZES[role][0] * _SIZES[role][1]) ** HALF
         )  # of the gradient, root mean square
         eps = {None: None, "entry": entry, "square": gradient_norm(role, k) ** 2}[known.eps]
         clip = ONE / entry if known.clip else None  # m/(ρh) with h like m²

@@ -63,19 +63,19 @@ def test_a_diverged_run_is_data() -> None:
 
 
 def test_slopes_of_known_laws_are_recovered_with_their_intervals() -> None:
-    from grsd.mup.coordcheck import _fit
+    from grsd.mup.coordcheck import fit_slope
 
     noise = torch.randn(300, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     inside = 0
     for row in noise:
         points = [(2.0**k, 2.0 ** (0.7 * k + 0.1 * float(z))) for k, z in enumerate(row)]
-        fitted = _fit(points)
+        fitted = fit_slope(points)
         assert fitted is not None
         inside += fitted.low <= 0.7 <= fitted.high
     assert abs(inside / 300 - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 300)
-    exact = _fit([(2.0, 8.0), (4.0, 64.0), (8.0, math.nan)])
+    exact = fit_slope([(2.0, 8.0), (4.0, 64.0), (8.0, math.nan)])
     assert exact is not None and exact.value == pytest.approx(3.0) and exact.points == 2 and exact.high == math.inf
-    assert _fit([(2.0, 8.0), (2.0, 9.0)]) is None
+    assert fit_slope([(2.0, 8.0), (2.0, 9.0)]) is None
 
 
 def test_a_stock_transformer_is_checked() -> None:

@@ -46,6 +46,13 @@ def test_the_iteration_agrees_with_singular_values(shape: tuple[int, int], spect
         assert spectral_norm(W, dense=0, seed=seed) == pytest.approx(exact, rel=1e-4)
 
 
+def test_a_matrix_of_signs_of_rank_one_is_measured_exactly() -> None:
+    # in whole numbers the second residual is exactly zero, where the iteration must not return its first estimate
+    u, v = (matrix(size, 1, seed=size).sign() for size in (64, 96))
+    for seed in range(5):
+        assert spectral_norm(u @ v.T, dense=0, seed=seed) == pytest.approx(math.sqrt(64 * 96), rel=1e-12)
+
+
 def test_a_loose_iteration_is_seen_to_be_loose() -> None:
     W = matrix(300, 300)
     exact = float(torch.linalg.matrix_norm(W, ord=2))
