@@ -405,7 +405,7 @@ def binned(s: np.ndarray, weights: np.ndarray, width: float, *, least: int = 1) 
         )
     if not np.isfinite(w).all() or w.min() < 0:
         raise ValueError("weights must be finite and not negative: squares of couplings or their expectations")
-    cell = np.floor((place - place.min()) / width).astype(np.int64)
+    cell = np.floor((place - place.min()) / width + 1e-9).astype(np.int64)  # an edge belongs to the bin above it
     member = np.eye(int(cell.max()) + 1)[cell]  # (n, B)
     off = ~np.eye(len(place), dtype=bool)
     counts = np.rint(member.T @ off @ member).astype(np.int64)
