@@ -263,12 +263,13 @@ class Grams:
         """Return Σ A Aᵀ + biases · 1 1ᵀ, (n, n), or its blocks, (groups, n / groups, n / groups)."""
         key = (*sorted((a.data_ptr(), *a.shape, *a.stride()) for a in inputs), biases, dtype, groups)
         if key not in self.made:
-            total: Tensor | float = 0.0
+            total: Tensor | None = None
             for a in inputs:
                 rows = matrix(a).to(dtype)
                 blocks = rows.view(groups, -1, rows.shape[1])
-                total = total + (gram(rows) if groups == 1 else blocks @ blocks.mT)
-            assert isinstance(total, Tensor)
+                one = gram(rows) if groups == 1 else blocks @ blocks.mT
+                total = one if total is None else total.add_(one)
+            assert total is not None
             self.made[key] = total.add_(biases) if biases else total
         return self.made[key]
 

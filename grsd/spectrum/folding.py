@@ -249,32 +249,36 @@ def share(uses: Sequence[Use], delta: Tensor, rows: Rows, grams: Grams) -> Tenso
     if front is None or any(not foldable(use, rows, front) for use in uses):
         return None
     flat = rows.pick(delta)
-    total = flat.new_zeros(flat.shape[0], flat.shape[0])
     rest = tuple(delta.shape[front:])
     whole = [u for u in uses if u.rule in ("rows", "gather") or (u.rule == "shift" and u.spread == rest)]
+    parts: list[Tensor] = []
     if whole:
-        inputs = [u.data for u in whole if u.rule == "rows" and u.data is not None]
-        biases = sum(u.rule == "shift" for u in whole)
-        weight = total.clone()
-        if inputs:
-            kernel = grams.of(inputs, biases, delta.dtype)
-            at = rows.positions
-            weight += kernel if at is None else kernel[at][:, at]
-        else:
-            weight += biases
-        for u in whole:
-            if u.rule == "gather" and u.data is not None:
-                t = rows.pick(u.data)
-                weight += ((t == t.T) & (t != (-1 if u.options["padding"] is None else u.options["padding"]))).to(
-                    weight
-                )
-        total += weight.mul_(gram(flat))
+        weight = _meeting(whole, rows, delta.dtype, grams)
+        parts.append(gram(flat).mul_(weight))
     for u in uses:
         if u.rule == "scale" or (u.rule == "shift" and u.spread != rest):
             g = delta if u.data is None else u.data * delta
             g = g.sum_to_size(*g.shape[:front], *[1] * (g.ndim - front - len(u.spread)), *u.spread)
-            total += gram(rows.pick(g))
+            parts.append(gram(rows.pick(g)))
+    total, *others = parts
+    for other in others:
+        total += other
     return total
+
+
+def _meeting(uses: Sequence[Use], rows: Rows, dtype: torch.dtype, grams: Grams) -> Tensor | int:
+    """Return Σ A Aᵀ + b 1 1ᵀ + [t_i = t_j] of uses that see the whole of one δ: (T, T), or the number b alone."""
+    inputs = [u.data for u in uses if u.rule == "rows" and u.data is not None]
+    biases = sum(u.rule == "shift" for u in uses)
+    weight: Tensor | int = biases
+    if inputs:
+        kernel = grams.of(inputs, biases, dtype)
+        weight = kernel if rows.positions is None else kernel[rows.positions][:, rows.positions]
+    for u in uses:
+        if u.rule == "gather" and u.data is not None:
+            t, padding = rows.pick(u.data), u.options["padding"]
+            weight = weight + ((t == t.T) & (t != (-1 if padding is None else padding))).to(dtype)
+    return weight
 
 
 def foldable(use: Use, rows: Rows, front: int) -> bool:

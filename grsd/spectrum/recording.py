@@ -163,7 +163,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record row i of `rows`, (T, k), times g_i. `rows` now belongs to the tape."""
         slot, source = self._slots[id(g)], Slot(self._slots[id(g)])
         own = self._region.rows.get(slot) if self._region is not None else None
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             if own is not None and own.positions is None:  # g = u ⊙ g(1): the value at u = 1 is there without a copy
                 rows, source = rows.mul_(g[:, None]), Slot(0)
                 value = rows.view_as(rows)
@@ -224,7 +224,11 @@ def current() -> _Tape | None:
 
 
 def _broadcast(a: Any, b: Any) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(a.shape, getattr(b, "shape", ())))  # type: ignore[no-untyped-call]
+    """Return the shape of a ∘ b; torch's own function for it costs more than the operation."""
+    first, second = tuple(a.shape), tuple(getattr(b, "shape", ()))
+    short, long = sorted((first, second), key=len)
+    short = (1,) * (len(long) - len(short)) + short
+    return tuple(m if n == 1 else n for n, m in zip(short, long, strict=True))
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:

@@ -62,11 +62,10 @@ class Node:
 
     def sources(self) -> list[int]:
         """Return the slots that the node reads."""
-        return self._sources
-
-    @cached_property
-    def _sources(self) -> list[int]:
-        return [leaf.index for leaf in leaves_of(self.args, self.kwargs) if type(leaf) is Slot]
+        found: list[int] | None = self.__dict__.get("_sources")
+        if found is None:
+            found = self.__dict__["_sources"] = [x.index for x in leaves_of(self.args, self.kwargs) if type(x) is Slot]
+        return found
 
 
 @dataclass(frozen=True)

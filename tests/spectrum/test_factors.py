@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grsd.spectrum import NTK, ClassLogits, Outputs, TokenLogProb
+from grsd.spectrum import NTK, ClassLogits, Outputs, TokenLogProb, factored
 from grsd.spectrum.factors import Factor, accumulate
+from grsd.spectrum.losses import CrossEntropy
 from grsd.spectrum.observables import Observable, raw_output
 
 from .cases import CASES, Case, gpt2, gpt_neox
@@ -314,6 +316,67 @@ def test_random_decoders(heads: int, layers: int, tie: bool, parallel: bool, sha
     )
     tokens = torch.randint(0, V, (shape[0], shape[1] + 1))
     check(GPTNeoXForCausalLM(config).double().eval(), tokens[:, :-1], TokenLogProb(tokens[:, 1:]))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    stages=st.lists(
+        st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.booleans()), min_size=1, max_size=3
+    ),
+    norm=st.sampled_from([None, "group", "batch"]),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    training=st.booleans(),
+    batch=st.integers(2, 5),
+    frozen=st.integers(0, 7),
+)
+def test_random_convolutions(
+    stages: list[tuple[int, int, int, bool]],
+    norm: str | None,
+    activation: str,
+    training: bool,
+    batch: int,
+    frozen: int,
+) -> None:
+    """Kernel, channels, stride, groups, bias, norm, pooling; batch norm in training mode mixes the samples."""
+    torch.manual_seed(batch)
+    layers: list[nn.Module] = []
+    before = 2
+    for kernel, half, stride, grouped in stages:
+        width = 2 * half
+        groups = 2 if grouped else 1
+        layers.append(nn.Conv2d(before, width, kernel, stride, kernel // 2, groups=groups, bias=not grouped))
+        if norm is not None:
+            layers.append(nn.GroupNorm(2, width, eps=1e-2) if norm == "group" else nn.BatchNorm2d(width, eps=1e-2))
+        layers.append(ACTIVATIONS[activation]())
+        before = width
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * before, 2)).double()
+    list(model.parameters())[frozen % 3].requires_grad_(frozen > 3)
+    check(model.train(training), torch.randn(batch, 2, 6, 5, dtype=torch.float64), Outputs(), seed=2)
+
+
+def test_the_loss_of_every_token_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of size tokens × vocabulary is left when the head is folded, and the product is right when it is not."""
+    torch.manual_seed(9)
+    V = 97  # a size that nothing else has
+    model = nn.Sequential(nn.Embedding(V, 6), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, V)).double()
+    tokens = torch.randint(0, V, (2, 8))
+    observable = TokenLogProb(tokens[:, 1:])
+    applied: list[int] = []
+    apply = CrossEntropy.apply
+    monkeypatch.setattr(CrossEntropy, "apply", lambda *args: applied.append(1) or apply(*args))
+    M = check(model, tokens[:, :-1], observable)
+    assert applied and "folded into T × T" in rules(M)
+
+    def large() -> int:
+        gc.collect()
+        return sum(
+            type(x) is Tensor and x.ndim > 1 and x.shape[-1] == V and x.numel() == 14 * V for x in gc.get_objects()
+        )
+
+    assert large() == 0
+    monkeypatch.setattr(factored, "FOLD_LIMIT", 13)
+    M = check(model, tokens[:, :-1], observable)
+    assert "folded into T × T" not in rules(M) and large() > 0  # the control: without folding it must be kept
 
 
 def test_two_threads_on_one_model() -> None:
