@@ -27,6 +27,8 @@ __all__ = ["EXPERIMENT", "GPT", "SCHEMES", "Parameters", "Text", "losses", "text
 SCHEMES = ("sp", "mup", "k1")
 """Standard parametrization; μP for blocks of two or more layers; the rules for blocks of one, on the same net."""
 VOCABULARY = 128  # bytes of ASCII
+BLOCK = 2048
+TEST = 4096  # bytes of the held-out part that a run is scored on
 
 
 class _Block(nn.Module):
@@ -96,7 +98,7 @@ class GPT(nn.Module):
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes of a text, its last tenth held out.
+    """Bytes of a text; every tenth block of 2048 is held out, so that both parts hold the same mixture.
 
     Attributes
     ----------
@@ -128,8 +130,9 @@ def text() -> Text:
 
     raw = Path(str(pydoc_data.topics.__file__)).read_bytes()
     ids = torch.tensor([b for b in raw if b < VOCABULARY], dtype=torch.int64)
-    cut = len(ids) * 9 // 10
-    return Text(ids[:cut], ids[cut:], hashlib.sha256(raw).hexdigest())
+    blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
+    held = torch.arange(len(blocks)) % 10 == 9
+    return Text(blocks[~held].flatten(), blocks[held].flatten(), hashlib.sha256(raw).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def measure(piece: Piece) -> dict[str, Any]:
         shape = {"length": length, "head": piece["head"], "norm": piece["norm"] == "layer", "std": piece["std"]}
         return GPT(width, depth, **shape).to(device)
 
-    test = found.test(4 * batch, length)
+    test = found.test(TEST // length, length)
     scheme: str = piece["scheme"]
     result = sweep.sweep(
         factory,
