@@ -29,6 +29,7 @@ __all__ = ["MODULES", "Experiment", "Outcome", "find", "parameters", "run"]
 MODULES: dict[str, str] = {
     "drift": "grsd.lab.drift_series",
     "mup-norms": "grsd.lab.mup_norms",
+    "products": "grsd.lab.product_series",
     "shift": "grsd.lab.shift_series",
     "transfer": "grsd.lab.transfer_series",
 }

@@ -14,13 +14,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import integrate, optimize
+from scipy import optimize
 from scipy.linalg import lapack
 from torch import Tensor
 
 from grsd.renorm.increments import Ensemble, step
 
-__all__ = ["Bulk", "Training", "depth_kernel", "graded", "layers", "lyapunov", "lyapunov_exponents", "training_kernel"]
+__all__ = [
+    "Bulk",
+    "Graded",
+    "Training",
+    "depth_kernel",
+    "graded",
+    "layers",
+    "lyapunov",
+    "lyapunov_exponents",
+    "training_kernel",
+]
 
 
 def layers(ensemble: Ensemble, epsilon: float, count: int, generator: torch.Generator) -> Tensor:
@@ -30,68 +40,72 @@ def layers(ensemble: Ensemble, epsilon: float, count: int, generator: torch.Gene
     return eye + epsilon * ensemble.matrices(count, generator)
 
 
-class _Graded:
-    """P = Q D T with Q orthogonal, D diagonal and descending, T well conditioned: no singular value is lost beside a larger one."""
+class Graded:
+    """A growing product P = Q D T with Q orthogonal, D diagonal and descending, T well conditioned.
 
-    def __init__(self, like: Tensor) -> None:
-        n = like.shape[-1]
-        self.q = torch.eye(n, dtype=like.dtype, device=like.device)
-        self.logs = torch.zeros(n, dtype=like.dtype, device=like.device)
-        self.t = self.q.clone()
-        self.volumes = self.logs.clone()  # Σ log |R_kk| without pivoting would be the Lyapunov sums
-
-    def apply(self, matrix: Tensor) -> None:
-        top = self.logs.max()
-        scaled = (matrix @ self.q) * torch.exp(self.logs - top)
-        order = torch.argsort(scaled.norm(dim=0), descending=True)  # pivoting by column length, once per step
-        self.q, r = torch.linalg.qr(scaled[:, order])
-        size = r.diagonal().abs()
-        self.t = (r / size[:, None]) @ self.t[order]
-        self.logs = size.log() + top
-
-    def singular(self) -> np.ndarray:
-        """log σ, descending: one-sided Jacobi on D T, whose relative accuracy does not depend on the spread of D."""
-        logs, t = self.logs.cpu().numpy(), self.t.cpu().numpy()
-        top = float(logs.max())
-        found = lapack.dgejsv(np.asfortranarray(t.T * np.exp(logs - top)), joba=2, jobu=3, jobv=3)
-        sva, work, info = found[0], found[3], found[5]
-        if info != 0:
-            raise ArithmeticError(f"one-sided Jacobi ended with code {info}")
-        result: np.ndarray = np.log(sva * work[0] / work[1]) + top
-        return np.sort(result)[::-1]
-
-
-def graded(matrices: Iterable[Tensor], every: int = 8) -> np.ndarray:
-    """Return s_u = log λ_u = 2 log σ_u of the product of `matrices`, ascending, (n,), first factor rightmost.
+    No singular value is lost beside a larger one, where the SVD of P itself loses those below 1e−16 of the largest. Cost: a matrix product per
+    factor, a QR per `every` factors, one Jacobi SVD on the CPU per `spectrum`.
 
     Parameters
     ----------
-    matrices : iterable of Tensor (n, n) float64
-        J_1, J_2, …
     every : int
         Factors between two QR steps; their product must keep more than half of its digits.
-
-    Notes
-    -----
-    Every singular value is relatively accurate, where the SVD of the product itself loses those below 1e−16 of the largest. Cost: a
-    matrix product per factor, a QR per `every`, one Jacobi SVD.
     """
-    if every < 1:
-        raise ValueError(f"every is {every}; expected one factor or more between two QR steps")
-    state: _Graded | None = None
-    pending: Tensor | None = None
-    waiting = 0
+
+    def __init__(self, every: int = 8) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}; expected one factor or more between two QR steps")
+        self.every = every
+        self._pending: Tensor | None = None
+        self._waiting = 0
+        self._parts: tuple[Tensor, Tensor, Tensor] | None = None  # Q, log D, T
+
+    def apply(self, matrix: Tensor) -> None:
+        """Multiply from the left by the next factor, (n, n) float64."""
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.dtype != torch.float64:
+            raise ValueError(f"factor {tuple(matrix.shape)} {matrix.dtype}; expected (n, n) in float64")
+        self._pending = matrix if self._pending is None else matrix @ self._pending
+        self._waiting += 1
+        if self._waiting == self.every:
+            self._absorb()
+
+    def _absorb(self) -> None:
+        assert self._pending is not None
+        matrix = self._pending
+        if self._parts is None:
+            eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+            self._parts = (eye, torch.zeros_like(matrix[0]), eye)
+        q, logs, t = self._parts
+        top = logs.max()
+        scaled = (matrix @ q) * torch.exp(logs - top)
+        order = torch.argsort(scaled.norm(dim=0), descending=True)  # pivoting by length, once per step
+        q, r = torch.linalg.qr(scaled[:, order])
+        size = r.diagonal().abs()
+        self._parts = (q, size.log() + top, (r / size[:, None]) @ t[order])
+        self._pending, self._waiting = None, 0
+
+    def spectrum(self) -> np.ndarray:
+        """Return s = log λ = 2 log σ of the product so far, ascending, (n,)."""
+        if self._pending is not None:
+            self._absorb()
+        if self._parts is None:
+            raise ValueError("a product of no matrix has no singular values to report")
+        logs, t = self._parts[1].cpu().numpy(), self._parts[2].cpu().numpy()
+        top = float(logs.max())
+        # one-sided Jacobi on Tᵀ D: its relative accuracy does not depend on the spread of D
+        sva, _, _, work, _, info = lapack.dgejsv(np.asfortranarray(t.T * np.exp(logs - top)), joba=2, jobu=3, jobv=3)
+        if info != 0:
+            raise ArithmeticError(f"one-sided Jacobi ended with code {info}")
+        found: np.ndarray = np.sort(2 * (np.log(sva * work[0] / work[1]) + top))
+        return found
+
+
+def graded(matrices: Iterable[Tensor], every: int = 8) -> np.ndarray:
+    """Return s_u = log λ_u = 2 log σ_u of ⋯ J_2 J_1, ascending, (n,), for `matrices` J_1, J_2, …; see `Graded`."""
+    product = Graded(every)
     for matrix in matrices:
-        state = state or _Graded(matrix)
-        pending, waiting = (matrix if pending is None else matrix @ pending), waiting + 1
-        if waiting == every:
-            state.apply(pending)
-            pending, waiting = None, 0
-    if state is None:
-        raise ValueError("a product of no matrix has no singular values to report")
-    if pending is not None:
-        state.apply(pending)
-    return 2 * state.singular()[::-1]
+        product.apply(matrix)
+    return product.spectrum()
 
 
 def lyapunov(matrices: Iterable[Tensor], skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -157,33 +171,19 @@ class Bulk:
     def density(self, s: np.ndarray) -> np.ndarray:
         """Density of s, per nat, of unit mass; 0 outside the support.
 
-        Along the support ψ = −½ + x + iy; eliminating the angle leaves one equation for y at given x, and s follows from it.
+        With ψ = −½ + x + iy the argument of the equation gives x² = ¼ − y² + y/tan 2ty, its modulus s, for 0 < y ≤ π · `centre`.
         """
-        wanted = np.abs(np.atleast_1d(np.asarray(s, dtype=np.float64)))
-        x_edge = 0.5 * math.sqrt(1 + 2 / self.t)
-        x = x_edge * (1 - np.linspace(1, 0, 4000) ** 2)
-        y = np.array([self._height(one) for one in x])
+        v = np.linspace(0, 1, 4001)[:-1]
+        y = math.pi * self.centre * (1 - v**2)
+        x = np.sqrt(np.maximum(0.25 - y**2 + y / np.tan(2 * self.t * y), 0))
         place = 2 * self.t * x + 0.5 * np.log(((x + 0.5) ** 2 + y**2) / ((x - 0.5) ** 2 + y**2))
-        found: np.ndarray = np.interp(wanted, place, y / math.pi, right=0.0)
+        wanted = np.abs(np.asarray(s, dtype=np.float64))
+        found: np.ndarray = np.interp(wanted, np.append(place, self.edge), np.append(y, 0) / math.pi, right=0.0)
         return found
-
-    def _height(self, x: float) -> float:
-        """The y > 0 with arg ψ − arg(1 + ψ) = 2ty at ψ = −½ + x + iy, 0 at the edge."""
-
-        def gap(y: float) -> float:
-            return math.atan2(y, x - 0.5) - math.atan2(y, x + 0.5) - 2 * self.t * y
-
-        high = math.pi / (2 * self.t) + 1
-        low = 1e-12
-        return float(optimize.brentq(gap, low, high, xtol=1e-14)) if gap(low) > 0 else 0.0
 
     def flatness(self, window: float) -> float:
         """Largest relative change of the density over |s| ≤ window/2; about (window/t)²/2t at large t."""
-        return float(1 - self.density(np.array([window / 2]))[0] / self.centre)
-
-    def mass(self) -> float:
-        """∫ density, which is 1."""
-        return float(2 * integrate.quad(lambda s: float(self.density(np.array([s]))[0]), 0, self.edge, limit=50)[0])
+        return float(1 - self.density(np.array(window / 2)) / self.centre)
 
 
 def depth_kernel(distance: np.ndarray, ensemble: Ensemble, epsilon: float) -> np.ndarray:
