@@ -57,7 +57,15 @@ def _refused(result: Result) -> str:
 
 def test_every_command_has_help_with_json() -> None:
     assert "doctor" in _grsd("--help").stdout
-    for words in (["doctor"], ["suite"], ["shells"], ["claims"], ["results", "list"], ["results", "show"]):
+    for words in (
+        ["doctor"],
+        ["suite"],
+        ["shells"],
+        ["conditions"],
+        ["claims"],
+        ["results", "list"],
+        ["results", "show"],
+    ):
         shown = _grsd(*words, "--help")
         assert shown.exit_code == 0 and "--json" in shown.stdout
     assert "--json" in _grsd("results", "recompute", "--help").stdout
@@ -131,6 +139,34 @@ def test_output_can_be_recomputed(place: Path, tmp_path: Path, monkeypatch: pyte
     # the largest energy of the list moved by 0.1 of what it was, so by 0.1/1.1 of the larger of the two
     found = _json(_grsd("results", "recompute", "tiny-shells", "--json"))
     assert found["largest_relative_difference"] == pytest.approx(0.1 / 1.1)
+
+
+def _conditions(place: Path, *more: str) -> list[str]:
+    small = ["--batch-size", "2", "--length", "8", "--probes", "4", "--device", "cpu"]
+    return ["conditions", str(place / "model"), "--corpus", str(place / "*.txt"), *small, *more]
+
+
+def test_conditions_along_checkpoints(place: Path, tmp_path: Path) -> None:
+    png = tmp_path / "conditions.png"
+    shown = _grsd(*_conditions(place, "--revision", "all", "--rate", "0.5", "--png", str(png)))
+    assert shown.exit_code == 0, shown.stderr
+    for words in ("D1 tail B(0)", "D2 farthest pair", "D3 ‖J̇‖", "D5 collapse", "16 rows", "forward passes"):
+        assert words in shown.stdout
+    assert png.read_bytes().startswith(b"\x89PNG")
+    found = _json(_grsd(*_conditions(place, "--revision", "step2", "--revision", "step0", "--rate", "0.5", "--json")))
+    assert [instant["time"] for instant in found["instants"]] == [0.0, 1.0]  # ascending, step · rate
+    assert found["instants"][0]["shift"] is None and any("D4" in note for note in found["notes"])  # 16 rows are too few
+    assert found["instants"][0]["size"]["rate"] > 0 and len(found["blocks"]) == TINY.layers + 2
+
+
+def test_conditions_refuses_in_one_sentence(place: Path) -> None:
+    assert "the time of one step must be positive" in _refused(_grsd(*_conditions(place, "--rate", "0")))
+    assert "probes is 1" in _refused(_grsd(*_conditions(place, "--probes", "1")))
+    assert "no revision 'step7'" in _refused(_grsd(*_conditions(place, "--revision", "step7")))
+    assert 'along="path" needs two snapshots' in _refused(_grsd(*_conditions(place, "--along", "path")))
+    assert "the folder of no/such/a.png does not exist" in _refused(
+        _grsd(*_conditions(place, "--png", "no/such/a.png"))
+    )
 
 
 def test_suite_trains_and_finds(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,10 @@ def report(
     -----
     Cost with T rows, L blocks, K instants and q probes: K (5 + 10 T) + 2 q (4 + 6 L) forward passes when T × T matrices are formed.
     """
+    if probes is not None and probes < 2:
+        raise ValueError(
+            f"probes is {probes}: two or more are needed for a standard error, or None for the exact value"
+        )
     base, states = _start(model, data, path, split)
     if along not in ("flow", "path"):
         raise ValueError(f'along is {along!r}; expected "flow" or "path"')

@@ -90,7 +90,8 @@ def _even(instant: Instant, band: int) -> str:
 
 
 def _scalar(instant: Instant) -> str:
-    assert instant.bandedness is not None
+    if instant.bandedness is None:
+        return "–"
     values = instant.bandedness.scalar[:, -1]
     return f"{_number(float(np.nanmin(values)))} to {_number(float(np.nanmax(values)))}"
 
