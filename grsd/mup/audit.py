@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from grsd.mup.coordcheck import Factory, Loss, Slope, fit_slope
@@ -217,10 +218,11 @@ def measure_sizes(
     updates = {}
     for name in optimizers:
         takes = MATRICES if OPTIMIZERS[name].matrices_only else ROLES
-        of = [(e, W, G) for e, W, G in held if e.role in takes and G is not None]
-        updates[name] = _means(
-            [(e.role, n) for (e, *_), A in zip(of, _step(name, of), strict=True) for n in _norms(A, e)]
-        )
+        asked = [(e, W, G) for e, W, G in held if e.role in takes and G is not None]
+        of = [(e, W, G) for e, W, G in asked if bool(torch.isfinite(G).all())]
+        lost = [(e.role, math.nan) for e, _, G in asked if not bool(torch.isfinite(G).all())]
+        steps = zip(of, _step(name, of), strict=True)
+        updates[name] = _means([*((e.role, n) for (e, *_), A in steps for n in _norms(A, e)), *lost])
     weights = _means([(e.role, n) for e, W, _ in held for n in _norms(W, e)])
     return Sizes(width, depth, seed, weights, gradients, updates)
 
@@ -283,6 +285,8 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
     """
     lr = 1e-3 if name == "sso" else 1.0
     copies, groups = [], []
+    if not held:
+        return []
     for entry, W, G in held:
         q = nn.Parameter(W.clone())
         q.grad = G.clone()
@@ -305,7 +309,9 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
 
 
 def _norms(x: Tensor, entry: Entry) -> list[float]:
-    """Return ‖·‖_R of a matrix, of each of its parts when several are fused, or of a vector."""
+    """Return ‖·‖_R of a matrix, of each of its parts when several are fused, or of a vector; NaN of what is not finite."""
+    if not bool(torch.isfinite(x).all()):
+        return [math.nan]
     if entry.role not in MATRICES:
         return [float(rms_norm(x.reshape(-1)))]
     group = {"split": entry.split, "transposed": entry.transposed}

@@ -249,7 +249,8 @@ def _run(
     handle = last.register_forward_hook(watch)
     parameters = {plain(name): p for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    weights = _by_role(made, before)
+    tables = {f"{plain(name)}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    weights = _by_role(made, before, tables)
     updates: dict[str, float] = {}
     features, values, losses = [], [], []
     first_h = first_f = None
@@ -270,7 +271,7 @@ def _run(
             now.backward()  # type: ignore[no-untyped-call]
             opt.step()
             if step == 0:
-                updates = _by_role(made, {name: p.detach() - before[name] for name, p in parameters.items()})
+                updates = _by_role(made, {name: p.detach() - before[name] for name, p in parameters.items()}, tables)
     finally:
         handle.remove()
     return Run(*label, tuple(features), tuple(values), tuple(losses), weights, updates)
@@ -280,7 +281,8 @@ def _typical(x: Tensor) -> float:
     return float(rms_norm(x).square().mean().sqrt())
 
 
-def _by_role(made: Plan, tensors: dict[str, Tensor]) -> dict[str, float]:
+def _by_role(made: Plan, tensors: dict[str, Tensor], tables: set[str]) -> dict[str, float]:
+    """Return α times the typical norm of every role; a table's (an embedding's) is that of its largest row, what a token can meet."""
     logs: dict[str, list[float]] = {}
     for e in made.entries:
         x = tensors[e.name]
@@ -288,7 +290,10 @@ def _by_role(made: Plan, tensors: dict[str, Tensor]) -> dict[str, float]:
             logs.setdefault(e.role, []).append(math.nan)
             continue
         W = x.mT if e.transposed else x
-        size = float(rms_norm(W.reshape(-1))) if W.ndim < 2 else rms_operator_norm(W.flatten(1))
+        if e.name in tables:
+            size = float(rms_norm(W).max())
+        else:
+            size = float(rms_norm(W.reshape(-1))) if W.ndim < 2 else rms_operator_norm(W.flatten(1))
         if size > 0:
             logs.setdefault(e.role, []).append(math.log(size * e.multiplier))
     return {role: math.exp(float(np.mean(found))) for role, found in logs.items()}

@@ -131,7 +131,10 @@ class Layout:
                 "e.g. branch_ends=['*.mlp.down_proj']"
             )
         if not any(m.side == "input" for m in found):
-            raise ValueError("no output layer found: name its weight, e.g. roles={'head.weight': 'output'}")
+            raise ValueError(
+                "no output layer found: name its weight, e.g. roles={'head.weight': 'output'} (at equal widths, and without a base "
+                "model, what is registered before the stack counts as input and what comes after as output)"
+            )
         return tuple(found)
 
 
