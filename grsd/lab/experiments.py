@@ -31,6 +31,7 @@ MODULES: dict[str, str] = {
     "mup-norms": "grsd.lab.mup_norms",
     "products": "grsd.lab.product_series",
     "shift": "grsd.lab.shift_series",
+    "tour": "grsd.lab.tour",
     "transfer": "grsd.lab.transfer_series",
 }
 
