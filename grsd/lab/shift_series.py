@@ -28,6 +28,7 @@ __all__ = ["EXPERIMENT", "Parameters", "crossing", "network", "step_size"]
 
 VELOCITIES = ("flow", "random")
 CONTROLS: dict[str, dict[str, float]] = {"null": {}, "tilted": {"slope": 0.3}, "bump": {"bump": 3.0}}
+PARTS: dict[str, float | None] = {"all": None, "first": 0.0, "middle": 0.5, "last": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "log": {},
     "square": {"statistic": "square"},
@@ -50,6 +51,7 @@ class Parameters:
     layers: int = 1  # matrices in a residual branch
     target: str = "wave"  # a key of drift_series.TARGETS
     remaining: float = 1.0  # measure where the loss has this share of its first value
+    part: str = "all"  # of M: "all", or M^(ℓ) of the "first", "middle" or "last" block
     seeds: int = 48  # seeds 0, 1, …; each draws its own network and its own data
     device: str = "cpu"
 
@@ -59,12 +61,14 @@ class Parameters:
         step_size(self.epsilon, self.scaling, 1)
         if not self.depths or min(self.depths) < 1 or list(self.depths) != sorted(set(self.depths)):
             raise ValueError(f"depths are {self.depths}; expected ascending numbers of at least 1")
-        if self.samples < 24 or self.width < 1 or self.inputs < 2:
+        if self.samples < 32 or self.width < 1 or self.inputs < 2:
             raise ValueError(
-                f"samples {self.samples}, width {self.width}, inputs {self.inputs}: too small; the window needs 24 samples or more"
+                f"samples {self.samples}, width {self.width}, inputs {self.inputs}: too small; the windows need 32 samples or more"
             )
         if self.seeds < 2:
             raise ValueError(f"seeds is {self.seeds}; a standard error needs two or more")
+        if self.part not in PARTS or (self.part != "all" and self.family == "plain"):
+            raise ValueError(f"part is {self.part!r}; expected one of {', '.join(PARTS)}, and all for plain networks")
         if not 0 < self.remaining <= 1:
             raise ValueError(f"remaining is {self.remaining}; expected a share of the first loss, 0 < remaining ≤ 1")
 
@@ -117,9 +121,11 @@ def measure(piece: Piece) -> dict[str, Any]:
     at = net.start if piece["remaining"] == 1 else net.descended(piece["remaining"])
     generator, error = torch.Generator().manual_seed(10_000 + piece["seed"]), net.error(at)
     noise = tuple(torch.randn(w.shape, generator=generator, dtype=torch.float64).to(w.device) for w in at)
+    share = PARTS[piece["part"]]
+    block = None if share is None else int(share * (piece["depth"] - 1))
     found: dict[str, Any] = {}
     for name, along in (("flow", None), ("random", noise)):
-        instant = modes.modes(*net.kernel_rate(at, along), error)
+        instant = modes.modes(*net.kernel_rate(at, along, block=block), error)
         found[name] = _read(instant.eigenvalues, instant.matrix)
     lam = instant.eigenvalues
     for index, (name, violation) in enumerate(CONTROLS.items()):

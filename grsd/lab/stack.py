@@ -132,11 +132,22 @@ class Stack:
         """Return M = JJᵀ/n, (n, n). Cost: two Gram matrices per weight matrix."""
         return _gram(self._signals(at)) / len(self.inputs)
 
-    def kernel_rate(self, at: Parameters, direction: Parameters | None = None) -> tuple[Tensor, Tensor]:
-        """Return M and Ṁ along θ̇, or `direction`, each (n, n). Cost: three times that of `kernel`."""
+    def kernel_rate(
+        self, at: Parameters, direction: Parameters | None = None, *, block: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return M and Ṁ along θ̇, or `direction`, each (n, n). Cost: three times that of `kernel`.
+
+        With `block` = 0, 1, …, counted from the input, the part M^(ℓ) = J^(ℓ)J^(ℓ)ᵀ/n of that residual block and its derivative.
+        """
         along = self.velocity(at) if direction is None else direction
         found = jvp(lambda *theta: tuple(self._signals(theta)), at, along)
         signals, moved, n = found[0], found[1], len(self.inputs)
+        if block is not None:
+            depth, matrices = len(at[1]), len(at) - 2
+            if not 0 <= block < depth:
+                raise ValueError(f"block is {block}; this network has blocks 0 to {depth - 1}")
+            here = slice((depth - 1 - block) * matrices, (depth - block) * matrices)
+            signals, moved = ([part[here] for part in parts[-2:]] for parts in (signals, moved))
         return _gram(signals) / n, _gram(signals, moved) / n
 
     def descended(self, remaining: float, limit: int = 50_000) -> Parameters:
