@@ -35,13 +35,13 @@ class Parameters:
     depths: tuple[int, ...] = (4, 8, 16, 32, 64)  # at width `base_width`
     base_width: int = 64
     base_depth: int = 4
-    seeds: int = 5
+    seeds: int = 3
     blocks: int = 2  # looked at
     layers: tuple[int, ...] = (2, 1)  # k, of a residual branch
     activation: str = "relu"
     optimizers: tuple[str, ...] = ALL
-    slow_width: int = 512  # up to which SSO and SOAP are run: they need many decompositions
-    slow_seeds: int = 3  # of widths above slow_width
+    slow_width: int = 256  # up to which SSO and SOAP are run: they need many decompositions
+    slow_seeds: int = 2  # of widths above slow_width
 
     def __post_init__(self) -> None:
         if min((*self.widths, *self.depths, self.base_width, self.base_depth, self.seeds, self.blocks), default=0) < 1:
