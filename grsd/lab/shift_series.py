@@ -28,7 +28,7 @@ __all__ = ["EXPERIMENT", "Parameters", "crossing", "network", "step_size"]
 
 VELOCITIES = ("flow", "random")
 CONTROLS: dict[str, dict[str, float]] = {"null": {}, "tilted": {"slope": 0.3}, "bump": {"bump": 3.0}}
-PARTS: dict[str, float | None] = {"all": None, "first": 0.0, "middle": 0.5, "last": 1.0}
+PARTS: dict[str, float | None] = {"all": None, "first": 0.0, "middle": 0.5, "late": 0.75}  # the last has rank ≤ width
 VARIANTS: dict[str, dict[str, Any]] = {
     "log": {},
     "square": {"statistic": "square"},
@@ -51,7 +51,7 @@ class Parameters:
     layers: int = 1  # matrices in a residual branch
     target: str = "wave"  # a key of drift_series.TARGETS
     remaining: float = 1.0  # measure where the loss has this share of its first value
-    part: str = "all"  # of M: "all", or M^(ℓ) of the "first", "middle" or "last" block
+    part: str = "all"  # of M: "all", or M^(ℓ) of the "first" block, or at 1/2 ("middle") or 3/4 ("late") of the depth
     seeds: int = 48  # seeds 0, 1, …; each draws its own network and its own data
     device: str = "cpu"
 

@@ -143,7 +143,7 @@ def test_the_rules_of_epsilon() -> None:
         ({"seeds": 1}, "seeds is 1"),
         ({"remaining": 0.0}, "remaining is 0.0"),
         ({"part": "third"}, "part is 'third'"),
-        ({"part": "last", "family": "plain"}, "all for plain"),
+        ({"part": "late", "family": "plain"}, "all for plain"),
     ],
 )
 def test_parameters_are_checked(change: dict[str, Any], words: str) -> None:
@@ -167,7 +167,7 @@ def test_the_experiment_resumes_and_its_groups_are_those_of_its_pieces(tmp_path:
     assert len(rows) == 2 and all(len(row) == len(columns) for row in rows)
 
 
-@pytest.mark.parametrize("options", [{"family": "plain", "epsilon": 1.0}, {"part": "last"}, {"remaining": 0.5}])
+@pytest.mark.parametrize("options", [{"family": "plain", "epsilon": 1.0}, {"part": "late"}, {"remaining": 0.5}])
 def test_every_kind_of_piece_gives_finite_numbers(options: dict[str, Any]) -> None:
     asked = Parameters(**{**SMALL, "seeds": 2, **options})
     data = [EXPERIMENT.measure(piece) for piece in EXPERIMENT.pieces(asked)]
