@@ -103,37 +103,47 @@ def gain_network(singular: ArrayLike, y1: float, q0: float) -> Problem:
     return Problem(_Gain(math.sqrt(q0), weights), math.sqrt(n) * torch.diag(torch.tensor(s)), goal)
 
 
-class _Spiral(nn.Module):
-    """Two outputs: F = r(θ₁) ê(ψ(θ₁)) + θ₂ √β ê⊥(ψ), r = r₀ − pθ₁, ψ = (q/p) log(r/r₀)."""
+class _Spirals(nn.Module):
+    """K planes, two parameters each: F_k = r(θ₁) ê(ψ(θ₁)) + θ₂ √β ê⊥(ψ), r = r₀ − pθ₁, ψ = (q/p) log(r/r₀)."""
 
-    def __init__(self, inward: float, across: float, normal: float, radius: float) -> None:
+    shape: Tensor
+
+    def __init__(self, shape: Tensor) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-        self.inward, self.across, self.normal, self.radius = inward, across, normal, radius
+        self.theta = nn.Parameter(torch.zeros(2, shape.shape[1], dtype=torch.float64))
+        self.register_buffer("shape", shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        r = self.radius - self.inward * self.theta[0]
-        angle = self.across / self.inward * torch.log(r / self.radius)
-        along = torch.stack([torch.cos(angle), torch.sin(angle)])
-        normal = torch.stack([-torch.sin(angle), torch.cos(angle)])
-        found: Tensor = x @ (r * along + self.theta[1] * math.sqrt(self.normal) * normal)
+        inward, across, normal, radius = self.shape
+        r = radius - inward * self.theta[0]
+        angle = across / inward * torch.log(r / radius)
+        push = self.theta[1] * torch.sqrt(normal)
+        first = r * torch.cos(angle) - push * torch.sin(angle)
+        second = r * torch.sin(angle) + push * torch.cos(angle)
+        found: Tensor = x @ torch.stack([first, second], dim=1).reshape(-1)
         return found
 
 
-def spiral(inward: float = 1.0, across: float = 1.0, normal: float = 1.0, radius: float = 1.0) -> Problem:
+def spiral(
+    inward: ArrayLike = 1.0, across: ArrayLike = 1.0, normal: ArrayLike = 1.0, radius: ArrayLike = 1.0
+) -> Problem:
     """Return a network of two parameters and two samples, target 0, whose M(t) turns at a constant rate and keeps its eigenvalues.
 
     Its outputs run along a logarithmic spiral into the target, |e| = r₀ e^{−p²t}, with p = `inward`, q = `across`, β = `normal`. In the frame
-    (ê, ê⊥) of the error M = [[p², pq], [pq, q² + β]] for ever, and the frame turns at the rate −pq.
+    (ê, ê⊥) of the error M = [[p², pq], [pq, q² + β]] for ever, and the frame turns at the rate −pq. Arrays (K,), which broadcast, give K such
+    planes side by side, with 2K samples and parameters; `ensembles.Spirals` is a family of them.
 
     Notes
     -----
-    ∂F/∂θ₁ = −pê − qê⊥ and ∂F/∂θ₂ = √β ê⊥ on θ₂ = 0, where gradient flow from (0, 0) stays because ⟨e, ê⊥⟩ = 0. Rotation without drift: the
+    ∂F/∂θ₁ = −pê − qê⊥ and ∂F/∂θ₂ = √β ê⊥ on θ₂ = 0, where gradient flow from 0 stays because ⟨e, ê⊥⟩ = 0. Rotation without drift: the
     flux of energy is not zero, λ̇ is.
     """
-    if not (inward > 0 and normal > 0 and radius > 0):
-        raise ValueError(f"inward = {inward}, normal = {normal}, radius = {radius}: all must be positive")
-    return _on_identity(_Spiral(inward, across, normal, radius), np.zeros(2))
+    shape = np.stack(
+        np.broadcast_arrays(*(np.atleast_1d(np.asarray(x, float)) for x in (inward, across, normal, radius)))
+    )
+    if shape.ndim != 2 or not (shape[[0, 2, 3]] > 0).all():
+        raise ValueError(f"inward = {inward!r}, normal = {normal!r}, radius = {radius!r}: all must be positive")
+    return _on_identity(_Spirals(torch.tensor(shape)), np.zeros(2 * shape.shape[1]))
 
 
 def _on_identity(model: nn.Module, targets: np.ndarray) -> Problem:

@@ -20,6 +20,7 @@ __all__ = [
     "Ensemble",
     "Gain",
     "Shells",
+    "Spirals",
     "balanced_eigenvalue",
     "balanced_field",
     "balanced_velocity",
@@ -234,6 +235,60 @@ class Gain:
         """Return λ̇/λ of every mode but the first, 2 s₁(y₁ − s₁q(t))."""
         found: Array = 2 * self.s1 * (self.y1 - self.s1 * self.gain(t))
         return found
+
+
+@dataclass(frozen=True)
+class Spirals:
+    """Pairs of modes (ρ, rρ) that turn at one rate ω while every eigenvalue stands still: all flux is rotation.
+
+    Ω = ω for every pair, and the normalised coupling X/√(λ_uλ_v) = ω(r − 1)/√r: neither knows where in log λ the pair lies.
+    The error of a pair decays as one, |e|² = e^{−2xt}, with x the lower root of x² − (1 + r)ρx + rρ² + ω² = 0. Its lower mode would lose
+    energy at 2ρ; it loses it at 2x, so 2(x − ρ)E₁ passes to the upper one.
+
+    Attributes
+    ----------
+    scales : (K,), ρ_k > 0, the lower eigenvalues.
+    ratio : float, r > 1.
+    rate : float, ω, 0 < ω < (r − 1)ρ/2.
+    """
+
+    scales: Array
+    ratio: float
+    rate: float
+
+    def __post_init__(self) -> None:
+        if not (self.ratio > 1 and 0 < self.rate < 0.5 * (self.ratio - 1) * float(np.min(self.scales))):
+            raise ValueError(
+                f"ratio = {self.ratio} and rate = {self.rate}: expected ratio > 1 and 0 < rate < (ratio − 1)/2 times the least scale, "
+                f"{np.min(self.scales)}"
+            )
+
+    @property
+    def decay(self) -> Array:
+        """x, (K,)."""
+        r, rho = self.ratio, self.scales
+        found: Array = 0.5 * ((1 + r) * rho - np.sqrt(((r - 1) * rho) ** 2 - 4 * self.rate**2))
+        return found
+
+    @property
+    def shape(self) -> tuple[Array, Array, Array]:
+        """(p, q, β), (K,) each, of the planes that realise them: p² = x, pq = ω, β = rρ²/x; for `counterexamples.spiral`."""
+        p = np.sqrt(self.decay)
+        return p, self.rate / p, self.ratio * self.scales**2 / p**2
+
+    def energies(self, t: float) -> tuple[Array, Array]:
+        """Return ½g² of the lower and the upper modes at t, (K,) each; every pair starts with ½."""
+        whole = 0.5 * np.exp(-2 * self.decay * t)
+        low = whole / (1 + ((self.decay - self.scales) / self.rate) ** 2)
+        return low, whole - low
+
+    def log_velocity(self, step: Callable[[Array], Array], slope: Callable[[Array], Array], t: float) -> float:
+        """Return J/ε in nats per time at a smooth edge χ: Σ 2(x − ρ)E₁[χ(rρ) − χ(ρ)] over Σ Eλχ'(λ)."""
+        low, high = self.energies(t)
+        upper = self.ratio * self.scales
+        passed = float(np.sum(2 * (self.decay - self.scales) * low * (step(upper) - step(self.scales))))
+        density = float(np.sum(low * self.scales * slope(self.scales) + high * upper * slope(upper)))
+        return passed / density
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from grsd.renorm.ensembles import (
     Ensemble,
     Gain,
     Shells,
+    Spirals,
     balanced_eigenvalue,
     balanced_field,
     balanced_velocity,
@@ -296,6 +297,31 @@ def test_the_spiral_turns_and_does_not_drift_and_parallel_modes_drift_and_do_not
     assert still.rotation == pytest.approx(0, abs=1e-15) and still.drift > 0.01
     with pytest.raises(ValueError, match="inward = 0"):
         spiral(0.0)
+
+
+def test_spirals_side_by_side_pass_energy_by_rotation_alone() -> None:
+    family = Spirals(np.geomspace(0.5, 5, 8), ratio=2.0, rate=0.1)
+    problem = spiral(*family.shape)
+    path = integrate(problem, [0.0, 0.05, 0.4], rtol=1e-11, atol=1e-14, estimate=False)
+    for t, theta in zip(path.times, path.thetas, strict=True):
+        found = look(problem, theta)
+        expected = np.sort(np.concatenate([family.scales, 2 * family.scales]))
+        np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-10)
+        assert np.abs(found.rates).max() < 1e-12
+        turning = np.abs(found.coupling)[np.abs(found.coupling) > 1e-12]
+        np.testing.assert_allclose(
+            turning, np.full(16, 0.1), rtol=1e-9
+        )  # the same for every pair, and nothing else turns
+        np.testing.assert_allclose(
+            np.sort(0.5 * found.coefficients**2), np.sort(np.concatenate(family.energies(t))), rtol=1e-6, atol=1e-12
+        )
+        for a in (0.8, 2.0, 5.0):
+            flux = edge_flux(found, [a], 8)
+            step = lambda x, a=a: x**8 / (x**8 + a**8)  # noqa: E731
+            slope = lambda x, a=a: 8 * x**7 * a**8 / (x**8 + a**8) ** 2  # noqa: E731
+            assert flux.kato[0] / flux.energy[0] == pytest.approx(family.log_velocity(step, slope, t), rel=1e-7)
+    with pytest.raises(ValueError, match="0 < rate"):
+        Spirals(np.array([0.1, 1.0]), ratio=2.0, rate=0.06)
 
 
 # --- the chain of shells ------------------------------------------------------------------------------
