@@ -85,7 +85,8 @@ class Size:
 
 def _root(matrix: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(matrix)
-    found: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    least = len(values) * np.finfo(float).eps * max(float(values[-1]), 0.0)  # rounding, whose root would be 1e-8
+    found: np.ndarray = (vectors * np.sqrt(np.where(values > least, values, 0.0))) @ vectors.T
     return found
 
 

@@ -241,6 +241,11 @@ def _start(
         target = Outputs(observable) if isinstance(observable, Tensor) else observable
         base = Blocks(model, inputs, target, split=split)
         own = {name: p.detach() for name, p in model.named_parameters()}
+    u = torch.randn(base.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if not any(bool(part.any()) for part in base.vjp(u.to(base.device, base.dtype))):
+        raise ValueError(
+            "J = 0: the outputs do not change with the parameters (constant outputs), so there is nothing to measure"
+        )
     if path is None:
         return base, [(0.0, own)]
     if isinstance(path, Path):
