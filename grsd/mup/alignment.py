@@ -1,0 +1,226 @@
+"""Are the bounds behind the spectral condition tight? Norm ratios of weights, updates and features at every layer.
+
+The condition is derived from ‖A + B‖ ≤ ‖A‖ + ‖B‖ and ‖W h‖ ≤ ‖W‖ ‖h‖, and each derivation says that the bound has the right order. Whether
+it has is a matter of alignment: a ratio of the two sides that stays away from zero as width, depth or batch grows. `observe` reads what
+is needed from one backward pass; the ratios are properties of what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from grsd.mup.norms import rms_norm, rms_operator_norm
+
+__all__ = ["Observed", "Step", "contributions", "observe", "stable_activation", "step", "submultiplicative"]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One linear layer s = W a on a batch: what the loss of every sample asks of its weights.
+
+    Attributes
+    ----------
+    weight : (n_out, n_in)
+    inputs : (B, n_in), a_i
+    deltas : (B, n_out), ∂ℓ_i/∂s_i of the samples' own losses, of which the loss is the mean
+
+    Notes
+    -----
+    Sample i alone asks for the update −η δ_i a_iᵀ, of rank one; the batch asks for the mean of these.
+    """
+
+    weight: Tensor
+    inputs: Tensor
+    deltas: Tensor
+
+    @property
+    def samples(self) -> int:
+        return len(self.inputs)
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the mean loss, (n_out, n_in)."""
+        return self.deltas.T @ self.inputs / self.samples
+
+    def one(self, i: int) -> Tensor:
+        """Return the gradient of the loss of sample i."""
+        return torch.outer(self.deltas[i], self.inputs[i])
+
+    def alignment(self) -> float:
+        """Return the mean over samples of ‖G a_i‖_R / (‖G‖_R ‖a_i‖_R), G the batch gradient: 1 for a batch of one (claim E.2)."""
+        G = self.gradient()
+        return float((rms_norm(self.inputs @ G.T) / rms_norm(self.inputs)).mean()) / rms_operator_norm(G)
+
+    def batch_norm_ratio(self) -> float:
+        """Return ‖mean of G_i‖_R over the mean of ‖G_i‖_R, in [0, 1]: 1 when all samples ask for the same (assumption F.3)."""
+        n_out, n_in = self.weight.shape
+        singles = torch.linalg.vector_norm(self.deltas, dim=1) * torch.linalg.vector_norm(self.inputs, dim=1)
+        return rms_operator_norm(self.gradient()) / float(singles.mean() * (n_in / n_out) ** 0.5)
+
+    def own_share(self) -> float:
+        """Return the median over samples of ‖G a_i‖ / ‖(1/B) G_i a_i‖: what the batch does to a sample, in units of its own share."""
+        own = self.deltas * (self.inputs.square().sum(1, keepdim=True) / self.samples)
+        both = self.inputs @ self.gradient().T
+        norms = torch.linalg.vector_norm(own, dim=1)
+        seen = norms > 0
+        if not bool(seen.any()):
+            raise ValueError("no sample has a gradient at this layer: all inputs or all δ are zero")
+        return float((torch.linalg.vector_norm(both[seen], dim=1) / norms[seen]).median())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A weight (or feature) before and after: ‖W + ΔW‖ against ‖W‖ + ‖ΔW‖ (assumption F.1).
+
+    Attributes
+    ----------
+    ratio : float, ‖W + ΔW‖_R / (‖W‖_R + ‖ΔW‖_R)
+    size : float, ‖ΔW‖_R / ‖W‖_R
+    floor : float, the least that `ratio` can be at this size, |1 − size| / (1 + size)
+    cosine : float, ⟨W, ΔW⟩ / (‖W‖_F ‖ΔW‖_F)
+
+    Notes
+    -----
+    For a small step the ratio says nothing: it is at least its floor, which tends to 1 with the size. What could fail is only
+    seen when `floor` is well below 1.
+    """
+
+    ratio: float
+    size: float
+    floor: float
+    cosine: float
+
+
+def observe(model: nn.Module, losses: Callable[[nn.Module], Tensor], layers: Iterable[str]) -> dict[str, Observed]:
+    """Run one forward and one backward pass, and return inputs and δ of some linear layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+    losses : model → (B,), one loss a sample, in the order of the batch
+    layers : names of `nn.Linear` modules, each called once a pass on (B, n_in)
+
+    Raises
+    ------
+    ValueError
+        A name that is no linear layer, a layer called never or more than once, or inputs that are not one row a sample.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    modules = dict(model.named_modules())
+    handles = []
+    for name, calls in found.items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{name!r} is no nn.Linear of this model; it has {', '.join(_linear(modules))}")
+
+        def keep(
+            _: nn.Module, args: tuple[Tensor, ...], out: Tensor, calls: list[tuple[Tensor, Tensor]] = calls
+        ) -> None:
+            out.retain_grad()
+            calls.append((args[0].detach(), out))
+
+        # before other hooks, which may scale the output: δ is that of s = W a itself
+        handles.append(layer.register_forward_hook(keep, prepend=True))
+    try:
+        each = losses(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if each.ndim != 1:
+        raise ValueError(f"losses must give one number a sample, shape (B,); it gave {tuple(each.shape)}")
+    for name, calls in found.items():
+        if len(calls) != 1 or calls[0][0].shape[:-1] != each.shape:
+            shapes = [tuple(a.shape) for a, _ in calls]
+            raise ValueError(f"{name!r} was called with {shapes}; expected one call with ({len(each)}, n_in)")
+    outputs = [calls[0][1] for calls in found.values()]
+    deltas = torch.autograd.grad(each.sum(), outputs)
+    return {
+        name: Observed(modules[name].get_parameter("weight").detach(), calls[0][0], delta)
+        for (name, calls), delta in zip(found.items(), deltas, strict=True)
+    }
+
+
+def step(before: Tensor, after: Tensor) -> Step:
+    """Compare a weight (n_out, n_in) before and after; a feature (n,) is measured by its RMS norm.
+
+    Raises
+    ------
+    ValueError
+        Different shapes, a zero `before`, or nothing changed.
+    """
+    if before.shape != after.shape or before.ndim not in (1, 2):
+        raise ValueError(
+            f"need two matrices or two vectors of one shape, got {tuple(before.shape)}, {tuple(after.shape)}"
+        )
+
+    def norm(x: Tensor) -> float:
+        return rms_operator_norm(x) if x.ndim == 2 else float(rms_norm(x))
+
+    change = after - before
+    old, moved = norm(before), norm(change)
+    if old == 0 or moved == 0:
+        raise ValueError(f"‖W‖_R = {old} and ‖ΔW‖_R = {moved}; both must be positive")
+    size = moved / old
+    cosine = float((before * change).sum() / (torch.linalg.vector_norm(before) * torch.linalg.vector_norm(change)))
+    return Step(norm(after) / (old + moved), size, abs(1 - size) / (1 + size), cosine)
+
+
+def contributions(
+    model: nn.Module, changes: Sequence[Mapping[str, Tensor]], features: Callable[[nn.Module], Tensor]
+) -> Tensor:
+    """Return what each group of parameter changes alone does to the features, (groups, …): the terms of equation (36).
+
+    Parameters
+    ----------
+    model : nn.Module; its parameters are put back
+    changes : groups of parameter name → ΔW
+    features : model → tensor, such as the output of the last block
+
+    Notes
+    -----
+    ‖Σ terms‖ / Σ ‖terms‖ is 1 when they all point one way, and about groups^(−1/2) when their directions are unrelated. Cost: one forward
+    pass a group, and one more.
+    """
+    parameters = dict(model.named_parameters())
+    found = []
+    with torch.no_grad():
+        start = features(model).clone()
+        for group in changes:
+            unknown = sorted(set(group) - set(parameters))
+            if unknown:
+                raise ValueError(f"{unknown[0]!r} is no parameter of this model")
+            saved = {name: parameters[name].clone() for name in group}
+            try:
+                for name, change in group.items():
+                    parameters[name].add_(change)
+                found.append(features(model) - start)
+            finally:
+                for name, value in saved.items():
+                    parameters[name].copy_(value)
+    return torch.stack(found)
+
+
+def submultiplicative(vector: Tensor, *weights: Tensor) -> float:
+    """Return ‖W_k … W_1 h‖_R / (‖W_k‖_R … ‖W_1‖_R ‖h‖_R), at most 1: how tight the bound on a block is (claims E.1, E.2).
+
+    Parameters
+    ----------
+    vector : (n,) or (B, n); the mean over rows is returned
+    weights : W_1, …, W_k in the order of application
+    """
+    h, bound = vector, rms_norm(vector)
+    for W in weights:
+        h, bound = h @ W.T, bound * rms_operator_norm(W)
+    return float((rms_norm(h) / bound).mean())
+
+
+def stable_activation(before: Tensor, after: Tensor) -> float:
+    """Return the mean over rows of ‖φ(z)‖_R / ‖z‖_R (assumption F.2), rows z of shape (B, n)."""
+    return float((rms_norm(after) / rms_norm(before)).mean())
+
+
+def _linear(modules: dict[str, nn.Module]) -> list[str]:
+    return [name for name, module in modules.items() if isinstance(module, nn.Linear)]
