@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from grsd.dynamics import drift, flow
-from grsd.dynamics.modes import Modes, modes
+from grsd.dynamics.modes import Modes, instant, modes
 from grsd.lab import architectures, images, models
 from grsd.lab.experiments import Experiment, Piece, rounded
 from grsd.renorm import bandedness, blocks, coherence, collapse, conditions, couplings, grams, splitting
@@ -30,7 +30,8 @@ __all__ = ["EXPERIMENT", "FAMILIES", "Family", "Parameters", "model", "profiles"
 
 CLASSES = ((0, 2, 4, 6, 8), (1, 3, 5, 7, 9))  # even or odd
 SHELLS = shells.LogShells(np.power(2.0, np.arange(-20, 9)))  # of λ, 1/time: from rounding to the largest outlier seen
-STEPS = 2  # times before the end of the path at which the diagnostics are taken too: t∗/4 and t∗/16
+STEPS = 5  # times before the end of the path at which its modes are taken too: t∗/2, t∗/4, …
+OCTAVES = 48  # doublings of the time after which a flow is given up
 DRAWS = 200  # random errors that a single profile is compared with
 ENDS = ("start", "end")
 
@@ -92,7 +93,7 @@ class Parameters:
     families: tuple[str, ...] = tuple(FAMILIES)  # keys of FAMILIES
     widths: tuple[int, ...] = (12,)  # of the residual stream; half of it, in channels, for the convolutional nets
     depth: int = 4  # blocks between the first and the last
-    samples: int = 48  # n, half of them even digits
+    samples: int = 40  # n, half of them even digits
     level: float = 0.3  # share of the first loss at which the path ends; 1 for the initialisation alone
     seeds: int = 8  # seeds 0, 1, …; each draws its own net and its own data
     probes: int = 16  # of D1; 0 for all rows
@@ -138,17 +139,17 @@ def relax(problem: flow.Problem, level: float, rtol: float = 1e-5, steps: int = 
     """Follow gradient flow until the loss has fallen to `level` of its first value, and return the path at a few times.
 
     The path ends at the first of the times λ_max(0)⁻¹ 2^(k/4)/32 with a loss at or below `level`, t∗; its others are 0 and
-    t∗/4, t∗/16, … as far as `steps` goes. `Path.identity` is the largest over its pieces.
+    t∗/2, t∗/4, … as far as `steps` goes. `Path.identity` is the largest over its pieces.
 
     Raises
     ------
     ValueError
-        If the loss is not there after 48 octaves.
+        If the loss is not there after `OCTAVES` doublings of the time.
     """
     start = 1 / float(torch.linalg.eigvalsh(problem.kernel(problem.theta))[-1]) / 32
     thetas, losses, times = [problem.theta.cpu().numpy()], [problem.loss(problem.theta)], [0.0]
     worst = 0.0
-    for octave in range(48):
+    for octave in range(OCTAVES):
         ahead = start * 2.0 ** (octave + np.arange(4) / 4)
         grid = np.concatenate([times[-1:], ahead])
         piece = flow.integrate(
@@ -161,7 +162,7 @@ def relax(problem: flow.Problem, level: float, rtol: float = 1e-5, steps: int = 
         below = np.flatnonzero(np.array(losses) <= level * losses[0])
         if len(below):
             last = int(below[0])
-            chosen = [0, *[k for k in range(last - 8 * steps, last + 1, 8) if k > 0]]
+            chosen = [0, *[k for k in range(last - 4 * steps, last + 1, 4) if k > 0]]
             return flow.Path(
                 np.array(times)[chosen], np.array(thetas)[chosen], np.array(losses)[chosen], math.nan, problem, worst
             )
@@ -212,19 +213,20 @@ def measure(piece: Piece) -> dict[str, Any]:
     x, y = data(piece["samples"], seed=1000 + seed, cifar=piece["cifar"])
     net = model(piece["family"], piece["width"], piece["depth"], seed=seed).to(piece["device"])
     at = flow.Problem(net, x.to(piece["device"]), y.to(piece["device"]))
-    path = None if piece["level"] == 1 else relax(at, piece["level"], piece["rtol"])
+    path = flow.Path(np.zeros(1), at.theta.cpu().numpy()[None], np.array([at.loss(at.theta)]), 0.0, at, 0.0)
+    if piece["level"] < 1:
+        path = relax(at, piece["level"], piece["rtol"])
+    ends = [0, len(path.times) - 1] if len(path.times) > 1 else [0]
     split = FAMILIES[piece["family"]].split(piece["depth"])
-    found = conditions.report(at, path=path, split=split, probes=piece["probes"] or None, instants=STEPS + 2)
+    snapshots = [(float(path.times[k]), torch.as_tensor(path.thetas[k])) for k in ends]
+    found = conditions.report(at, path=snapshots, split=split, probes=piece["probes"] or None)
+    instants = [modes(*instant(at, theta)) for theta in path.thetas]
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(at.theta.device)
-    thetas = [at.theta] if path is None else [at.theta, torch.as_tensor(path.thetas[-1])]
-    shown, instants = {}, []
-    for end, theta in zip(ENDS, thetas, strict=False):
-        kernel = at.kernel(theta)
-        instants.append(modes(kernel, torch.zeros_like(kernel), at.error(theta)))
-        other = (at.targets[order] - at.output(theta)).cpu().numpy()
-        permuted = instants[-1].vectors.T @ other / len(other)
-        shown[end] = profiles(instants[-1], permuted, seed=seed)
-    if path is not None:
+    shown = {}
+    for end, k in zip(ENDS, ends, strict=False):
+        other = (at.targets[order] - at.output(path.thetas[k])).cpu().numpy()
+        shown[end] = profiles(instants[k], instants[k].vectors.T @ other / len(other), seed=seed)
+    if len(ends) > 1:
         first = instants[0]
         exact = SpectralMeasure.exact(np.clip(first.eigenvalues, 0.0, None), first.coefficients**2)
         frozen = frozen_kernel(exact, float(path.times[-1]), SHELLS)
@@ -232,15 +234,34 @@ def measure(piece: Piece) -> dict[str, Any]:
     return {
         "parameters": len(at.theta),
         "blocks": list(found.blocks),
-        "loss": path.losses[-1] / path.losses[0] if path is not None else 1.0,
-        "time": float(path.times[-1]) if path is not None else 0.0,
-        "identity": path.identity if path is not None else 0.0,
-        "largest": [float(one.eigenvalues[-1]) for one in instants],
-        "along": [_instant(one) for one in found.instants],
-        "collapse": None if found.collapse is None else [found.collapse.value, found.collapse.null],
+        "loss": path.losses[-1] / path.losses[0],
+        "time": float(path.times[-1]),
+        "identity": path.identity,
+        "ends": [_instant(one) for one in found.instants],
+        "along": _along(path, instants),
         "profiles": shown,
-        "notes": list(found.notes),
+        "notes": [note for note in found.notes if not note.startswith("D5")],
     }
+
+
+def _along(path: flow.Path, instants: list[Modes]) -> dict[str, Any]:
+    """D3, D4 and D6 at every time of the path, and D5 over the times after 0."""
+    floor = 100 * len(instants[0].eigenvalues) * np.finfo(float).eps  # as `shift_invariance`
+    held = min(int((one.eigenvalues > floor * one.eigenvalues[-1]).sum()) for one in instants)
+    lam = np.array([one.eigenvalues[-held:] for one in instants])
+    speeds = np.array([one.rates[-held:] for one in instants]) / lam
+    found: dict[str, Any] = {
+        "times": path.times,
+        "losses": path.losses / path.losses[0],
+        "jacobian": [math.sqrt(one.eigenvalues[-1]) for one in instants],
+        "slope": [couplings.shift_invariance(one.eigenvalues, one.matrix).slope for one in instants],
+        "ranks": [collapse.roughness(a, v).ranks for a, v in zip(lam, speeds, strict=True)],
+        "modes": held,
+    }
+    if len(instants) > 2:
+        fifth = collapse.collapse(path.times[1:], lam[1:], speeds[1:])
+        found |= {"collapse": fifth.value, "collapse_null": fifth.null}
+    return found
 
 
 def _instant(one: conditions.Instant) -> dict[str, Any]:
@@ -292,21 +313,23 @@ def _group(members: list[dict[str, Any]]) -> dict[str, Any]:
     found["notes"] = sorted({note for m in members for note in m["notes"]})[:4]
     found |= {k: _interval([m[k] for m in members]) for k in ("loss", "time")}
     found["identity"] = max(m["identity"] for m in members)
-    if one["collapse"] is not None:
-        found["collapse"] = _interval([m["collapse"][0] for m in members])
-        found["collapse_null"] = _interval([m["collapse"][1] for m in members])
-        found["sup"] = {k: _interval([max(a[k] for a in m["along"]) for m in members]) for k in ("jacobian", "rate")}
-    tracks = ("jacobian", "rate", "slope", "ranks")
-    found["tracks"] = {k: np.mean([[a[k] for a in m["along"]] for m in members], axis=0) for k in tracks}
-    for end, place in zip(one["profiles"], (0, -1), strict=False):
-        at = [m["along"][place] for m in members]
+    if "collapse" in one["along"]:
+        found |= {k: _interval([m["along"][k] for m in members]) for k in ("collapse", "collapse_null")}
+        growth = [max(m["along"]["jacobian"]) / m["along"]["jacobian"][0] for m in members]
+        found["growth"] = _interval(growth)  # sup ‖J‖ along the path over ‖J(0)‖
+        found["tracks"] = {
+            k: np.mean([m["along"][k] for m in members], axis=0) for k in ("losses", "jacobian", "slope", "ranks")
+        }
+    for end, place in zip(ENDS, (0, -1), strict=True):
+        if end not in one["profiles"]:
+            continue
+        at = [m["ends"][place] for m in members]
         found[end] = {k: _interval([a[k] for a in at]) for k in SCALARS}
         found[end]["even"] = np.mean([a["even"] for a in at], axis=0)
         for name in ("tails", "coherence"):
             found[end][name] = [_interval(list(column)) for column in zip(*(a[name] for a in at), strict=True)]
         found[end]["slopes"] = [a["slope"] for a in at]
         found[end]["profiles"] = _profiles([m["profiles"][end] for m in members])
-        found[end]["largest"] = _interval([m["largest"][place] for m in members])
     return found
 
 
