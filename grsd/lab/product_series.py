@@ -23,6 +23,7 @@ __all__ = ["EXPERIMENT", "Parameters", "central_gap"]
 
 BINS = 48  # of the histogram of s over the support of the limit law
 STACKS = ("residual", "fixed", "plain")
+NEAR = 3.0  # nats on either side of the middle: a window that does not grow with the spectrum
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,14 @@ def measure(piece: Piece) -> dict[str, Any]:
             else products.layers(law, piece["epsilon"], piece["depth"], generator)
         )
         kernel = products.training_kernel(stack)
-        shift = couplings.shift_invariance(np.exp(kernel.s), kernel.couplings)
-        return {"slope": shift.slope, "rms": shift.rms, "span": shift.span}
+        found = {f"whole_{k}": v for k, v in _position(kernel.s, kernel.couplings, (0.1, 0.9)).items()}
+        near = np.abs(kernel.s - np.median(kernel.s)) < NEAR
+        if near.sum() >= couplings.LEAST:
+            cut = _position(kernel.s[near], kernel.couplings[np.ix_(near, near)], (0.0, 1.0))
+            found |= {f"near_{k}": v for k, v in cut.items()}
+        return found
     run, done = products.Graded(), 0
-    found: dict[str, list[Any]] = {"log_norm": [], "low": [], "gap": [], "counts": []}
+    read: dict[str, list[Any]] = {"log_norm": [], "low": [], "gap": [], "counts": []}
     for t in piece["times"]:
         until = round(t / piece["epsilon"] ** 2)
         for _ in range(done, until):
@@ -98,11 +103,17 @@ def measure(piece: Piece) -> dict[str, Any]:
         done = until
         s = run.spectrum()
         edge = products.Bulk(t).edge
-        found["log_norm"].append(float(s[-1]) / 2)
-        found["low"].append(float(s[0]) / 2)
-        found["gap"].append(central_gap(s, t))
-        found["counts"].append(np.histogram(s, np.linspace(-edge, edge, BINS + 1))[0].tolist())
-    return found
+        read["log_norm"].append(float(s[-1]) / 2)
+        read["low"].append(float(s[0]) / 2)
+        read["gap"].append(central_gap(s, t))
+        read["counts"].append(np.histogram(s, np.linspace(-edge, edge, BINS + 1))[0].tolist())
+    return read
+
+
+def _position(s: np.ndarray, x: np.ndarray, window: tuple[float, float]) -> dict[str, float]:
+    """Slope and rms of log E X̃² against position. The eigenvectors are those of P, so that no λ in float64 is too small: floor 0."""
+    shift = couplings.shift_invariance(np.exp(s), x, window=window, floor=0.0)
+    return {"slope": shift.slope, "rms": shift.rms, "span": shift.span}
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -132,10 +143,11 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -
             for q, m in zip(listed, measured, strict=True)
             if q["kind"] == "training" and (q["stack"], q["n"], q["depth"]) == (stack, n, depth)
         ]
-        slope, error = _mean([m["slope"] for m in chosen])
-        rms, span = float(np.mean([m["rms"] for m in chosen])), float(np.mean([m["span"] for m in chosen]))
-        shape = {"stack": stack, "n": n, "depth": depth, "epsilon": epsilon}
-        training.append({**shape, "slope": slope, "slope_error": error, "rms": rms, "span": span})
+        row = {"stack": stack, "n": n, "depth": depth, "epsilon": epsilon}
+        for name in chosen[0]:
+            if all(name in m for m in chosen):
+                row[name], row[f"{name}_error"] = _mean([m[name] for m in chosen])
+        training.append(row)
     found: dict[str, Any] = rounded({"spectra": spectra, "training": training})
     return found
 
