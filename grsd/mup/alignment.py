@@ -219,7 +219,7 @@ def submultiplicative(vector: Tensor, *weights: Tensor) -> float:
 
 def stable_activation(before: Tensor, after: Tensor) -> float:
     """Return the mean over rows of ‖φ(z)‖_R / ‖z‖_R (assumption F.2), rows z of shape (B, n)."""
-    return float((rms_norm(after) / rms_norm(before)).mean())
+    return float((rms_norm(after.detach()) / rms_norm(before.detach())).mean())
 
 
 def _linear(modules: dict[str, nn.Module]) -> list[str]:

@@ -32,7 +32,7 @@ class Optimum:
     value : float
         Vertex of the parabola; the end of the grid for a bound; NaN when every run diverged.
     low, high : float
-        95 % interval: over seeds, over the noise that was given, or over both; NaN when neither is known.
+        95 % interval: over seeds, over the noise that was given, or over both; NaN when neither is known, and for a bound.
     loss : float
         The parabola's smallest loss (the smallest mean loss for a bound).
     bound : str
@@ -43,7 +43,7 @@ class Optimum:
     index : int
         Which rate had the smallest mean loss, counted in the sorted grid of the rates that were run; −1 when none.
     draws : ndarray (B,)
-        Resampled values, empty when neither seeds nor noise are known.
+        Resampled values, empty when there is no interval.
     dof : float
         Degrees of freedom of the spread over seeds, seeds − 1; infinite when only `noise` is known.
     """
@@ -73,6 +73,7 @@ class Drift:
         Least-squares slope of log₂ η∗ against log₂ size.
     low, high : float
         95 % interval; from the optima's own resamples when all have them, else from the scatter about the line (three sizes or more).
+        NaN for a bound.
     bound : str
         "" when every optimum is inside its grid; "at least" or "at most" when the bounded ones all push the slope one way; "unknown"
         when they do not, or when fewer than two optima are left.
@@ -149,7 +150,7 @@ def optimum(
         raise ValueError(f"noise is a standard deviation, at least 0; got {noise}")
     value, loss, index, bound, cliff = _vertex(x, means)
     runs = len(rows)
-    if index < 0 or (runs < 2 and noise == 0):
+    if bound or (runs < 2 and noise == 0):
         return Optimum(value, math.nan, math.nan, loss, bound, cliff, index, np.empty(0))
     rng = np.random.default_rng(seed)
     sample = np.tile(means, (draws, 1))
@@ -192,8 +193,12 @@ def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Dr
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     value = float(weights @ y)
     off = y - y.mean() - value * (x - x.mean())
+    pushes = {_push(o.bound, w) for o, w in zip(known, weights, strict=True) if o is not None} - {""}
+    bound: Bound = "" if not pushes else pushes.pop() if len(pushes) == 1 else "unknown"
     low = high = math.nan
-    if all(o is not None and o.draws.size for o in known):
+    if bound:
+        pass
+    elif all(o is not None and o.draws.size for o in known):
         count = min(o.draws.size for o in known if o is not None)
         # seeds of two sizes are taken as independent; shifting the resamples against each other undoes their common generator
         slopes = sum(
@@ -204,8 +209,6 @@ def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Dr
         spread = math.sqrt(float((off**2).sum()) / (len(x) - 2) / float(((x - x.mean()) ** 2).sum()))
         half = float(stats.t.ppf(0.975, len(x) - 2)) * spread
         low, high = value - half, value + half
-    pushes = {_push(o.bound, w) for o, w in zip(known, weights, strict=True) if o is not None} - {""}
-    bound: Bound = "" if not pushes else pushes.pop() if len(pushes) == 1 else "unknown"
     return Drift(value, low, high, bound, float(np.sqrt((off**2).mean())), len(x))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grsd.mup.norms import rms_norm, rms_operator_norm
 
-__all__ = ["Expansion", "Stack", "Term", "expand", "gradient_step", "random_stack"]
+__all__ = ["Expansion", "Stack", "Term", "descend", "expand", "gradient_step", "random_stack"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,19 @@ def random_stack(
     blocks = tuple(tuple(draw(width, width) / math.sqrt(width) for _ in range(layers)) for _ in range(depth))
     biases = () if bias is None else tuple(tuple(bias * draw(width) for _ in range(layers)) for _ in range(depth))
     return Stack(start / rms_norm(start), blocks, alpha, biases)
+
+
+def descend(
+    stack: Stack, output: Tensor, *, weights: float, biases: float = 0.0, start: float = 0.0, steps: int = 1
+) -> Stack:
+    """Return the sum of several `gradient_step`, each at the place that the last one led to."""
+    total, now = None, stack
+    for _ in range(steps):
+        step = gradient_step(now, output, weights=weights, biases=biases, start=start)
+        now, total = now.plus(step), step if total is None else total.plus(step)
+    if total is None:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return total
 
 
 def gradient_step(stack: Stack, output: Tensor, *, weights: float, biases: float = 0.0, start: float = 0.0) -> Stack:
