@@ -196,16 +196,14 @@ def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Dr
     pushes = {_push(o.bound, w) for o, w in zip(known, weights, strict=True) if o is not None} - {""}
     bound: Bound = "" if not pushes else pushes.pop() if len(pushes) == 1 else "unknown"
     low = high = math.nan
-    if bound:
-        pass
-    elif all(o is not None and o.draws.size for o in known):
+    if not bound and all(o is not None and o.draws.size for o in known):
         count = min(o.draws.size for o in known if o is not None)
         # seeds of two sizes are taken as independent; shifting the resamples against each other undoes their common generator
         slopes = sum(
             w * np.roll(o.draws[:count], 97 * k) for k, (w, o) in enumerate(zip(weights, known, strict=True)) if o
         )
         low, high = _interval(value, np.asarray(slopes), sum(o.dof for o in known if o is not None))
-    elif len(x) > 2:
+    elif not bound and len(x) > 2:
         spread = math.sqrt(float((off**2).sum()) / (len(x) - 2) / float(((x - x.mean()) ** 2).sum()))
         half = float(stats.t.ppf(0.975, len(x) - 2)) * spread
         low, high = value - half, value + half
