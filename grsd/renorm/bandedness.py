@@ -53,6 +53,7 @@ class Bandedness:
     parts, parts_error : (L, L), ‖G_lm‖_F/‖J̇^(l)‖_F, column m. Parts may cancel, so their squares need not sum to 1.
     tails, tails_error : (L, L), B_l(K), column K = 0 … L − 1; the last is 0.
     pooled, pooled_error : (L,), √(Σ_l ‖tail_l(K)‖²/Σ_l ‖J̇^(l)‖²): one number a K.
+    mixture : (L, L), Σ_l ⟨G_lm, G_lk⟩/Σ_l ‖J̇^(l)‖², column m by column k: how much of all motion is owed to blocks m and k. Sums to 1.
     norms : (L,), ‖J̇^(l)‖_F/√n, per time. A block that does not move has nan in its row.
     bands : tuple of int, the K of `scalar` and `right`.
     scalar : (L, k), least ‖J̇^(l) − Σ a_m J^(m)‖_F/‖J̇^(l)‖_F over the blocks m within K that have the shapes of block l.
@@ -69,6 +70,7 @@ class Bandedness:
     tails_error: np.ndarray
     pooled: np.ndarray
     pooled_error: np.ndarray
+    mixture: np.ndarray
     norms: np.ndarray
     bands: tuple[int, ...]
     scalar: np.ndarray
@@ -84,15 +86,21 @@ class Bandedness:
         return found
 
     @property
-    def even(self) -> np.ndarray:
-        """(L,), what `pooled` would be if every block moved every other equally and at right angles: no locality at all."""
+    def unlocal(self) -> np.ndarray:
+        """(L,), what `pooled` would be if distance played no part: all J̇^(l) made of the others' motion in one and the same mixture.
+
+        The mixture is the measured one, averaged over l (`mixture`), so that blocks that move faster count for more. A tail
+        below this line is locality; a tail that only falls with K is not.
+        """
         count = len(self.names)
         weight = np.nan_to_num(self.norms) ** 2
-        outside = np.array(
-            [[sum(abs(m - i) > K for m in range(count)) / count for K in range(count)] for i in range(count)]
-        )
-        found: np.ndarray = np.sqrt(weight @ outside / weight.sum())
-        return found
+        place = np.arange(count)
+        found = np.zeros(count)
+        for band in place:
+            far = (np.abs(place[:, None] - place[None, :]) > band).astype(float)
+            found[band] = weight @ np.einsum("im,mk,ik->i", far, self.mixture, far) / weight.sum()
+        result: np.ndarray = np.sqrt(np.maximum(found, 0.0))
+        return result
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +208,7 @@ def bandedness(
         vectors = signs.to(blocks.device, blocks.dtype)
     parts, tails = np.zeros((len(vectors), count, count)), np.zeros((len(vectors), count, count))
     squares = np.zeros((len(vectors), count))
-    gram, lean = np.zeros((count, count)), np.zeros((count, count))
+    gram, lean, mixture = (np.zeros((count, count)) for _ in range(3))
     for p, u in enumerate(vectors):
         pieces, pulled = blocks.pieces(u), blocks.vjp(u)
         for i in range(count):
@@ -209,6 +217,7 @@ def bandedness(
             whole = before_m[-1]
             parts[p, i] = stack.square().sum(1).cpu().numpy()
             squares[p, i] = float(whole.square().sum())
+            mixture += (stack @ stack.T).cpu().numpy()
             for band in range(count - 1):
                 outside = before_m[max(0, i - band)] + whole - before_m[min(count, i + band + 1)]
                 if i - band > 0 or i + band + 1 < count:
@@ -235,6 +244,7 @@ def bandedness(
         tails_error=tail_error,
         pooled=pooled,
         pooled_error=pooled_error,
+        mixture=mixture / squares.sum(),
         norms=np.where(squares.any(axis=0), np.sqrt(squares.sum(axis=0) / weight / blocks.samples), np.nan),
         bands=chosen,
         scalar=scalar,

@@ -43,8 +43,10 @@ def table(report: Report) -> Table:
     for band in sorted({0, 1, min(2, count - 1)}):
         add(
             f"D1 tail B({band})",
-            f"0 beyond the band; {_even(first, band)} without any locality",
-            lambda i, k=band: _number(i.bandedness.pooled[k], i.bandedness.pooled_error[k]),
+            f"0 beyond the band; {_unlocal(last, band)} if distance played no part",
+            lambda i, k=band: (
+                f"{_number(i.bandedness.pooled[k], i.bandedness.pooled_error[k])}, worst block {_number(i.bandedness.worst[k])}"
+            ),
         )
     add("D1 scalar residual, all blocks", "0", lambda i: _scalar(i))
     add(
@@ -85,8 +87,8 @@ def table(report: Report) -> Table:
     return Table(COLUMNS, rows)
 
 
-def _even(instant: Instant, band: int) -> str:
-    return "–" if instant.bandedness is None else _number(float(instant.bandedness.even[band]))
+def _unlocal(instant: Instant, band: int) -> str:
+    return "–" if instant.bandedness is None else _number(float(instant.bandedness.unlocal[band]))
 
 
 def _scalar(instant: Instant) -> str:
@@ -117,8 +119,8 @@ def draw(report: Report, figure: Figure) -> Figure:
         if (band := instant.bandedness) is not None:
             reach = np.arange(len(band.pooled))
             tails.errorbar(reach, band.pooled, yerr=2 * band.pooled_error, label=label, capsize=2, **look(index))
-            if index == 0:
-                tails.plot(reach, band.even, color="0.4", linestyle=":", marker="", label="no locality")
+            if index == len(ends) - 1:
+                tails.plot(reach, band.unlocal, color="0.4", linestyle=":", marker="", label=f"no locality, {label}")
         if (overlap := instant.coherence) is not None:
             values = overlap.by_distance(True)
             overlaps.plot(np.arange(1, len(values)), values[1:], label=label, **look(index))

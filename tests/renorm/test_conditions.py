@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grsd.dynamics.flow import Problem
 from grsd.lab.controls import GroupedNets, NeighbourChain, SumOfNets, smooth_task
 from grsd.lab.models import gpt2, mlp
-from grsd.renorm.bandedness import Bandedness, bandedness
+from grsd.renorm.bandedness import bandedness
 from grsd.renorm.blocks import Blocks
 from grsd.renorm.coherence import coherence, size
 from grsd.renorm.collapse import collapse, roughness
@@ -57,17 +57,30 @@ def test_exact_tails_are_those_of_the_dense_pieces() -> None:
     np.testing.assert_allclose(found.pooled, np.sqrt(top / (found.norms**2).sum()), rtol=1e-12)
 
 
-def test_tail_without_locality_is_the_even_one() -> None:
-    # G_lm = (1/L) e_m: equal, orthogonal
-    count, norms = 5, np.ones(5)
-    tails = np.array(
-        [[math.sqrt(sum(abs(m - i) > K for m in range(count)) / count) for K in range(5)] for i in range(5)]
-    )
-    blank = np.zeros((5, 5))
-    found = Bandedness(
-        ("a",) * 5, blank, blank, tails, blank, blank[0], blank[0], norms, (0,), blank, blank, None, 0, 0
-    )
-    np.testing.assert_allclose(found.even, np.sqrt((tails**2).mean(axis=0)), rtol=1e-12)
+def test_line_of_no_locality() -> None:
+    def line(net: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        found = bandedness(_blocks(net))
+        assert found.mixture.sum() == pytest.approx(1.0, rel=1e-10)
+        return found.pooled, found.unlocal
+
+    pooled, unlocal = line(SumOfNets(5, 6, 4, seed=1))
+    assert not pooled.any() and unlocal[0] > 0.5  # local, and the line knows how it would look otherwise
+    pooled, unlocal = line(NeighbourChain(5, 6, 5, seed=1))
+    assert pooled[1] == 0 < 0.3 < unlocal[1]
+    # f = g(Σ_l c_l θ_l · x): every block is moved in the same mixture, up to the factor c_l; nothing depends on distance
+    pooled, unlocal = line(Mixed(torch.tensor([1.0, 0.2, 0.5, 0.1], dtype=torch.float64)))
+    np.testing.assert_allclose(pooled, unlocal, rtol=1e-9)
+    assert pooled[0] < 0.8 and pooled[2] < 0.2  # and yet the tail is small, because the fast blocks are near each other
+
+
+class Mixed(nn.Module):
+    def __init__(self, scales: Tensor) -> None:
+        super().__init__()
+        self.scales = scales
+        self.blocks = nn.ModuleList(mlp([5, 1], seed=k, bias=False) for k in range(len(scales)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(sum(c * block(x) for c, block in zip(self.scales, self.blocks, strict=True)))  # type: ignore[arg-type]
 
 
 def test_probes_estimate_the_tails_with_their_error() -> None:
