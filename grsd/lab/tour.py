@@ -92,7 +92,7 @@ class Parameters:
 
     families: tuple[str, ...] = tuple(FAMILIES)  # keys of FAMILIES
     widths: tuple[int, ...] = (12,)  # of the residual stream; half of it, in channels, for the convolutional nets
-    depth: int = 4  # blocks between the first and the last
+    depth: int = 3  # blocks between the first and the last
     samples: int = 40  # n, half of them even digits
     level: float = 0.3  # share of the first loss at which the path ends; 1 for the initialisation alone
     seeds: int = 8  # seeds 0, 1, …; each draws its own net and its own data
@@ -119,7 +119,7 @@ class Parameters:
             raise ValueError(f"level is {self.level}; a share of the first loss lies in (0, 1]")
 
 
-def model(family: str, width: int = 12, depth: int = 4, *, seed: int) -> nn.Module:
+def model(family: str, width: int = 12, depth: int = 3, *, seed: int) -> nn.Module:
     """Return a network of one of the `FAMILIES`: (n, 1, 8, 8) → (n, 1), float64."""
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}: expected one of {', '.join(FAMILIES)}")
@@ -274,7 +274,7 @@ def _instant(one: conditions.Instant) -> dict[str, Any]:
         found["ranks"] = one.roughness.ranks
     if one.bandedness is not None and one.bandedness.right is not None:
         band, right = one.bandedness, one.bandedness.right
-        found |= {"tails": band.pooled[:-1], "even": band.even[:-1]}
+        found |= {"tails": band.pooled[:-1], "unlocal": band.unlocal[:-1]}
         found |= {"scalar_own": np.nanmean(band.scalar[:, 0]), "scalar_all": np.nanmean(band.scalar[:, -1])}
         found |= {"vacuous": right.vacuous[:, 0].mean(), "coefficient": np.nanmedian(right.coefficient[:, 0])}
         found["right"] = np.nanmax(right.residual[:, 0])
@@ -325,7 +325,7 @@ def _group(members: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         at = [m["ends"][place] for m in members]
         found[end] = {k: _interval([a[k] for a in at]) for k in SCALARS}
-        found[end]["even"] = np.mean([a["even"] for a in at], axis=0)
+        found[end]["unlocal"] = np.mean([a["unlocal"] for a in at], axis=0)
         for name in ("tails", "coherence"):
             found[end][name] = [_interval(list(column)) for column in zip(*(a[name] for a in at), strict=True)]
         found[end]["slopes"] = [a["slope"] for a in at]
