@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grsd.mup.layout import plain, stack_of
 from grsd.mup.norms import rms_norm, rms_operator_norm
+from grsd.mup.optimizers import backward
 from grsd.mup.plan import Plan, plan
 from grsd.mup.rules import OPTIMIZERS, rule, update_norm, weight_norm
 from grsd.spectrum.ntk import refuse_dropout
@@ -268,7 +269,7 @@ def _run(
             losses.append(float(now.detach()))
             if step == steps:
                 break
-            now.backward()  # type: ignore[no-untyped-call]
+            backward(now, opt)
             opt.step()
             if step == 0:
                 updates = _by_role(made, {name: p.detach() - before[name] for name, p in parameters.items()}, tables)

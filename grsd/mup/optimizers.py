@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["SSO", "Combined", "Muon", "Shampoo", "assemble", "newton_schulz", "pieces", "polar"]
+__all__ = ["SSO", "Combined", "Muon", "Shampoo", "assemble", "backward", "newton_schulz", "pieces", "polar"]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b, c of Jordan's iteration: singular values end between about 0.7 and 1.2."""
@@ -380,6 +381,17 @@ class Combined(torch.optim.Optimizer):
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = [g for o in self.optimizers for g in o.param_groups]
+
+
+def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Run `loss.backward()`, and keep the gradients' own graph where a part of the optimizer estimates curvature from it (Sophia)."""
+    parts = optimizer.optimizers if isinstance(optimizer, Combined) else [optimizer]
+    curved = any(type(part).__name__ == "SophiaH" for part in parts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Using backward\\(\\) with create_graph=True"
+        )  # zero_grad() breaks that cycle
+        loss.backward(create_graph=curved)  # type: ignore[no-untyped-call]
 
 
 _KEPT = {"lion": "Lion", "soap": "SOAP", "soap_sqrt": "SOAP", "sophia": "SophiaH", "sophia_rho": "SophiaH"}

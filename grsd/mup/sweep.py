@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grsd.mup.curves import Array, Drift, Optimum, Regret, drift, optimum, regret
+from grsd.mup.optimizers import backward
 from grsd.mup.plan import Plan, plan
 
 __all__ = [
@@ -147,7 +148,7 @@ def train(
                 seen.append(float(now.detach()))
                 if not math.isfinite(seen[-1]):
                     return math.nan, step
-                now.backward()  # type: ignore[no-untyped-call]
+                backward(now, optimizer)
                 if clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), clip)
                 optimizer.step()
