@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-__all__ = ["Additivity", "LayerGrams", "Stack", "additivity", "dilute", "end_share", "layer_grams", "linear_end_share"]
+__all__ = [
+    "Additivity",
+    "LayerGrams",
+    "Stack",
+    "additivity",
+    "binned_sums",
+    "dilute",
+    "end_share",
+    "layer_grams",
+    "linear_end_share",
+]
 
 
 class Stack:
@@ -65,7 +75,7 @@ class Stack:
         hooks = [block.register_forward_hook(keep) for block in blocks]
         try:
             with torch.enable_grad():
-                rows = model(inputs)
+                rows = model(inputs.detach().requires_grad_(inputs.is_floating_point()))
                 if rows.numel() != len(inputs) or len(found) != len(blocks) + 1:
                     raise ValueError(
                         f"outputs {tuple(rows.shape)}: expected one per sample, and each block entered once"
@@ -207,13 +217,12 @@ class Additivity(NamedTuple):
     total_second: float
 
 
-def _modes(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def binned_sums(kernel: np.ndarray, rate: np.ndarray, edges: np.ndarray, power: int) -> np.ndarray:
+    """Return Σ X_uv^power over the pairs of two bins of log λ, (B, B), with X = φᵀ rate φ in the eigenbasis of `kernel`.
+
+    Modes outside the edges, the kernel's null space among them, are left out. Cost: one eigenproblem.
+    """
     values, vectors = np.linalg.eigh((kernel + kernel.T) / 2)
-    return values, vectors
-
-
-def _binned(values: np.ndarray, vectors: np.ndarray, rate: np.ndarray, edges: np.ndarray, power: int) -> np.ndarray:
-    """Σ over pairs of bins of X^power, X = φᵀ rate φ; modes outside the edges are left out."""
     s = np.log(np.maximum(values, np.finfo(float).tiny))
     place = np.searchsorted(edges, s, side="right") - 1
     inside = (place >= 0) & (place < len(edges) - 1)
@@ -242,16 +251,14 @@ def additivity(kernels: Sequence[np.ndarray], rates: Sequence[np.ndarray], edges
     if len(edges) < 2 or np.any(np.diff(edges) <= 0):
         raise ValueError("edges must ascend, and hold one bin or more")
     whole, rate = np.sum(kernels, axis=0), np.sum(rates, axis=0)
-    basis = _modes(whole)
-    own = [_modes(k) for k in kernels]
 
-    def defect(power: int, each: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-        sums = np.sum([_binned(*b, r, edges, power) for b, r in zip(each, rates, strict=True)], axis=0)
-        together = _binned(*basis, rate, edges, power)
+    def defect(power: int, bases: Sequence[np.ndarray]) -> float:
+        sums = np.sum([binned_sums(k, r, edges, power) for k, r in zip(bases, rates, strict=True)], axis=0)
+        together = binned_sums(whole, rate, edges, power)
         return float(np.linalg.norm(together - sums) / np.linalg.norm(together))
 
-    same = [basis] * len(kernels)
-    return Additivity(defect(1, own), defect(2, own), defect(1, same), defect(2, same))
+    same = [whole] * len(kernels)
+    return Additivity(defect(1, kernels), defect(2, kernels), defect(1, same), defect(2, same))
 
 
 @dataclass(frozen=True)
