@@ -28,6 +28,7 @@ __all__ = ["MODULES", "Experiment", "Outcome", "find", "parameters", "run"]
 
 MODULES: dict[str, str] = {
     "drift": "grsd.lab.drift_series",
+    "mup-coords": "grsd.lab.coord_series",
     "mup-norms": "grsd.lab.mup_norms",
     "products": "grsd.lab.product_series",
     "shift": "grsd.lab.shift_series",
