@@ -111,6 +111,9 @@ def test_a_crossing_is_found_where_the_line_has_its_root() -> None:
     assert found["low"] < found["place"] < found["high"] and found["high"] / found["low"] < 1.5
     exact = crossing([1.0, 4.0, 16.0], [[-1.0, -1.0], [-0.5, -0.5], [0.5, 0.5]])
     assert exact["place"] == pytest.approx(8.0) and exact["low"] == pytest.approx(8.0)
+    # means −1, 0.2, −0.3, 1 of equal weight: the middle two are pooled to −0.05 before the root is taken
+    rough = crossing([1.0, 2.0, 4.0, 8.0], [[m - 0.1, m + 0.1] for m in (-1.0, 0.2, -0.3, 1.0)])
+    assert rough["place"] == pytest.approx(4.0 * 2 ** (0.05 / 1.05))
 
 
 def test_no_crossing_is_said_not_invented() -> None:
