@@ -201,6 +201,7 @@ def measure(piece: Piece) -> dict[str, Any]:
 
     test = found.test(TEST // length, length)
     scheme: str = piece["scheme"]
+    adamw = piece["optimizer"] == "adamw" or rules.OPTIMIZERS[piece["optimizer"]].matrices_only
     result = sweep.sweep(
         factory,
         loss,
@@ -217,7 +218,7 @@ def measure(piece: Piece) -> dict[str, Any]:
         schedule=schedules.cosine(piece["steps"], warmup=piece["steps"] // 10, floor=0.1),
         clip=piece["clip"],
         eps=1e-16,
-        options={"adamw": {"betas": (0.9, 0.95)}},
+        options={"adamw": {"betas": (0.9, 0.95)}} if adamw else None,
     )
     runs = []
     for seed, row in zip(result.seeds, result.losses[0, 0], strict=True):
