@@ -123,6 +123,8 @@ bench: $(STAMPS)/others
 	    $(BENCH)/products.py --shape $$shape --parts $$part --out $(MEASURED); done; done
 	$(BENCH)/krylov.py --out $(MEASURED)
 	$(BENCH)/krylov.py --parts share --shape h256 --batch 32 --out $(MEASURED)
+	$(BENCH)/mup_peer.py --out $(MEASURED)
+	for width in 64 128 256; do $(BENCH)/newton_schulz.py --width $$width --out $(MEASURED); done
 	python benchmarks/readme.py
 
 bench-gpu: $(STAMPS)/package
