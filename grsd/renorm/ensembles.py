@@ -1,4 +1,4 @@
-"""Velocity fields v(λ, t) in closed form: balanced modes, ensembles of them, one common gain, a Toeplitz chain of shells.
+"""Velocity fields v(λ, t) in closed form: balanced modes and ensembles of them, one common gain, spirals, a chain of shells.
 
 A balanced two-factor mode is f = a b with a = b: λ = a² + b² = 2f, error y − λ/2, λ̇ = λ(2y − λ). It is the one learning system here
 whose λ(t) is elementary, and an ensemble of them is a velocity field, or fails to be one. Networks that realise these formulas
