@@ -27,6 +27,7 @@ __all__ = ["EXPERIMENT", "GPT", "SCHEMES", "Parameters", "Text", "losses", "text
 SCHEMES = ("sp", "mup", "k1")
 """Standard parametrization; μP for blocks of two or more layers; the rules for blocks of one, on the same net."""
 VOCABULARY = 128  # bytes of ASCII
+CEILING = math.log(VOCABULARY)  # loss of a uniform guess: a run that ends above it diverged
 BLOCK = 2048
 TEST = 4096  # bytes of the held-out part that a run is scored on
 
@@ -267,9 +268,9 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -
 
 
 def _summary(sizes: list[int], rates: list[float], table: Any) -> dict[str, Any]:
-    best = [curves.optimum(rates, one) for one in table]
+    best = [curves.optimum(rates, one, ceiling=CEILING) for one in table]
     slope = curves.drift(sizes, best)
-    cost = curves.regret(rates, table)
+    cost = curves.regret(rates, table, ceiling=CEILING)
     return {
         "sizes": sizes,
         "optima": [_known(o, "value", "low", "high", "loss", "bound", "cliff") for o in best],

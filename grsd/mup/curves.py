@@ -123,7 +123,13 @@ class Regret:
 
 
 def optimum(
-    log2_lr: npt.ArrayLike, losses: npt.ArrayLike, *, noise: float = 0.0, draws: int = DRAWS, seed: int = _SEED
+    log2_lr: npt.ArrayLike,
+    losses: npt.ArrayLike,
+    *,
+    noise: float = 0.0,
+    ceiling: float = math.inf,
+    draws: int = DRAWS,
+    seed: int = _SEED,
 ) -> Optimum:
     """Return the best rate of one U-curve.
 
@@ -134,6 +140,8 @@ def optimum(
     losses : (G,) or (seeds, G)
         NaN and infinity are diverged runs: a rate at which one seed diverged counts as diverged. Mask (`numpy.ma`) what was not run: a
         seed that is missing at some rates is filled in by the additive model seed + rate, so that no rate gains by which seeds ran.
+    ceiling : float
+        Losses from here on count as diverged too, e.g. that of the untrained model: a parabola through a run that exploded says nothing.
     noise : float
         Standard deviation of one run's loss, for a curve of one seed or on top of the seeds.
     draws : int
@@ -145,7 +153,7 @@ def optimum(
     ValueError
         Shapes that do not fit, rates that are not finite or given twice, negative noise.
     """
-    x, means, rows, kept = _curve(log2_lr, losses)
+    x, means, rows, kept = _curve(log2_lr, losses, ceiling)
     if not noise >= 0:
         raise ValueError(f"noise is a standard deviation, at least 0; got {noise}")
     value, loss, index, bound, cliff = _vertex(x, means)
@@ -215,6 +223,7 @@ def regret(
     losses: npt.ArrayLike,
     *,
     source: int = 0,
+    ceiling: float = math.inf,
     draws: int = DRAWS,
     seed: int = _SEED,
 ) -> Regret:
@@ -227,6 +236,7 @@ def regret(
         As in `optimum`; the same grid for every size.
     source : int
         Index of the size whose best rate is carried to the others, usually the smallest.
+    ceiling : as in `optimum`
 
     Raises
     ------
@@ -238,7 +248,7 @@ def regret(
         raise ValueError(
             f"losses must be (sizes, rates) or (sizes, seeds, rates) with 0 ≤ source < sizes; got {table.shape}, {source}"
         )
-    curves = [_curve(log2_lr, one) for one in table]
+    curves = [_curve(log2_lr, one, ceiling) for one in table]
     x, means, _, _ = curves[source]
     best = _vertex(x, means)[2]
     if best < 0:
@@ -264,7 +274,9 @@ def regret(
 # --- Curves -----------------------------------------------------------------------------------------------------------
 
 
-def _curve(log2_lr: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[Array, Array, Array, npt.NDArray[np.bool_]]:
+def _curve(
+    log2_lr: npt.ArrayLike, losses: npt.ArrayLike, ceiling: float
+) -> tuple[Array, Array, Array, npt.NDArray[np.bool_]]:
     """Return the sorted rates that were run, mean losses (infinite where one diverged), completed rows, and which rates are finite."""
     x = np.asarray(log2_lr, dtype=float)
     table = np.ma.masked_array(losses, dtype=float)
@@ -278,22 +290,25 @@ def _curve(log2_lr: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[Array, Array,
     values = np.ma.getdata(table)[:, order]
     run, rows_run = ~missing.all(axis=0), ~missing.all(axis=1)
     missing, values, x = missing[np.ix_(rows_run, run)], values[np.ix_(rows_run, run)], x[order][run]
-    values = np.where(missing | np.isfinite(values), values, np.inf)
+    values = np.where(missing | (values < ceiling), values, np.inf)
     kept = ~(np.isinf(values) & ~missing).any(axis=0)
-    rows = np.where(kept, _completed(np.where(kept, values, 0.0), missing & kept), np.inf)
+    useful = (kept & ~missing).any(axis=1) | ~kept.any()
+    values, missing = values[useful], missing[useful]  # a seed that only ran where another diverged says nothing
+    rows = np.full(values.shape, np.inf)
+    rows[:, kept] = _completed(values[:, kept], missing[:, kept])
     return x, rows.mean(axis=0) if len(rows) else np.empty(0), rows, kept
 
 
 def _completed(values: Array, missing: npt.NDArray[np.bool_]) -> Array:
-    """Fill what is missing by least squares of (seed + rate) over what is there."""
+    """Fill what is missing by seed + rate, both by medians of what is there (Tukey's polish): a rate that exploded moves no seed."""
     if not missing.any():
         return values
-    seeds, rates = values.shape
-    i, j = np.nonzero(~missing)
-    design = np.zeros((len(i), seeds + rates))
-    design[np.arange(len(i)), i] = design[np.arange(len(i)), seeds + j] = 1.0
-    effects = np.linalg.lstsq(design, values[i, j], rcond=None)[0]
-    return np.where(missing, effects[:seeds, None] + effects[None, seeds:], values)
+    there = np.where(missing, math.nan, values)
+    seed, rate = np.zeros((len(values), 1)), np.zeros(values.shape[1])
+    for _ in range(20):
+        rate = np.nanmedian(there - seed, axis=0)
+        seed = np.nanmedian(there - rate, axis=1, keepdims=True)
+    return np.where(missing, seed + rate, values)
 
 
 def _vertex(x: Array, means: Array) -> tuple[float, float, int, Bound, bool]:

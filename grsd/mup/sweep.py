@@ -69,17 +69,17 @@ class Sweep:
         """Return the best rate of every size; further arguments as `optimum`."""
         return [optimum(self.log2_lr, self.curve(size, weight_decay), **more) for size in self.sizes]
 
-    def drift(self, axis: Literal["width", "depth"], weight_decay: float | None = None) -> Drift:
-        """Return the drift along one axis; the sizes must agree on the other."""
+    def drift(self, axis: Literal["width", "depth"], weight_decay: float | None = None, **more: Any) -> Drift:
+        """Return the drift along one axis; the sizes must agree on the other. Further arguments as `optimum`."""
         if len({size[axis == "width"] for size in self.sizes}) > 1:
             raise ValueError(
                 f"the sizes {self.sizes} differ along both axes; a drift along {axis} needs the other fixed"
             )
-        return drift([size[axis == "depth"] for size in self.sizes], self.optima(weight_decay))
+        return drift([size[axis == "depth"] for size in self.sizes], self.optima(weight_decay, **more))
 
-    def regret(self, weight_decay: float | None = None) -> Regret:
-        """Return what every size pays for the best rate of the first."""
-        return regret(self.log2_lr, np.ma.stack([self.curve(size, weight_decay) for size in self.sizes]))
+    def regret(self, weight_decay: float | None = None, **more: Any) -> Regret:
+        """Return what every size pays for the best rate of the first; further arguments as `grsd.mup.curves.regret`."""
+        return regret(self.log2_lr, np.ma.stack([self.curve(size, weight_decay) for size in self.sizes]), **more)
 
     def __str__(self) -> str:
         lines = [("width", "depth", "λ", "log₂ η∗", "loss", "regret")]

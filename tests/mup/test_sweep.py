@@ -135,6 +135,22 @@ def test_seeds_that_ran_only_near_the_best_do_not_shift_it() -> None:
     assert abs(naive.value + 5.0) > 0.1
 
 
+def test_runs_that_exploded_without_leaving_the_numbers() -> None:
+    rows = np.ma.masked_array(curve(-4.2) + np.array([[0.0], [0.02], [-0.01]]), mask=False)
+    rows[:, 5:] = [[17.0, 6e12], [7.0, 1e3], [9.0, 1e3]]
+    rows[1:, 0:2] = rows[1:, 6] = np.ma.masked
+    kept = optimum(GRID, rows, ceiling=4.85)
+    assert kept.cliff and kept.value == -4.0 and kept.low < -4.2 < kept.high
+    # without a ceiling the parabola leans on the explosion, to half a step at most; the exploded rate moves no seed that is filled in
+    leaning = optimum(GRID, rows)
+    assert not leaning.cliff and leaning.value == pytest.approx(-4.5, abs=0.02) and leaning.loss < 2.0
+    assert regret(GRID, np.ma.stack([rows[:, :], rows[:, ::-1]]), ceiling=4.85).values[1] > 0.1
+    only = np.ma.masked_array(np.tile(curve(-5.0), (2, 1)), mask=False)
+    only[1] = np.ma.masked
+    only[0, 6] = only[1, 6] = math.nan  # the second seed ran once, where the first diverged
+    assert optimum(GRID, only).value == pytest.approx(-5.0, abs=1e-12)
+
+
 def test_rates_that_were_not_run_are_left_out() -> None:
     losses = np.ma.masked_array(curve(-5.0), mask=GRID == -6)
     assert optimum(GRID, losses).value == pytest.approx(-5.0, abs=1e-12)
