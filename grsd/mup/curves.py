@@ -168,7 +168,7 @@ def optimum(
         sample[:, kept] += noise / math.sqrt(runs) * rng.standard_normal((draws, int(kept.sum())))
     found = _vertices(x, sample, rng)
     dof = runs - 1.0 if runs > 1 else math.inf
-    low, high = _interval(value, found, dof)
+    low, high = (float(x[index - 1]), float(x[index + 1])) if cliff else _interval(value, found, dof)
     return Optimum(value, low, high, loss, bound, cliff, index, found, dof)
 
 
