@@ -1,11 +1,20 @@
-"""The command line: `grsd doctor`, `suite`, `shells`, `conditions`, `protocol`, `experiment`, `claims`, `results`.
+"""The command line: `grsd doctor`, `suite`, `shells`, `conditions`, `mup-check`, `protocol`, `experiment`, `claims`, `results`.
 
 Tables go to stdout, progress and errors to stderr; `--json` turns stdout into one JSON object. A failure is one
 sentence and exit code 2. Heavy imports happen inside the commands, so that `grsd doctor` works where torch does not.
 One module holds one family of commands; importing it adds them to `main`.
 """
 
-from grsd.cli import diagnostics, environment, ledger, measurements, profiles, training
+from grsd.cli import diagnostics, environment, ledger, measurements, parametrization, profiles, training
 from grsd.cli.common import main
 
-__all__ = ["diagnostics", "environment", "ledger", "main", "measurements", "profiles", "training"]
+__all__ = [
+    "diagnostics",
+    "environment",
+    "ledger",
+    "main",
+    "measurements",
+    "parametrization",
+    "profiles",
+    "training",
+]

@@ -43,7 +43,8 @@ class Run:
     features : (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch.
     outputs : (steps+1,), the same of the model's output.
     losses : (steps+1,)
-    weights : role → α ‖W‖_R before training, geometric mean over the role's tensors (RMS norm for biases).
+    weights : role → α ‖W‖_R before training, geometric mean over the role's tensors (RMS norm for biases). Input and output matrices
+        are divided by 1 + √(d/n), d their fixed side: what a Gaussian matrix of finite width n has above its limit.
     updates : role → α ‖ΔW‖_R of the first step, likewise.
     """
 
@@ -251,7 +252,7 @@ def _run(
     parameters = {plain(name): p for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in parameters.items()}
     tables = {f"{plain(name)}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    weights = _by_role(made, before, tables)
+    weights = _by_role(made, before, tables, gaussian=True)
     updates: dict[str, float] = {}
     features, values, losses = [], [], []
     first_h = first_f = None
@@ -282,7 +283,7 @@ def _typical(x: Tensor) -> float:
     return float(rms_norm(x).square().mean().sqrt())
 
 
-def _by_role(made: Plan, tensors: dict[str, Tensor], tables: set[str]) -> dict[str, float]:
+def _by_role(made: Plan, tensors: dict[str, Tensor], tables: set[str], gaussian: bool = False) -> dict[str, float]:
     """Return α times the typical norm of every role; a table's (an embedding's) is that of its largest row, what a token can meet."""
     logs: dict[str, list[float]] = {}
     for e in made.entries:
@@ -295,6 +296,9 @@ def _by_role(made: Plan, tensors: dict[str, Tensor], tables: set[str]) -> dict[s
             size = float(rms_norm(W).max())
         else:
             size = float(rms_norm(W.reshape(-1))) if W.ndim < 2 else rms_operator_norm(W.flatten(1))
+            if gaussian and W.ndim > 1 and e.role in ("input", "output"):
+                fan_out, fan_in = W.flatten(1).shape
+                size /= 1 + math.sqrt(fan_in / fan_out if e.role == "input" else fan_out / fan_in)
         if size > 0:
             logs.setdefault(e.role, []).append(math.log(size * e.multiplier))
     return {role: math.exp(float(np.mean(found))) for role, found in logs.items()}
