@@ -25,7 +25,7 @@ from grsd.mup.coordcheck import coord_check, fit_slope
 __all__ = ["EXPERIMENT", "RATES", "Parameters", "batch", "factory"]
 
 RATES = {
-    "sgd": 2.0**-6,
+    "sgd": 2.0**-3,
     "adamw": 2.0**-11,
     "lion": 2.0**-11,
     "sophia": 2.0**-11,
@@ -36,7 +36,7 @@ RATES = {
     "soap_sqrt": 2.0**-10,
     "sso": 2.0**-8,
 }
-"""Base learning rates: features of the base model change by a tenth to a half of their size over the run."""
+"""Base learning rates: features of the base model change by about a tenth of their size over the run."""
 INPUTS = 16
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {"sso": {"sso": {"radius": 2.0}}}
 """SSO on the sphere where Gaussian weights start, so that its first step is no jump onto another one."""
@@ -66,9 +66,12 @@ class Parameters:
 
 
 def factory(width: int, depth: int) -> nn.Module:
-    """A residual MLP with two layers a block, ReLU and biases: (B, 16) → (B, 1), float32."""
+    """A residual MLP with two layers a block, ReLU, biases and α_b = ¼: (B, 16) → (B, 1), float32.
+
+    With α_b = 1 a stack of four blocks is far from its limit of depth: its features grow tenfold, and those of a stack of 32 with α = ⅛ do not.
+    """
     return architectures.res_mlp(
-        inputs=INPUTS, width=width, depth=depth, activation="relu", bias=True, seed=0, dtype=torch.float32
+        inputs=INPUTS, width=width, depth=depth, activation="relu", epsilon=0.25, bias=True, seed=0, dtype=torch.float32
     )
 
 
