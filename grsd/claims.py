@@ -32,6 +32,7 @@ __all__ = [
     "Claim",
     "Evidence",
     "Verdict",
+    "bullets",
     "evidence",
     "evidence_dir",
     "find",
@@ -301,6 +302,26 @@ def _measured(value: Any, where: str) -> Measured:
             raise ValueError(f"{where} is an empty dict")
         return {str(key): _number(item, f"{where}[{key!r}]") for key, item in value.items()}
     return _number(value, where)
+
+
+def bullets(*ids: str) -> str:
+    """Return claims as a Markdown list for a page of some room: verdict, place, chapter, statement, and what holds instead.
+
+    Raises
+    ------
+    ValueError
+        If the ledger has no claim of one of these ids.
+    """
+    lines = []
+    for claim in map(find, ids):
+        verdict, more = VERDICTS[claim.verdict], claim.assumption or claim.corrected
+        lead = "Needs" if claim.assumption else "Note" if claim.verdict == "holds" else "Instead"
+        page = f" · [{claim.chapter.split('/')[1]}](../{claim.chapter}.md)" if claim.chapter else ""
+        lines.append(
+            f"- {verdict.symbol} **{verdict.word}** · {claim.locator}{page}. {claim.statement}"
+            + (f" *{lead}:* {more}" if more else "")
+        )
+    return "\n".join(lines).replace("_", r"\_")
 
 
 def record(

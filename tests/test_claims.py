@@ -222,3 +222,13 @@ def test_an_untested_claim_takes_no_evidence_and_is_not_missing(monkeypatch: pyt
     assert missing() == []
     with pytest.raises(ValueError, match="untested"):
         record("origin.kl-identity", measured=1.0)
+
+
+def test_bullets_say_verdict_place_and_what_holds_instead() -> None:
+    text = claims.bullets("origin.loss-exponent", "origin.model-and-data-scaling")
+    first, second = text.splitlines()
+    found = claims.find("origin.loss-exponent")
+    assert claims.VERDICTS[found.verdict].word in first and found.corrected.split()[0] in first
+    assert f"(../{found.chapter}.md)" in first and "Needs" in second
+    with pytest.raises(ValueError, match="no claim"):
+        claims.bullets("origin.nothing")
