@@ -232,3 +232,57 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="options name 'muon'; this plan uses adamw"):
         plan.make_optimizer(model, lr=0.1, options={"muon": {}})
     assert not newton_schulz(torch.zeros(2, 3, 3)).any()  # a zero gradient makes no step
+
+
+def test_soap_warns_and_its_other_rule_does_not(recwarn: pytest.WarningsRecorder) -> None:
+    model, base = Residual(64, 4), Residual(16, 2)
+    with pytest.warns(UserWarning, match="holds for the first step"):
+        paper = mup.plan(model, base=base, optimizer="soap")
+    assert any("soap_sqrt" in note for note in paper.notes) and "soap_sqrt" in paper.table()
+    recwarn.clear()
+    other = mup.plan(model, base=base, optimizer="soap_sqrt")
+    assert not recwarn.list and other.notes == ()
+    hidden = [[e.lr for e in plan if e.role == "hidden"] for plan in (paper, other)]
+    assert set(hidden[0]) == {1.0} and set(hidden[1]) == {0.5}
+    assert type(other.make_optimizer(model, lr=0.1)).__name__ == "Combined"
+
+
+def test_sophia_with_a_scaled_bound_moves_as_far_and_clips_elsewhere() -> None:
+    model, base = Residual(64, 4), Residual(16, 2)
+    made = {}
+    for name in ("sophia", "sophia_rho"):
+        copied = copy.deepcopy(model)
+        plan = mup.plan(copied, base=base, optimizer=name)
+        opt: Any = plan.make_optimizer(copied, lr=0.01, options={name: {"p": 0.04}})
+        groups = {g["role"]: g for g in opt.param_groups}
+        # SophiaH clips m/h at p: where all is clipped, a step is lr · p = η
+        assert groups["hidden"]["lr"] * groups["hidden"]["p"] == pytest.approx(0.01 / 4, rel=1e-12)
+        assert groups["input"]["lr"] * groups["input"]["p"] == pytest.approx(0.01, rel=1e-12)
+        made[name] = groups
+        x = noise(6, 5, dtype=torch.float32)
+        (copied(x) - 1).square().mean().backward()
+        before = copied.blocks[0].first.weight.detach().clone()
+        opt.step(hessian=[torch.zeros_like(p) for g in opt.param_groups for p in g["params"]])
+        moved = (copied.blocks[0].first.weight.detach() - before).abs()
+        assert float(moved.max()) == pytest.approx(0.01 / 4, rel=1e-3)
+    assert {g["p"] for g in made["sophia"].values()} == {0.04}
+    assert made["sophia_rho"]["hidden"]["p"] == pytest.approx(0.04 * 4 * 2)  # ρ ∝ r_n r_L in the stack
+    assert made["sophia_rho"]["input"]["p"] == pytest.approx(0.04 * 4)  # and r_n outside
+
+
+@pytest.mark.parametrize("name", ["lion", "soap_sqrt"])
+def test_optimizers_of_the_library_lower_a_loss_too(name: str) -> None:
+    torch.manual_seed(0)
+    model = Residual(24, 3)
+    plan = mup.plan(model, base=Residual(12, 3), optimizer=name)
+    plan.attach(model)
+    opt = plan.make_optimizer(model, lr=0.01)
+    x = noise(16, 5, dtype=torch.float32)
+    losses = []
+    for _ in range(20):
+        opt.zero_grad()
+        loss = (model(x) - x[:, :3]).square().mean()
+        loss.backward()
+        opt.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
