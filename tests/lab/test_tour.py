@@ -115,7 +115,7 @@ def test_the_experiment_runs_and_its_table_reads(tmp_path: Path, monkeypatch: py
     for g in groups:
         for end in tour.ENDS:
             assert 0 < g[end]["overlap"][0] <= 1 and len(g[end]["tails"]) == 2
-            for kind in ("error", "count", "permuted"):
+            for kind in ("error", "count", "permuted", *(["frozen"] if end == "end" else [])):
                 assert sum(g[end]["profiles"][kind]["mean"]) == pytest.approx(1, abs=0.02)  # three digits a shell
         # ‖J‖ from the blocks and from the modes, by two codes
         for end, place in (("start", 0), ("end", -1)):
