@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -78,6 +79,8 @@ def mup_check(
         raise ValueError(f"--base {','.join(map(str, base))}: expected WIDTH,DEPTH")
     if length < 1 or batch_size < 1 or seeds < 1:
         raise ValueError(f"--length {length}, --batch-size {batch_size} and --seeds {seeds} must be positive")
+    if len(set(widths)) < 2 and len(set(depths)) < 2:
+        raise ValueError(f"two widths or two depths are needed to compare, got --widths {widths} and --depths {depths}")
     factory = scaled.factory(scaled.configuration(model), positions=length)
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))
     plan = mup.plan(largest, base=factory(base[0], base[1]), optimizer=optimizer, other=other, k=layers)
@@ -96,8 +99,11 @@ def mup_check(
         parametrization="sp" if sp else "mup",
     )
     if as_json:
-        slopes = {axis: [s.value, s.low, s.high] for axis, s in found.slopes.items()}
-        first = {axis: [s.value, s.low, s.high] for axis, s in found.first.items()}
+        slopes, first = (
+            # two points give a slope and no interval: null
+            {axis: [v if math.isfinite(v) else None for v in (s.value, s.low, s.high)] for axis, s in fitted.items()}
+            for fitted in (found.slopes, found.first)
+        )
         findings = [
             {"role": f.role, "quantity": f.quantity, "axis": f.axis, "measured": f.measured.value, "wanted": f.wanted}
             | {"condition": f.condition}

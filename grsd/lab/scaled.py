@@ -1,12 +1,13 @@
 """One transformers architecture at many widths and depths, for coordinate checks and sweeps of a model that is not ours.
 
 A configuration is read from a folder, a hub name or a family (`gpt2`, `gpt_neox`, `llama`), and scaled: the dimension of a head, the
-ratio of feedforward to model width, and the ratio of query to key heads stay as they are.
+number of heads per width, the ratio of feedforward to model width, and the ratio of query to key heads stay as they are.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def configuration(model: str) -> Any:
 
     Raises
     ------
-    OSError, ValueError
-        What transformers says of a name that it cannot find.
+    ValueError
+        A name that is no family and that transformers cannot find, with what it says.
     """
     from transformers import AutoConfig
 
@@ -45,8 +46,13 @@ def configuration(model: str) -> Any:
                 **({} if model == "gpt2" else {"intermediate_size": 16 * HEAD}),
                 **({"num_key_value_heads": 4} if model == "llama" else {}),
             )
-    with quiet():
-        return AutoConfig.from_pretrained(model)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no configuration {model!r}: expected {', '.join(FAMILIES)}, a folder or a name on the hub; {error}"
+        ) from None
 
 
 def factory(config: Any, *, vocabulary: int = BYTES, positions: int = 128) -> Callable[[int, int], nn.Module]:
@@ -60,28 +66,31 @@ def factory(config: Any, *, vocabulary: int = BYTES, positions: int = 128) -> Ca
     Raises
     ------
     ValueError
-        From the factory: a width that is no multiple of the dimension of a head, or not positive sizes.
+        From the factory: a width at which the number of key heads is not whole, or not positive sizes.
     """
     heads, width = config.num_attention_heads, config.hidden_size
     head = int(getattr(config, "head_dim", None) or width // heads)
     inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", None)
-    groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    unit = width // math.gcd(
+        width, shared
+    )  # at its multiples the number of key heads is whole, and so is that of query heads
 
     def build(n: int, layers: int) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        if n < 1 or layers < 1 or n % (head * groups):
+        if n < 1 or layers < 1 or n % unit:
             raise ValueError(
-                f"width {n} and depth {layers}: sizes are positive, and the width is a multiple of {head * groups} "
-                f"(heads of dimension {head}, {groups} query heads to a key head)"
+                f"width {n} and depth {layers}: sizes are positive, and the width is a multiple of {unit} "
+                f"(heads of dimension {head}, {heads // shared} query heads to a key head)"
             )
         scaled = copy.deepcopy(config)
-        scaled.hidden_size, scaled.num_attention_heads, scaled.num_hidden_layers = n, n // head, layers
+        scaled.hidden_size, scaled.num_attention_heads, scaled.num_hidden_layers = n, n * heads // width, layers
         for name in ("n_inner", "intermediate_size"):
             if getattr(scaled, name, None) is not None and inner is not None:
                 setattr(scaled, name, n * inner // width)
         if getattr(scaled, "num_key_value_heads", None) is not None:
-            scaled.num_key_value_heads = n // head // groups
+            scaled.num_key_value_heads = n * shared // width
         scaled.vocab_size, scaled.max_position_embeddings = vocabulary, positions
         scaled.bos_token_id = scaled.eos_token_id = 0
         scaled.pad_token_id, scaled.use_cache = None, False
