@@ -97,7 +97,7 @@ def test_a_piece_at_the_base_is_plain_training() -> None:
         f = net.head(h).squeeze(1)
         loss = torch.log(1 + torch.exp(-f * y)).mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         features.append(h.detach().double().numpy())
         losses.append(float(loss.detach()))
