@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grsd.mup.coordcheck import Factory, Loss, Slope, fit_slope
+from grsd.mup.layout import tables
 from grsd.mup.norms import rms_norm, rms_operator_norm
 from grsd.mup.optimizers import assemble, pieces
 from grsd.mup.plan import Entry, Plan, plan
@@ -211,7 +212,7 @@ def measure_sizes(
     finally:
         for handle in handles:
             handle.remove()
-    chosen = _spread(made, blocks)
+    chosen, rows = _spread(made, blocks), tables(model)
     tensors = {e.name: (p.detach(), p.grad) for p, e in made._matched(model) if e.name in chosen}
     held = [(e, *tensors[e.name]) for e in made.entries if e.name in chosen and tensors[e.name][1] is not None]
     gradients = _means([(e.role, float(G.square().mean().sqrt())) for e, _, G in held if G is not None])
@@ -222,8 +223,8 @@ def measure_sizes(
         of = [(e, W, G) for e, W, G in asked if bool(torch.isfinite(G).all())]
         lost = [(e.role, math.nan) for e, _, G in asked if not bool(torch.isfinite(G).all())]
         steps = zip(of, _step(name, of), strict=True)
-        updates[name] = _means([*((e.role, n) for (e, *_), A in steps for n in _norms(A, e)), *lost])
-    weights = _means([(e.role, n) for e, W, _ in held for n in _norms(W, e)])
+        updates[name] = _means([*((e.role, n) for (e, *_), A in steps for n in _norms(A, e, rows)), *lost])
+    weights = _means([(e.role, n) for e, W, _ in held for n in _norms(W, e, rows)])
     return Sizes(width, depth, seed, weights, gradients, updates)
 
 
@@ -308,10 +309,12 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
     return [(a - q.detach()) / lr for a, q in zip(before, copies, strict=True)]
 
 
-def _norms(x: Tensor, entry: Entry) -> list[float]:
-    """Return ‖·‖_R of a matrix, of each of its parts when several are fused, or of a vector; NaN of what is not finite."""
+def _norms(x: Tensor, entry: Entry, rows: set[str]) -> list[float]:
+    """Return ‖·‖_R of a matrix, of each of its parts when several are fused, of a vector, or of a table's largest row; NaN of what is not finite."""
     if not bool(torch.isfinite(x).all()):
         return [math.nan]
+    if entry.name in rows:
+        return [float(rms_norm(x).max())]
     if entry.role not in MATRICES:
         return [float(rms_norm(x.reshape(-1)))]
     group = {"split": entry.split, "transposed": entry.transposed}

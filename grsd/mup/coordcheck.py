@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from grsd.mup.layout import plain, stack_of
+from grsd.mup.layout import plain, stack_of, tables
 from grsd.mup.norms import rms_norm, rms_operator_norm
 from grsd.mup.optimizers import backward
 from grsd.mup.plan import Plan, plan
@@ -251,8 +251,8 @@ def _run(
     handle = last.register_forward_hook(watch)
     parameters = {plain(name): p for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    tables = {f"{plain(name)}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    weights = _by_role(made, before, tables, gaussian=True)
+    rows = tables(model)
+    weights = _by_role(made, before, rows, gaussian=True)
     updates: dict[str, float] = {}
     features, values, losses = [], [], []
     first_h = first_f = None
@@ -273,7 +273,7 @@ def _run(
             backward(now, opt)
             opt.step()
             if step == 0:
-                updates = _by_role(made, {name: p.detach() - before[name] for name, p in parameters.items()}, tables)
+                updates = _by_role(made, {name: p.detach() - before[name] for name, p in parameters.items()}, rows)
     finally:
         handle.remove()
     return Run(*label, tuple(features), tuple(values), tuple(losses), weights, updates)
@@ -283,7 +283,7 @@ def _typical(x: Tensor) -> float:
     return float(rms_norm(x).square().mean().sqrt())
 
 
-def _by_role(made: Plan, tensors: dict[str, Tensor], tables: set[str], gaussian: bool = False) -> dict[str, float]:
+def _by_role(made: Plan, tensors: dict[str, Tensor], rows: set[str], gaussian: bool = False) -> dict[str, float]:
     """Return α times the typical norm of every role; a table's (an embedding's) is that of its largest row, what a token can meet."""
     logs: dict[str, list[float]] = {}
     for e in made.entries:
@@ -292,7 +292,7 @@ def _by_role(made: Plan, tensors: dict[str, Tensor], tables: set[str], gaussian:
             logs.setdefault(e.role, []).append(math.nan)
             continue
         W = x.mT if e.transposed else x
-        if e.name in tables:
+        if e.name in rows:
             size = float(rms_norm(W).max())
         else:
             size = float(rms_norm(W.reshape(-1))) if W.ndim < 2 else rms_operator_norm(W.flatten(1))

@@ -138,6 +138,11 @@ class Layout:
         return tuple(found)
 
 
+def tables(model: nn.Module) -> set[str]:
+    """Return the names of the embeddings' weights: the norm that counts is that of a row, which is what a token meets."""
+    return {f"{plain(name)}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+
 def plain(name: str) -> str:
     """Return a name without what torch.compile, DataParallel, FSDP and activation checkpointing put in."""
     name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)", "", name)

@@ -177,3 +177,40 @@ def test_bad_input_is_refused() -> None:
     seen = measure_sizes(Small, lambda m: loss(m) * float("nan"), **settings)  # a diverged model is data
     assert seen.updates["sgd"]["hidden"] != seen.updates["sgd"]["hidden"]
     assert set(OPTIMIZERS) >= set(NAMES)
+
+
+def test_a_table_is_measured_by_its_rows() -> None:
+    """A token meets one row of an embedding: its norm does not grow with the width, that of the whole matrix does."""
+    G = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 40, (4, 8), generator=G)
+
+    class Tokens(nn.Module):
+        def __init__(self, width: int, depth: int) -> None:
+            super().__init__()
+            self.table = nn.Embedding(40, width)
+            self.blocks = nn.ModuleList(nn.Sequential() for _ in range(depth))
+            for block in self.blocks:
+                block.branch_end = nn.Linear(width, width)  # type: ignore[assignment]
+            self.head = nn.Linear(width, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.table(x).mean(1)
+            for block in self.blocks:
+                h = h + block.branch_end(torch.relu(h))  # type: ignore[operator]
+            out: Tensor = self.head(h)
+            return out
+
+    found = audit_update_norms(
+        Tokens,
+        lambda m: m(tokens).mean(),
+        widths=(64, 128, 256),
+        depths=(),
+        base=(64, 2),
+        optimizers=("adamw",),
+        k=1,
+        seeds=(0, 1),
+    )
+    (weight,) = [e for e in found.exponents if (e.role, e.quantity, e.axis) == ("input", "weight", "width")]
+    # the largest of 40 rows of √n-many numbers is within a few per cent of 1 at every width
+    assert abs(weight.measured.value) < 0.05
+    assert not [e for e in found.failures if e.role == "input" and e.quantity != "gradient"]
