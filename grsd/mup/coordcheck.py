@@ -99,7 +99,7 @@ class CoordCheck:
     slopes : "width" and "depth" → slope of ‖Δh_L‖_R after the last step; an axis with one size is left out.
     output_slopes : the same of the output.
     first : the same of ‖Δh_L‖_R after the first step.
-    verdict : "flat", "not flat", or "diverged" when a run left the numbers.
+    verdict : "flat", "not flat", "diverged" when a run left the numbers, or "not fitted" when no axis has two sizes.
     findings : conditions that the measured norms break.
     """
 
@@ -337,7 +337,8 @@ def _judge(
     slopes, first = both(lambda r: r.features[steps]), both(lambda r: r.features[1])
     outs = both(lambda r: r.outputs[steps])
     broken = any(not math.isfinite(v) for r in runs for v in (*r.features, *r.losses))
-    verdict = "diverged" if broken else "flat" if all(abs(s.value) <= FLAT for s in slopes.values()) else "not flat"
+    flat = all(abs(s.value) <= FLAT for s in slopes.values())
+    verdict = "diverged" if broken else "not fitted" if not slopes else "flat" if flat else "not flat"
     findings = []
     for role in sorted({role for r in runs for role in r.updates}):
         which = optimizer if role == "hidden" or not OPTIMIZERS[optimizer].matrices_only else other

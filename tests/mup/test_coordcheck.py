@@ -118,3 +118,8 @@ def test_bad_input_is_refused() -> None:
         check("sgd", 0.1, widths=(0,))
     with pytest.raises(ValueError, match="parametrization must be"):
         check("sgd", 0.1, parametrization="ntk")
+
+
+def test_one_size_is_not_called_flat() -> None:
+    found = check("adamw", 2**-8, widths=(64,), depths=(4,), seeds=(0,), steps=1)
+    assert found.verdict == "not fitted" and found.slopes == {}
