@@ -95,7 +95,7 @@ class Parameters:
     depth: int = 3  # blocks between the first and the last
     samples: int = 40  # n, half of them even digits
     level: float = 0.3  # share of the first loss at which the path ends; 1 for the initialisation alone
-    seeds: int = 8  # seeds 0, 1, …; each draws its own net and its own data
+    seeds: int = 16  # seeds 0, 1, …; each draws its own net and its own data
     probes: int = 16  # of D1; 0 for all rows
     rtol: float = 1e-5
     cifar: str = (
