@@ -317,11 +317,14 @@ def bullets(*ids: str) -> str:
         verdict, more = VERDICTS[claim.verdict], claim.assumption or claim.corrected
         lead = "Needs" if claim.assumption else "Note" if claim.verdict == "holds" else "Instead"
         page = f" · [{claim.chapter.split('/')[1]}](../{claim.chapter}.md)" if claim.chapter else ""
+        place, statement, more = (
+            text.replace("_", r"\_").replace("[", r"\[") for text in (claim.locator, claim.statement, more)
+        )
         lines.append(
-            f"- {verdict.symbol} **{verdict.word}** · {claim.locator}{page}. {claim.statement}"
+            f"- {verdict.symbol} **{verdict.word}** · {place}{page}. {statement}"
             + (f" *{lead}:* {more}" if more else "")
         )
-    return "\n".join(lines).replace("_", r"\_")
+    return "\n".join(lines)
 
 
 def record(

@@ -230,5 +230,7 @@ def test_bullets_say_verdict_place_and_what_holds_instead() -> None:
     found = claims.find("origin.loss-exponent")
     assert claims.VERDICTS[found.verdict].word in first and found.corrected.split()[0] in first
     assert f"(../{found.chapter}.md)" in first and "Needs" in second
+    shown = claims.bullets("renorm.step-two")  # V[ε](s) is no link, x_u no emphasis
+    assert r"V\[ε" in shown and "V[ε" not in shown
     with pytest.raises(ValueError, match="no claim"):
         claims.bullets("origin.nothing")
