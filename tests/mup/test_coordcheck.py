@@ -123,3 +123,30 @@ def test_bad_input_is_refused() -> None:
 def test_one_size_is_not_called_flat() -> None:
     found = check("adamw", 2**-8, widths=(64,), depths=(4,), seeds=(0,), steps=1)
     assert found.verdict == "not fitted" and found.slopes == {}
+
+
+def test_a_head_with_many_outputs_is_not_blamed_for_a_finite_width() -> None:
+    """α‖W‖_R of a Gaussian head goes like 1 + √(d/n): with d = 200 outputs a fit over n = 64 … 256 gives −0.3 instead of its limit 0."""
+
+    def wide(width: int, depth: int) -> nn.Module:
+        model = Residual(width, depth)
+        model.head = nn.Linear(width, 200)
+        return model
+
+    found = coord_check(
+        wide,
+        lambda m: m(X).square().mean(),
+        widths=(64, 128, 256),
+        depths=(),
+        base=(64, 4),
+        optimizer="adamw",
+        lr=2**-8,
+        steps=1,
+        seeds=(0, 1, 2),
+    )
+    assert not [f for f in found.findings if (f.role, f.quantity) == ("output", "initial norm")]
+    norms = [(float(r.width), r.weights["output"]) for r in found.runs]
+    fit = fit_slope(norms)
+    assert fit is not None and abs(fit.value) < 0.05
+    raw = fit_slope([(n, size * (1 + math.sqrt(200 / n))) for n, size in norms])
+    assert raw is not None and raw.value < -0.25  # what the check would have read
