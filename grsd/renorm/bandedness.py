@@ -86,17 +86,6 @@ class Bandedness:
         return found
 
     @property
-    def even(self) -> np.ndarray:
-        """(L,), what `pooled` would be if every block moved every other equally and at right angles."""
-        count = len(self.names)
-        weight = np.nan_to_num(self.norms) ** 2
-        outside = np.array(
-            [[sum(abs(m - i) > K for m in range(count)) / count for K in range(count)] for i in range(count)]
-        )
-        found: np.ndarray = np.sqrt(weight @ outside / weight.sum())
-        return found
-
-    @property
     def unlocal(self) -> np.ndarray:
         """(L,), what `pooled` would be if distance played no part: all J̇^(l) made of the others' motion in one and the same mixture.
 
