@@ -22,7 +22,13 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 Scaling = Literal["bare", "keller", "kimi"]
 
 
-def newton_schulz(G: Tensor, *, steps: int = 5, coefficients: tuple[float, float, float] = QUINTIC) -> Tensor:
+def newton_schulz(
+    G: Tensor,
+    *,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = QUINTIC,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Return about U Vᵀ of every matrix in a batch, (..., m, n), by X ← aX + (b XXᵀ + c (XXᵀ)²) X.
 
     Parameters
@@ -31,6 +37,7 @@ def newton_schulz(G: Tensor, *, steps: int = 5, coefficients: tuple[float, float
         Matrices of one shape are worked on together: three batched products a step, however many there are.
     steps : int
     coefficients : (a, b, c)
+    dtype : of the iteration; by default bfloat16 on a GPU, float32 (or G's float64) on a CPU.
 
     Returns
     -------
@@ -40,11 +47,14 @@ def newton_schulz(G: Tensor, *, steps: int = 5, coefficients: tuple[float, float
 
     Notes
     -----
-    Computed in bfloat16 on a GPU, in float32 (or G's float64) on a CPU. Cost: 4 m² n + 2 m³ multiply-adds a step, m ≤ n.
+    Cost: 4 m² n + 2 m³ multiply-adds a step, m ≤ n. In bfloat16 the result is off by about 0.03 in the spectral norm.
     """
     if G.ndim < 2:
         raise ValueError(f"orthogonalisation needs matrices, got shape {tuple(G.shape)}")
-    work = torch.bfloat16 if G.is_cuda else torch.float64 if G.dtype == torch.float64 else torch.float32
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"the iteration needs a floating-point dtype, got {dtype}")
+    plain = torch.bfloat16 if G.is_cuda else torch.float64 if G.dtype == torch.float64 else torch.float32
+    work = plain if dtype is None else dtype
     X = G.to(work)
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
@@ -165,6 +175,7 @@ class Muon(_Matrix):
         torch's "match_rms_adamw".
     momentum, nesterov, steps, weight_decay : as `torch.optim.Muon`.
     exact : bool, use the singular value decomposition in place of Newton–Schulz.
+    dtype : of the iteration, as in `newton_schulz`.
     """
 
     def __init__(
@@ -178,6 +189,7 @@ class Muon(_Matrix):
         steps: int = 5,
         weight_decay: float = 0.0,
         exact: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if scaling not in ("bare", "keller", "kimi"):
             raise ValueError(f'scaling must be "bare", "keller" or "kimi", got {scaling!r}')
@@ -189,11 +201,12 @@ class Muon(_Matrix):
             "steps": steps,
             "weight_decay": weight_decay,
             "exact": exact,
+            "dtype": dtype,
         }
         super().__init__(params, defaults)
 
     def _update(self, G: Tensor, home: list[tuple[Tensor, int]], group: dict[str, Any]) -> Tensor:
-        direction = polar(G) if group["exact"] else newton_schulz(G, steps=group["steps"])
+        direction = polar(G) if group["exact"] else newton_schulz(G, steps=group["steps"], dtype=group["dtype"])
         return direction * _factor(G.shape, group["scaling"])
 
 
