@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.integrate import cubature, solve_ivp
 from scipy.optimize.elementwise import find_root
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 
 from grsd.dynamics.balance import shell_balance
 from grsd.dynamics.flow import Problem, Vector
@@ -111,11 +111,7 @@ def moving(
     -----
     Many times in one call are much cheaper than many calls: the Jacobians are batched, 64 at a time.
     """
-    if problem.kinks:
-        raise ValueError(
-            f"this network uses {', '.join(problem.kinks)}: M(t) jumps, and no balance with Ṁ integrates over a jump. "
-            "Use a smooth activation"
-        )
+    _refuse_kinks(problem)
     first = (problem.theta if start is None else torch.as_tensor(start)).detach().cpu().numpy()
     done = solve_ivp(
         lambda _, theta: problem.velocity(theta).cpu().numpy(),
@@ -131,21 +127,36 @@ def moving(
     return lambda times: instants(problem, done.sol(times).T)
 
 
+def _refuse_kinks(problem: Problem) -> None:
+    if problem.kinks:
+        raise ValueError(
+            f"this network uses {', '.join(problem.kinks)}: M(t) jumps, and no balance with Ṁ integrates over a jump. "
+            "Use a smooth activation"
+        )
+
+
 def instants(problem: Problem, thetas: Tensor | Array) -> Instants:
     """Return M (k, n, n), Ṁ (k, n, n) and e (k, n) of gradient flow at k parameter vectors (k, P), as arrays.
 
-    The same as :func:`grsd.dynamics.modes.instant` at each, in batches.
+    The same as :func:`grsd.dynamics.modes.instant` at each, in batches; Ṁ by reverse mode twice, as in `Problem.kernel_rate`.
+
+    Raises
+    ------
+    ValueError
+        If the network has kinks.
+    ArithmeticError
+        As `Problem.kernel_rate`, at the first of the parameter vectors.
     """
     n = problem.samples
+    _refuse_kinks(problem)
 
     def one(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        e = problem.targets - problem._output(theta)
-        moved = jvp(problem._jacobian, (theta,), (problem._jacobian(theta).T @ e / n,))
-        j, turn = moved[0], moved[1]
-        half = turn @ j.T / n
+        e, j = problem.targets - problem._output(theta), problem._jacobian(theta)
+        half = problem._jacobian_rate(theta, j.T @ e / n) @ j.T / n
         return j @ j.T / n, half + half.T, e
 
     stacked = torch.as_tensor(thetas, dtype=torch.float64, device=problem.theta.device)
+    problem._check_curvature(stacked[0], problem.velocity(stacked[0]))
     M, rate, e = (a.detach().cpu().numpy() for a in vmap(one, chunk_size=64)(stacked))
     return M, rate, e
 

@@ -309,6 +309,12 @@ class _Linearized(Problem):
     def _jacobian(self, theta: Tensor) -> Tensor:
         return self._j0 + 0.0 * theta
 
+    def _jacobian_rate(self, theta: Tensor, along: Tensor) -> Tensor:
+        return torch.zeros_like(self._j0)
+
+    def _check_curvature(self, theta: Tensor, along: Tensor) -> None:
+        """Zero is known without a difference quotient."""
+
     def velocity(self, theta: Vector, step: float = 0.0) -> Tensor:
         e = self.error(theta)
         if step != 0:  # L + (η/4)‖∇L‖² has the gradient −Jᵀ(1 + (η/2)M)e/n
