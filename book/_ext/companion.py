@@ -6,7 +6,8 @@ pages that hold one are resolved again in every build.
 
 Warnings (errors under ``-W``): a verdict whose chapter is in the book but which no run recorded, a claim box that does not match the
 ledger, an image without alternative text. Neighbours: ``companion_views`` draws the nodes, ``companion_fresh`` decides what of
-an earlier build may be kept, ``companion_reader`` makes the Colab buttons and the notebooks that they open.
+an earlier build may be kept, ``companion_reader`` makes the Colab buttons and the notebooks that they open, ``companion_names`` the
+reference pages.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 import companion_fresh
+import companion_names
 import companion_reader
 import companion_views
 from docutils import nodes
@@ -182,5 +184,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-resolved", spell_status)
     app.connect("doctree-resolved", check_images)
     companion_fresh.setup(app)
+    companion_names.setup(app)
     companion_reader.setup(app)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

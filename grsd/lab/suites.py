@@ -36,7 +36,7 @@ Progress = Callable[[int, int, float], None]  # (step, steps, loss)
 
 
 @dataclass(frozen=True)
-class Size:
+class Preset:
     """Shape of one net: GPT-NeoX with rotary attention on a quarter of each head and parallel residuals, untied."""
 
     name: str
@@ -80,12 +80,12 @@ class Size:
 # The mini sizes share one shape family (head size 16 to 32, V = 2048); learning rates fall with width as in Pythia.
 # The last two have Pythia's own shapes and learning rates, for runs on an accelerator.
 _LARGE: dict[str, Any] = {"corpus": "installed:32768", "batch_size": 128, "precision": "bfloat16"}
-MINI: dict[str, Size] = {
-    "mini-0.4m": Size("mini-0.4m", hidden=64, layers=3, heads=4, vocab_size=2048, lr=4e-3),
-    "mini-1.3m": Size("mini-1.3m", hidden=128, layers=4, heads=4, vocab_size=2048, lr=3e-3),
-    "mini-4.2m": Size("mini-4.2m", hidden=256, layers=4, heads=8, vocab_size=2048, lr=2e-3),
-    "pythia-14m": Size("pythia-14m", hidden=128, layers=6, heads=4, vocab_size=50304, lr=1e-3, **_LARGE),
-    "pythia-70m": Size("pythia-70m", hidden=512, layers=6, heads=8, vocab_size=50304, lr=1e-3, **_LARGE),
+MINI: dict[str, Preset] = {
+    "mini-0.4m": Preset("mini-0.4m", hidden=64, layers=3, heads=4, vocab_size=2048, lr=4e-3),
+    "mini-1.3m": Preset("mini-1.3m", hidden=128, layers=4, heads=4, vocab_size=2048, lr=3e-3),
+    "mini-4.2m": Preset("mini-4.2m", hidden=256, layers=4, heads=8, vocab_size=2048, lr=2e-3),
+    "pythia-14m": Preset("pythia-14m", hidden=128, layers=6, heads=4, vocab_size=50304, lr=1e-3, **_LARGE),
+    "pythia-70m": Preset("pythia-70m", hidden=512, layers=6, heads=8, vocab_size=50304, lr=1e-3, **_LARGE),
 }
 
 
@@ -135,13 +135,13 @@ class Suite:
 
     Attributes
     ----------
-    size : Size
+    size : Preset
     root : Path
     steps : int
         Updates made; the revisions are those up to it.
     """
 
-    size: Size
+    size: Preset
     root: Path
     steps: int
 
@@ -177,7 +177,7 @@ def checkpoint_steps(steps: int) -> list[int]:
     return sorted({s for s in grid if s <= steps} | {steps})
 
 
-def build(size: Size, seed: int, device: str = "cpu") -> nn.Module:
+def build(size: Preset, seed: int, device: str = "cpu") -> nn.Module:
     """An untrained net of this size, float32, with Pythia's initialisation.
 
     Weights are normal with variance 2/(5 h); those that write to the residual stream have standard deviation
@@ -200,7 +200,7 @@ def build(size: Size, seed: int, device: str = "cpu") -> nn.Module:
 
 
 def locate(
-    size: Size | str,
+    size: Preset | str,
     corpus: Corpus,
     *,
     steps: int = 512,
@@ -218,7 +218,7 @@ def locate(
     return Suite(size, root, steps)
 
 
-def _resolve(size: Size | str, recipe: dict[str, Any]) -> tuple[Size, Recipe]:
+def _resolve(size: Preset | str, recipe: dict[str, Any]) -> tuple[Preset, Recipe]:
     if isinstance(size, str):
         if size not in MINI:
             raise ValueError(f"unknown size {size!r}: expected one of {', '.join(MINI)}")
@@ -227,7 +227,7 @@ def _resolve(size: Size | str, recipe: dict[str, Any]) -> tuple[Size, Recipe]:
 
 
 def train(
-    size: Size | str,
+    size: Preset | str,
     corpus: Corpus,
     *,
     steps: int = 512,
@@ -240,7 +240,7 @@ def train(
 
     Parameters
     ----------
-    size : Size or str
+    size : Preset or str
         A shape, or a name in `MINI`.
     corpus : Corpus
         Its training part is used, in an order drawn from ``seed``.

@@ -276,11 +276,11 @@ def shift_invariance(
         φᵀṀφ in the same order: `Modes.matrix` of `grsd.dynamics.modes`.
     window : (low, high)
         Quantiles of the positive spectrum, by count. The slope is an average over the window; rms grows with its width.
-    smooth : 'spline' or 'classes'
+    smooth : "spline" or "classes"
         What stands for k: a cubic spline, or the means of 16 classes of |Δ|. Classes leave a bias where eigenvalues are denser on
         one side of the window, because position then varies with |Δ| within a class.
-    statistic : 'log' or 'square'
-        'square' fits log E X̃² (quasi-likelihood of a Gamma law) instead of E log X̃²: smaller errors if X̃ is Gaussian, larger
+    statistic : "log" or "square"
+        "square" fits log E X̃² (quasi-likelihood of a Gamma law) instead of E log X̃²: smaller errors if X̃ is Gaussian, larger
         ones if its tails are heavy. The two agree when the shape of the law of X̃ does not vary with position.
     floor : float, optional
         Eigenvalues at or below it belong to ker M and are left out; by default 100 n ε λ_max.
@@ -298,7 +298,7 @@ def shift_invariance(
     -----
     Bias. For Gaussian X̃ the logarithm shifts every pair by E log χ²₁ = −γ − log 2 = −1.270 and adds noise of variance π²/2;
     the constant goes into k, so that slope and rms of E X̃² are estimated without bias for any n. rms² has the expectation
-    `floor`² when there is no dependence. Nothing here needs gaps: where eigenvalues nearly agree, X̃ stays finite. Where they
+    floor² when there is no dependence. Nothing here needs gaps: where eigenvalues nearly agree, X̃ stays finite. Where they
     agree to rounding, the basis of the eigenspace is an accident, but all of its pairs have one position and the distance 0.
     Cost: n² numbers times 13. Source: 2512.18209, Condition 4 and A.3.5.
     """

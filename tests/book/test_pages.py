@@ -23,7 +23,8 @@ BOOK = ROOT / "book"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 LISTED = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in BOOK.rglob("*.md"))
-CHAPTERS = [name for name in LISTED if len(Path(name).parts) > 2]  # book/<room>/<page>.md
+NAMES = [name for name in LISTED if name.startswith("book/names/")]  # the reference pages
+CHAPTERS = [name for name in LISTED if len(Path(name).parts) > 2 and name not in NAMES]  # book/<room>/<page>.md
 BOOTSTRAP = [
     'REPOSITORY = ""  # a published copy of this notebook carries its own repository here',
     "import importlib.util, subprocess, sys",

@@ -8,7 +8,7 @@ from typing import Any
 
 from grsd.lab import suites
 
-TINY = suites.Size("tiny", hidden=16, layers=1, heads=2, vocab_size=300, lr=1e-2, positions=64)
+TINY = suites.Preset("tiny", hidden=16, layers=1, heads=2, vocab_size=300, lr=1e-2, positions=64)
 RECIPE: dict[str, Any] = {"steps": 5, "batch_size": 2, "length": 16}
 
 

@@ -117,7 +117,7 @@ def test_sum_is_rows_times_mean(spec: runs.RunSpec) -> None:
 def test_shuffled_targets_raise_the_loss_of_a_trained_model(
     corpus: corpora.Corpus, texts: Path, tmp_path: Path
 ) -> None:
-    size = suites.Size("tiny", hidden=16, layers=1, heads=2, vocab_size=300, lr=1e-2, positions=64)
+    size = suites.Preset("tiny", hidden=16, layers=1, heads=2, vocab_size=300, lr=1e-2, positions=64)
     made = suites.train(size, corpus, steps=60, batch_size=8, length=32, warmup=4, cache=tmp_path)
     spec = runs.RunSpec(
         str(made.root), ("step0", "step60"), str(texts / "*.txt"), batches=2, batch_size=4, length=16, steps=4

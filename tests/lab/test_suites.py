@@ -142,7 +142,7 @@ import os, signal, sys
 from grsd.lab import corpora, suites
 target, texts, cache = sys.argv[1:]
 corpus = corpora.files(texts, vocab_size=300, cache=cache)
-size = suites.Size("tiny", hidden=16, layers=1, heads=2, vocab_size=300, lr=1e-2, positions=64)
+size = suites.Preset("tiny", hidden=16, layers=1, heads=2, vocab_size=300, lr=1e-2, positions=64)
 def dying(call):
     def wrapped(source, destination, **rest):
         if str(destination).endswith(target):
@@ -190,7 +190,7 @@ def test_damaged_state_starts_over(corpus: corpora.Corpus, suite: suites.Suite, 
 def test_bad_arguments_are_quoted(corpus: corpora.Corpus, suite: suites.Suite, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown size 'mini-9m'.*mini-1\.3m"):
         suites.train("mini-9m", corpus)
-    small = suites.Size("small", 16, 1, 2, vocab_size=100, lr=1e-2)
+    small = suites.Preset("small", 16, 1, 2, vocab_size=100, lr=1e-2)
     with pytest.raises(ValueError, match=r"vocabulary has 100"):
         suites.train(small, corpus, cache=tmp_path)
     with pytest.raises(ValueError, match="too short"):

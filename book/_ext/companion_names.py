@@ -1,0 +1,57 @@
+"""The reference pages: docstrings as reStructuredText, and the help of every command of the command line.
+
+Directive: ``{commands}``, a section for each command of `grsd` with what ``--help`` prints. The names of the package are drawn by
+Sphinx's autodoc; the docstrings write absolute values and sets with bars, which would be substitutions there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from grsd.cli import main
+
+WIDTH = 76  # characters of a line of help: a page without a scroll bar
+
+
+class CommandsDirective(SphinxDirective):
+    """What ``--help`` prints, command by command."""
+
+    def run(self) -> list[nodes.Node]:
+        sections = []
+        for name, text in helps(main, "grsd"):
+            section = nodes.section(ids=[nodes.make_id(name)], names=[nodes.fully_normalize_name(name)])
+            section += nodes.title(name, name)
+            section += nodes.literal_block(text, text, language="text")
+            sections.append(section)
+        return sections
+
+
+def helps(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (command line, help) of a command and of all below it."""
+    context = click.Context(
+        command, info_name=name.rpartition(" ")[2], parent=parent, terminal_width=WIDTH, max_content_width=WIDTH
+    )
+    yield name, command.get_help(context)
+    if isinstance(command, click.Group):
+        for below in command.list_commands(context):
+            found = command.get_command(context, below)
+            if found is not None and not found.hidden:
+                yield from helps(found, f"{name} {below}", context)
+
+
+def without_substitutions(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Write bars so that they stay bars."""
+    lines[:] = [line.replace("|", r"\|") for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    app.add_directive("commands", CommandsDirective)
+    app.connect(
+        "autodoc-process-docstring", without_substitutions, priority=900
+    )  # after napoleon has read the sections

@@ -1,0 +1,91 @@
+"""The reference pages: every module that a chapter imports stands there, and every command with the help that it prints."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+
+import click
+import companion_names
+import jupytext
+import pytest
+from click.testing import CliRunner
+from docutils.core import publish_doctree
+from docutils.utils import Reporter
+
+from grsd.cli import main
+from grsd.lab.experiments import MODULES
+
+from .conftest import ROOT
+from .test_pages import CHAPTERS, NAMES
+
+DOCUMENTED = {
+    module for page in NAMES for module in re.findall(r"^\.\. automodule:: (\S+)", (ROOT / page).read_text(), re.M)
+}
+INSIDE = {"grsd.lab.benchmarks"}  # reads this project's own benchmark
+
+
+def homes(source: str) -> set[str]:
+    """Return the modules of grsd in which the names that a text imports are written down."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "grsd":
+            for alias in node.names:
+                try:
+                    found.add(importlib.import_module(f"{node.module}.{alias.name}").__name__)
+                except ModuleNotFoundError:
+                    home = str(getattr(getattr(importlib.import_module(node.module), alias.name), "__module__", ""))
+                    found.add(home if home.startswith("grsd.") else node.module)
+    return found - {"grsd.mup"}  # the room itself, imported for `mup.plan` and `mup.coord_check`
+
+
+def test_every_module_that_a_chapter_imports_stands_on_a_reference_page() -> None:
+    used: set[str] = set()
+    for chapter in CHAPTERS:
+        for cell in jupytext.read(ROOT / chapter).cells:
+            if cell.cell_type == "code":
+                used |= homes(re.sub(r"^[%!].*$", "", cell.source, flags=re.M))
+    assert len(used) > 40
+    assert (
+        used - {*MODULES.values()} - INSIDE - DOCUMENTED == set()
+    )  # an experiment's options are printed by `grsd experiment`
+    for module in DOCUMENTED:
+        assert importlib.import_module(module).__doc__
+
+
+def test_an_import_is_traced_to_the_module_that_writes_the_name_down() -> None:
+    assert homes("from grsd.spectrum import NTK\nfrom grsd import claims\nimport math") == {
+        "grsd.spectrum.ntk",
+        "grsd.claims",
+    }
+
+
+def test_every_command_has_a_section_with_the_help_that_it_prints() -> None:
+    found = dict(companion_names.helps(main, "grsd"))
+    below = {f"grsd {name}" for name in main.commands}
+    nested = {
+        f"grsd {group} {name}"
+        for group, c in main.commands.items()
+        if isinstance(c, click.Group)
+        for name in c.commands
+    }
+    assert set(found) == {"grsd"} | below | nested and nested
+    for line, text in found.items():
+        printed = CliRunner().invoke(main, [*line.split()[1:], "--help"], prog_name="grsd")
+        assert printed.exit_code == 0
+        options = re.compile(r"--[a-z][a-z-]+")
+        assert set(options.findall(text)) == set(options.findall(printed.output)), line
+        assert max(map(len, text.splitlines())) < 140
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_bars_of_a_docstring_stay_bars(handled: bool) -> None:
+    lines = ["The size |x| of a number, and |y|."]
+    if handled:
+        companion_names.without_substitutions(None, "function", "f", None, None, lines)  # type: ignore[arg-type]
+    tree = publish_doctree("\n".join(lines), settings_overrides={"report_level": Reporter.SEVERE_LEVEL})
+    broken = [node for node in tree.findall() if node.tagname == "problematic"]
+    assert bool(broken) != handled
+    if handled:
+        assert tree.astext() == "The size |x| of a number, and |y|."
