@@ -182,19 +182,27 @@ def box(chosen: Sequence[claims.Claim], link: Linker) -> nodes.admonition:
 
 
 def scoreboard(ledger: Sequence[claims.Claim]) -> nodes.table:
-    """Verdicts against papers; a verdict nobody received and a paper without claims have no row and no column."""
+    """Verdicts against papers; a verdict nobody received and a paper without claims have no row and no column.
+
+    What a verdict says stands under its badge: a column of its own pushes the last paper off a page that has both sidebars.
+    """
     papers = [paper for paper in claims.PAPERS if any(c.paper == paper for c in ledger)]
     verdicts = [verdict for verdict in claims.VERDICTS if any(c.verdict == verdict for c in ledger)]
-    head = ["Verdict", "What it says", *(arxiv(paper) for paper in papers), *(["All"] if len(papers) > 1 else [])]
+    # a long heading may be broken after its colon
+    head = [
+        "Verdict",
+        *(arxiv(paper).replace(":", ":\u200b") for paper in papers),
+        *(["All"] if len(papers) > 1 else []),
+    ]
     rows: list[list[nodes.Node]] = []
     for verdict in verdicts:
         mine = [c for c in ledger if c.verdict == verdict]
         counts = [sum(c.paper == paper for c in mine) for paper in papers] + ([len(mine)] if len(papers) > 1 else [])
-        meaning = nodes.paragraph("", "", *inline(claims.VERDICTS[verdict][2]))
-        rows.append([_line(badge(verdict)), meaning, *(nodes.paragraph("", str(count)) for count in counts)])
+        said = nodes.paragraph("", "", badge(verdict), nodes.Text(" "), *inline(claims.VERDICTS[verdict][2]))
+        rows.append([said, *(nodes.paragraph("", str(count)) for count in counts)])
     total = [sum(c.paper == paper for c in ledger) for paper in papers] + ([len(ledger)] if len(papers) > 1 else [])
-    rows.append([_line("All"), nodes.paragraph("", ""), *(nodes.paragraph("", str(count)) for count in total)])
-    return _table([nodes.paragraph("", text) for text in head], rows, widths=[22, 50] + [14] * (len(head) - 2))
+    rows.append([_line("All"), *(nodes.paragraph("", str(count)) for count in total)])
+    return _table([nodes.paragraph("", text) for text in head], rows, widths=[60] + [14] * (len(head) - 1))
 
 
 def _table(head: Sequence[nodes.Node], rows: Sequence[Sequence[nodes.Node]], widths: Sequence[int]) -> nodes.table:
