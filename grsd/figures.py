@@ -7,6 +7,7 @@ This module imports matplotlib but no pyplot: the caller makes the axes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -263,10 +264,15 @@ class Table:
     def _cell(value: object) -> str:
         if isinstance(value, (float, np.floating)):
             return f"{value:.4g}"
-        return str(value).replace("|", r"\|")
+        # a bar ends a cell: outside mathematics it is escaped, inside, where an escaped one would lose its backslash, it gets a name
+        texts = re.split(r"(\$[^$]*\$)", str(value))
+        return "".join(
+            text.replace(r"\|", r"\Vert{}").replace("|", r"\vert{}") if i % 2 else re.sub(r"(?<!\\)\|", r"\|", text)
+            for i, text in enumerate(texts)
+        )
 
     def _lines(self) -> list[str]:
-        head = "| " + " | ".join(self.columns) + " |"
+        head = "| " + " | ".join(map(self._cell, self.columns)) + " |"
         rule = "|" + "---|" * len(self.columns)
         return [head, rule, *("| " + " | ".join(map(self._cell, row)) + " |" for row in self.rows)]
 

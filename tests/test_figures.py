@@ -183,7 +183,20 @@ def test_panels_are_lettered(ax: Axes) -> None:
 
 
 def test_a_table_is_markdown_with_four_digits() -> None:
-    table = Table(["m", "error"], [[20, 0.123456], [50, "a|b"]])
-    assert table._repr_markdown_().splitlines() == ["| m | error |", "|---|---|", "| 20 | 0.1235 |", r"| 50 | a\|b |"]
+    table = Table(["m", "|l − m|"], [[20, 0.123456], [50, "a|b"]])
+    expected = [r"| m | \|l − m\| |", "|---|---|", "| 20 | 0.1235 |", r"| 50 | a\|b |"]  # a bar ends no column
+    assert table._repr_markdown_().splitlines() == expected
     with pytest.raises(ValueError, match="1 cells, expected 2"):
         Table(["m", "error"], [[20]])
+
+
+def test_bars_in_a_table_stay_in_their_cell() -> None:
+    from markdown_it import MarkdownIt
+
+    norm = r"$\log\|P\|$"
+    table = Table(["|slope|", norm, r"a\|b"], [["of |Δ|", r"$|x|$", 1]])
+    head, _, row = table._repr_markdown_().splitlines()
+    assert head == r"| \|slope\| | $\log\Vert{}P\Vert{}$ | a\|b |" and row == r"| of \|Δ\| | $\vert{}x\vert{}$ | 1 |"
+    shown = MarkdownIt("commonmark").enable("table").render(table._repr_markdown_())
+    assert shown.count("<th>") == 3 and shown.count("<td>") == 3
+    assert "<th>|slope|</th>" in shown and "<td>of |Δ|</td>" in shown  # the reader sees the bars
