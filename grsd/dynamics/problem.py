@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grsd.spectrum.ntk import refuse_dropout
 
-__all__ = ["Problem", "Vector"]
+__all__ = ["Problem", "Vector", "kinks_of"]
 
 Vector = Tensor | np.ndarray
 
@@ -111,7 +111,7 @@ class Problem:
             raise ValueError("outputs or targets are not finite; check the model and the data")
         if not found.requires_grad:
             raise ValueError("the outputs carry no gradient: was the model's forward run under no_grad or detached?")
-        kinks = _kinks(found)
+        kinks = kinks_of(found)
         # One random cotangent tells whether row i depends on sample i alone, which makes J n times cheaper.
         u = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(theta.device)
         (whole,) = torch.autograd.grad(found.reshape(n), theta, u)
@@ -332,8 +332,8 @@ def _symmetric(a: Tensor) -> Tensor:
     return (a + a.T) / 2
 
 
-def _kinks(output: Tensor) -> tuple[str, ...]:
-    """Names of the non-smooth nodes in the graph of `output`, sorted."""
+def kinks_of(output: Tensor) -> tuple[str, ...]:
+    """Return the names of the operations behind `output` that have no continuous second derivative (see `KINKS`), sorted."""
     seen, todo, found = set(), [output.grad_fn], set()
     while todo:
         node = todo.pop()

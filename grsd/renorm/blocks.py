@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from grsd.dynamics.problem import Problem, _kinks
+from grsd.dynamics.problem import Problem, kinks_of
 from grsd.renorm.splitting import Split, entrances, split_parameters
 from grsd.spectrum.kernel import Inputs, forward_rows, refuse_dropout
 from grsd.spectrum.observables import Observable, Outputs, TokenLogProb
@@ -103,7 +103,7 @@ class Blocks:
         leaves = {name: values[name].detach().clone().requires_grad_(True) for name in order}
         self.rows = forward_rows(model, inputs, observable, constant=values | leaves)
         self.outputs, self.samples = self.rows.detach(), observable.samples(self.rows.detach())
-        self.kinks = _kinks(self.rows)
+        self.kinks = kinks_of(self.rows)
         self._values = values
         self.reused = {name: count for name, count in entrances(self.rows, leaves).items() if count > 1}
         self._leaves = list(leaves.values())

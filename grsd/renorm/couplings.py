@@ -1,8 +1,8 @@
 """Diagnostic D4, log-shift invariance: do the couplings between modes depend on log λ_v − log λ_u alone?
 
 With X = ⟨φ_u, Ṁ φ_v⟩ and s = log λ, the normalised coupling X̃_uv = X_uv/√(λ_u λ_v) has no dimension but 1/time, its diagonal
-is ṡ_u, and Kato's Ω is X̃/(2 sinh(Δ/2)): X̃ is invariant under a shift of s exactly when Ω is. X itself is not (section "C4" of the
-audit of 2512.18209). `shift_invariance` measures what X̃² owes to the absolute position (s_u + s_v)/2, `binned` is the paper's K̂_ij.
+is ṡ_u, and Kato's Ω is X̃/(2 sinh(Δ/2)): X̃ is invariant under a shift of s exactly when Ω is, and X then is not.
+`shift_invariance` measures what X̃² owes to the absolute position (s_u + s_v)/2, `binned` is the K̂_ij of 2512.18209.
 """
 
 from __future__ import annotations

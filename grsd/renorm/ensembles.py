@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from scipy.special import exprel, lambertw
 
 __all__ = [
-    "Ensemble",
+    "BalancedModes",
     "Gain",
     "Shells",
     "Spirals",
@@ -97,7 +97,7 @@ def balanced_field(lam: ArrayLike, t: float, start: Callable[[float], float]) ->
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class BalancedModes:
     """Balanced modes side by side, without coupling: mode k has the target y_k and starts at λ_k(0).
 
     Attributes
@@ -117,19 +117,19 @@ class Ensemble:
             )
 
     @classmethod
-    def scale_free(cls, targets: ArrayLike, kappa: float) -> Ensemble:
+    def scale_free(cls, targets: ArrayLike, kappa: float) -> BalancedModes:
         """λ_k(0) = κ y_k: every mode is one curve λ = yΛ(yt) in its own unit of time. 0 < κ < 2."""
         y = np.asarray(targets, float)
         return cls(y, _kappa(kappa) * y)
 
     @classmethod
-    def common_target(cls, starts: ArrayLike, target: float = 1.0) -> Ensemble:
+    def common_target(cls, starts: ArrayLike, target: float = 1.0) -> BalancedModes:
         """Return an ensemble with one target for all: v = λ(2y − λ), a field that stands still and has the scale y."""
         first = np.asarray(starts, float)
         return cls(np.full(first.shape, float(target)), first)
 
     @classmethod
-    def random(cls, count: int, *, seed: int, span: float = 100.0) -> Ensemble:
+    def random(cls, count: int, *, seed: int, span: float = 100.0) -> BalancedModes:
         """Targets and starts log-uniform over a factor `span` each, drawn independently (starts around 0.01)."""
         rng = np.random.default_rng(seed)
         y, first = np.exp(math.log(span) * (rng.random((2, count)) - 0.5))

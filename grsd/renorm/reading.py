@@ -42,22 +42,25 @@ def table(report: Report) -> Table:
     count = len(report.blocks)
     for band in sorted({0, 1, min(2, count - 1)}):
         add(
-            f"D1 tail B({band})",
-            f"0 beyond the band; {_unlocal(last, band)} if distance played no part",
-            lambda i, k=band: (
-                f"{_number(i.bandedness.pooled[k], i.bandedness.pooled_error[k])}, worst block {_number(i.bandedness.worst[k])}"
-            ),
+            f"D1 tail B({band}), all blocks",
+            f"0 beyond the band; no locality: {_unlocal(last, band)}",
+            lambda i, k=band: _number(i.bandedness.pooled[k], i.bandedness.pooled_error[k]),
         )
+        add(f"D1 tail B({band}), worst block", "0 beyond the band", lambda i, k=band: _number(i.bandedness.worst[k]))
     add("D1 scalar residual, all blocks", "0", lambda i: _scalar(i))
     add(
-        "D1 right residual, K = 0",
-        "0, with a bounded coefficient and rank below T",
-        lambda i: _right(i, report.rows),
+        "D1 right residual, K = 0, worst",
+        "0, if not empty",
+        lambda i: _number(np.nanmax(i.bandedness.right.residual[:, 0])),
+    )
+    add("D1 its coefficient ‖B‖, worst", "bounded", lambda i: _number(np.nanmax(i.bandedness.right.coefficient[:, 0])))
+    add(
+        "D1 blocks for which it is empty", "none", lambda i: f"{int(i.bandedness.right.vacuous[:, 0].sum())} of {count}"
     )
     add("D2 neighbours, normalised", "any", lambda i: _number(i.coherence.by_distance(True)[1]))
     add(
         "D2 farthest pair, normalised",
-        "0 as the depth grows; 1 if the largest directions agree",
+        "0 as the depth grows; 1: same direction",
         lambda i: _number(i.coherence.by_distance(True)[-1]),
     )
     add("D2 Σ u_k", "bounded as the depth grows", lambda i: _number(i.coherence.total))
@@ -96,17 +99,6 @@ def _scalar(instant: Instant) -> str:
         return "–"
     values = instant.bandedness.scalar[:, -1]
     return f"{_number(float(np.nanmin(values)))} to {_number(float(np.nanmax(values)))}"
-
-
-def _right(instant: Instant, rows: int) -> str:
-    if instant.bandedness is None or instant.bandedness.right is None:
-        return "–"
-    right = instant.bandedness.right
-    full = int(right.vacuous[:, 0].sum())
-    return (
-        f"{_number(float(np.nanmax(right.residual[:, 0])))}, ‖B‖ to {_number(float(np.nanmax(right.coefficient[:, 0])))}; "
-        f"empty for {full} of {len(right.rank)} blocks"
-    )
 
 
 def draw(report: Report, figure: Figure) -> Figure:

@@ -19,7 +19,7 @@ from grsd.lab.models import mlp
 from grsd.renorm.counterexamples import gain_network, parallel_modes, spiral
 from grsd.renorm.covariance import between_flows, field_ratio, rescaled, weak_balance
 from grsd.renorm.ensembles import (
-    Ensemble,
+    BalancedModes,
     Gain,
     Shells,
     Spirals,
@@ -141,9 +141,9 @@ def test_arguments_that_make_no_mode_are_refused() -> None:
     with pytest.raises(ValueError, match="starts positive"):
         parallel_modes([1.0], [0.0])
     with pytest.raises(ValueError, match="smallest start is 0"):
-        Ensemble(np.ones(2), np.array([0.0, 1.0]))
+        BalancedModes(np.ones(2), np.array([0.0, 1.0]))
     with pytest.raises(ValueError, match="equally long"):
-        Ensemble(np.ones(2), np.ones(3))
+        BalancedModes(np.ones(2), np.ones(3))
 
 
 # --- ensembles as fields ------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_arguments_that_make_no_mode_are_refused() -> None:
 def test_the_scale_free_ensemble_lies_on_the_lambert_field(kappa: float) -> None:
     rng = np.random.default_rng(0)
     for y in (np.geomspace(1e-3, 10, 12), np.exp(rng.normal(size=12))):  # the targets need not be geometric
-        modes_ = Ensemble.scale_free(y, kappa)
+        modes_ = BalancedModes.scale_free(y, kappa)
         for t in (0.3, 2.0):
             lam, v = modes_.eigenvalues(t), modes_.velocities(t)
             np.testing.assert_allclose(scale_free_velocity(lam, t, kappa), v, rtol=1e-9)
@@ -190,7 +190,7 @@ def test_covariance_tells_the_scale_free_family_from_one_with_a_scale() -> None:
 
 def test_field_ratio_on_fields_with_a_known_answer() -> None:
     y = np.geomspace(1e-2, 3, 4000)
-    for start, expected in ((Ensemble.scale_free(y, 0.1), 1.0), (Ensemble.common_target(0.01 * y), None)):
+    for start, expected in ((BalancedModes.scale_free(y, 0.1), 1.0), (BalancedModes.common_target(0.01 * y), None)):
         a, t = 1.5, 1.2
         found = field_ratio(
             start.eigenvalues(t), start.velocities(t), start.eigenvalues(t / a), start.velocities(t / a), a
@@ -199,7 +199,7 @@ def test_field_ratio_on_fields_with_a_known_answer() -> None:
             np.testing.assert_allclose(found, expected, atol=1e-4)  # linear interpolation over steps of 0.14 %
         else:  # λ(2y − λ): the ratio is (2y − aλ)/(a(2y − λ)), which is near 1/a for small λ
             assert abs(np.median(found) - 1 / a) < 0.02
-    random = Ensemble.random(200, seed=0)
+    random = BalancedModes.random(200, seed=0)
     noise = field_ratio(
         random.eigenvalues(1.2), random.velocities(1.2), random.eigenvalues(0.8), random.velocities(0.8), 1.5
     )
