@@ -21,7 +21,7 @@ from scipy.optimize import isotonic_regression
 from grsd.dynamics import drift, modes
 from grsd.lab import architectures, drift_series, models, stack
 from grsd.lab.experiments import Experiment, Piece, rounded
-from grsd.lab.stack import Stack
+from grsd.lab.stack import TanhStack
 from grsd.renorm import couplings
 
 __all__ = ["EXPERIMENT", "Parameters", "crossing", "network", "step_size"]
@@ -83,14 +83,14 @@ def step_size(epsilon: float, scaling: str, depth: int) -> float:
     return epsilon * rules[scaling]
 
 
-def network(piece: Piece) -> Stack:
+def network(piece: Piece) -> TanhStack:
     """Return the network of a piece on its data: tanh, weights N(0, 1/fan-in), no bias, inputs standard normal."""
     x, y = drift_series.data(piece["target"], piece["samples"], piece["seed"], piece["inputs"])
     x, y = x.to(piece["device"]), y.to(piece["device"])
     sizes = {name: piece[name] for name in ("width", "depth", "seed")}
     if piece["family"] == "plain":
-        return Stack.plain(x, y, **sizes)
-    return Stack.residual(x, y, epsilon=piece["epsilon"], layers=piece["layers"], **sizes)
+        return TanhStack.plain(x, y, **sizes)
+    return TanhStack.residual(x, y, epsilon=piece["epsilon"], layers=piece["layers"], **sizes)
 
 
 def pieces(p: Parameters) -> list[Piece]:

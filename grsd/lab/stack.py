@@ -17,13 +17,13 @@ from torch.func import jvp
 from grsd.lab.architectures import ResidualNet, res_mlp
 from grsd.lab.models import mlp
 
-__all__ = ["Parameters", "Stack"]
+__all__ = ["Parameters", "TanhStack"]
 
 Parameters = tuple[Tensor, ...]  # read (w, d), blocks (L, w, w) in one or two tensors, head (w,)
 
 
 @dataclass(frozen=True)
-class Stack:
+class TanhStack:
     """A network h ← skip·h + ε·W tanh(h), or with W tanh(V h), between ``read`` and ``head``, on fixed data.
 
     Attributes
@@ -48,7 +48,7 @@ class Stack:
     @classmethod
     def residual(
         cls, inputs: Tensor, targets: Tensor, *, width: int, depth: int, epsilon: float, layers: int = 1, seed: int
-    ) -> Stack:
+    ) -> TanhStack:
         """The network of `grsd.lab.architectures.res_mlp` with tanh and no bias, weight for weight."""
         net = res_mlp(inputs=inputs.shape[1], width=width, depth=depth, layers=layers, epsilon=epsilon, seed=seed)
         blocks: list[nn.Module] = list(net.blocks)
@@ -57,7 +57,7 @@ class Stack:
         return cls._of(inputs, targets, net.get_parameter("read.weight"), middle, _head(net), epsilon, 1.0, False)
 
     @classmethod
-    def plain(cls, inputs: Tensor, targets: Tensor, *, width: int, depth: int, seed: int) -> Stack:
+    def plain(cls, inputs: Tensor, targets: Tensor, *, width: int, depth: int, seed: int) -> TanhStack:
         """The network of `grsd.lab.models.mlp` with `depth` hidden layers, tanh and no bias, weight for weight."""
         net = mlp([inputs.shape[1], *[width] * depth, 1], seed=seed, bias=False)
         first, *middle, last = [weight.detach() for weight in net.parameters()]
@@ -75,7 +75,7 @@ class Stack:
         epsilon: float,
         skip: float,
         closed: bool,
-    ) -> Stack:
+    ) -> TanhStack:
         start = tuple(t.detach().to(inputs.device, torch.float64) for t in (read, *middle, head))
         return cls(start, inputs, targets, epsilon, skip, closed)
 

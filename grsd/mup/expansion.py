@@ -17,11 +17,11 @@ from torch import Tensor
 
 from grsd.mup.norms import rms_norm, rms_operator_norm
 
-__all__ = ["Expansion", "Stack", "Term", "descend", "expand", "gradient_step", "random_stack"]
+__all__ = ["Expansion", "LinearStack", "Term", "descend", "expand", "gradient_step", "random_stack"]
 
 
 @dataclass(frozen=True)
-class Stack:
+class LinearStack:
     """h₀, and blocks h + α·(W_k(…(W₁h + b₁)…) + b_k), as tensors.
 
     Attributes
@@ -52,7 +52,7 @@ class Stack:
             h.append(h[-1] + self.alpha * z)
         return torch.stack(h)
 
-    def plus(self, other: Stack) -> Stack:
+    def plus(self, other: LinearStack) -> LinearStack:
         """Return the stack whose every tensor is the sum of the two."""
         blocks = tuple(
             tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in zip(self.blocks, other.blocks, strict=True)
@@ -60,7 +60,7 @@ class Stack:
         biases = tuple(
             tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in zip(self.biases, other.biases, strict=True)
         )
-        return Stack(self.start + other.start, blocks, self.alpha, biases)
+        return LinearStack(self.start + other.start, blocks, self.alpha, biases)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Expansion:
         return float(rms_norm(self.change - total) / rms_norm(self.change))
 
 
-def expand(stack: Stack, step: Stack) -> Expansion:
+def expand(stack: LinearStack, step: LinearStack) -> Expansion:
     """Return the expansion of the change of h_L when every tensor of `stack` gets the one of `step` added.
 
     Zero-order terms act on Δh_{l−1}, all others on h_{l−1} + Δh_{l−1}: then the sum is exact.
@@ -166,7 +166,7 @@ def random_stack(
     seed: int,
     bias: float | None = None,
     dtype: torch.dtype = torch.float64,
-) -> Stack:
+) -> LinearStack:
     """Return a stack with ‖h₀‖_R = 1, entries of W of variance 1/width, and biases of ‖b‖_R about `bias` (None: no biases)."""
     if min(width, depth, layers) < 1 or not math.isfinite(alpha):
         raise ValueError(f"need positive sizes and a finite α, got {width}, {depth}, {layers}, {alpha}")
@@ -178,12 +178,12 @@ def random_stack(
     start = draw(width)
     blocks = tuple(tuple(draw(width, width) / math.sqrt(width) for _ in range(layers)) for _ in range(depth))
     biases = () if bias is None else tuple(tuple(bias * draw(width) for _ in range(layers)) for _ in range(depth))
-    return Stack(start / rms_norm(start), blocks, alpha, biases)
+    return LinearStack(start / rms_norm(start), blocks, alpha, biases)
 
 
 def descend(
-    stack: Stack, output: Tensor, *, weights: float, biases: float = 0.0, start: float = 0.0, steps: int = 1
-) -> Stack:
+    stack: LinearStack, output: Tensor, *, weights: float, biases: float = 0.0, start: float = 0.0, steps: int = 1
+) -> LinearStack:
     """Return the sum of several `gradient_step`, each at the place that the last one led to."""
     total, now = None, stack
     for _ in range(steps):
@@ -194,7 +194,9 @@ def descend(
     return total
 
 
-def gradient_step(stack: Stack, output: Tensor, *, weights: float, biases: float = 0.0, start: float = 0.0) -> Stack:
+def gradient_step(
+    stack: LinearStack, output: Tensor, *, weights: float, biases: float = 0.0, start: float = 0.0
+) -> LinearStack:
     """Return a step down the gradient of −⟨output, h_L⟩/n whose every tensor has the norm that is asked for.
 
     Parameters
@@ -211,7 +213,7 @@ def gradient_step(stack: Stack, output: Tensor, *, weights: float, biases: float
     def group(flat: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
         return tuple(tuple(flat[i : i + k]) for i in range(0, len(flat), k))
 
-    live = Stack(leaves[0], group(rest[:count]), stack.alpha, group(rest[count:]))
+    live = LinearStack(leaves[0], group(rest[:count]), stack.alpha, group(rest[count:]))
     value = (output * live.features()[-1]).mean()
     G = torch.autograd.grad(value, leaves)
 
@@ -220,4 +222,4 @@ def gradient_step(stack: Stack, output: Tensor, *, weights: float, biases: float
         return g * (size / norm) if norm > 0 else torch.zeros_like(g)
 
     new = [scaled(g, weights) for g in G[1 : count + 1]]
-    return Stack(scaled(G[0], start), group(new), stack.alpha, group([scaled(g, biases) for g in G[count + 1 :]]))
+    return LinearStack(scaled(G[0], start), group(new), stack.alpha, group([scaled(g, biases) for g in G[count + 1 :]]))

@@ -1,6 +1,7 @@
 """A residual stack layer by layer: what M^(l) is, what depth averaging does to its boundary, and which couplings add up.
 
-`Stack` holds the states of a residual network and refuses any other. `layer_grams` gives the two Gram matrices whose entrywise product is M^(l).
+`ResidualFactors` holds the factors of J^(l) in a residual network and refuses any other. `layer_grams` gives the two Gram matrices whose entrywise
+product is M^(l).
 `additivity` and `dilute` are the two steps of Proposition 1. Here J and M = JJᵀ are without the 1/n of the other modules, as in section 4 of
 2512.18209. Products of random layers alone are in :mod:`grsd.renorm.products`.
 """
@@ -21,7 +22,7 @@ from torch.func import functional_call, jacrev, vmap
 __all__ = [
     "Additivity",
     "LayerGrams",
-    "Stack",
+    "ResidualFactors",
     "additivity",
     "binned_sums",
     "dilute",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 
-class Stack:
+class ResidualFactors:
     """A residual network on a batch: its states, the derivatives of the output by them, and the Jacobians of its blocks.
 
     Parameters

@@ -20,7 +20,7 @@ from grsd.lab import experiments, shift_series
 from grsd.lab.architectures import res_mlp
 from grsd.lab.models import mlp
 from grsd.lab.shift_series import EXPERIMENT, Parameters, crossing, step_size
-from grsd.lab.stack import Stack
+from grsd.lab.stack import TanhStack
 
 SMALL: dict[str, Any] = {"depths": (2, 5), "samples": 32, "width": 8, "inputs": 4, "seeds": 3}
 
@@ -30,16 +30,16 @@ def _data(n: int = 20) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 5, generator=g, dtype=torch.float64), torch.randn(n, generator=g, dtype=torch.float64)
 
 
-def _both(kind: str) -> tuple[Stack, Problem]:
+def _both(kind: str) -> tuple[TanhStack, Problem]:
     x, y = _data()
     if kind.startswith("plain"):
         depth = int(kind[-1])
-        return Stack.plain(x, y, width=7, depth=depth, seed=3), Problem(
+        return TanhStack.plain(x, y, width=7, depth=depth, seed=3), Problem(
             mlp([5, *[7] * depth, 1], seed=3, bias=False), x, y
         )
     layers = int(kind[-1])
     net = res_mlp(inputs=5, width=7, depth=6, layers=layers, epsilon=0.4, seed=3)
-    return Stack.residual(x, y, width=7, depth=6, layers=layers, epsilon=0.4, seed=3), Problem(net, x, y)
+    return TanhStack.residual(x, y, width=7, depth=6, layers=layers, epsilon=0.4, seed=3), Problem(net, x, y)
 
 
 @pytest.mark.parametrize("kind", ["residual 1", "residual 2", "plain 1", "plain 4"])

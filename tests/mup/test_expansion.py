@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grsd.mup.expansion import Stack, descend, expand, gradient_step, random_stack
+from grsd.mup.expansion import LinearStack, descend, expand, gradient_step, random_stack
 from grsd.mup.norms import rms_norm, rms_operator_norm
 
 
@@ -41,13 +41,13 @@ def test_first_order_terms_are_the_derivative_and_second_order_ones_what_is_left
 
     def last(*flat: Tensor) -> Tensor:
         blocks = tuple(tuple(flat[2 * b + i] for i in range(2)) for b in range(3))
-        return Stack(stack.start, blocks, stack.alpha).features()[-1]
+        return LinearStack(stack.start, blocks, stack.alpha).features()[-1]
 
     flat = tuple(stack.blocks[b][i] for b, i in names)
     tangent = tuple(step.blocks[b][i] for b, i in names)
     _, derivative = torch.func.jvp(last, flat, tangent)
     t = 1e-4
-    small = Stack(step.start * 0, tuple(tuple(t * W for W in ws) for ws in step.blocks), stack.alpha)
+    small = LinearStack(step.start * 0, tuple(tuple(t * W for W in ws) for ws in step.blocks), stack.alpha)
     found = expand(stack, small)
     first = sum(term.values.sum(0) for term in found.terms if term.order < 2)
     # what first-order terms leave of tΔ is O(t²)

@@ -43,7 +43,7 @@ class Plain(nn.Module):
 def test_the_factors_give_the_jacobian_of_every_block_in_decreasing_order_only(layers: int, bias: bool) -> None:
     net = res_mlp(inputs=4, width=6, depth=5, layers=layers, epsilon=0.5, bias=bias, seed=2)
     x = data()
-    stack, exact = depth.Stack(net, x), jacobians(net, x)
+    stack, exact = depth.ResidualFactors(net, x), jacobians(net, x)
     for block in range(5):
         torch.testing.assert_close(stack.layer_jacobian(block), exact[block + 1], rtol=1e-12, atol=1e-13)
     for block in range(3):  # two factors or more do not commute
@@ -55,7 +55,7 @@ def test_the_factors_give_the_jacobian_of_every_block_in_decreasing_order_only(l
 
 def test_the_states_carry_the_derivatives_of_the_output() -> None:
     net, x = res_mlp(inputs=4, width=5, depth=3, layers=1, epsilon=0.3, seed=1), data()
-    stack = depth.Stack(net, x)
+    stack = depth.ResidualFactors(net, x)
     for k in range(3):
         torch.testing.assert_close(
             (stack.downstream[k + 1][:, None] @ stack.transfers[k])[:, 0], stack.downstream[k], rtol=1e-12, atol=1e-14
@@ -88,17 +88,21 @@ def test_the_kernel_of_a_linear_layer_is_an_entrywise_product(bias: bool) -> Non
 def test_what_is_not_a_residual_stack_is_refused() -> None:
     x = data()
     with pytest.raises(ValueError, match="no ModuleList called 'blocks'"):
-        depth.Stack(nn.Linear(4, 1).double(), x)
+        depth.ResidualFactors(nn.Linear(4, 1).double(), x)
     with pytest.raises(ValueError, match="block 0 has no skip connection"):
-        depth.Stack(Plain(), x)
+        depth.ResidualFactors(Plain(), x)
     with pytest.raises(ValueError, match="1 block: a product"):
-        depth.Stack(Plain(1), x)
+        depth.ResidualFactors(Plain(1), x)
     with pytest.raises(ValueError, match="not near the identity"):
-        depth.Stack(res_mlp(inputs=4, width=6, depth=2, layers=1, epsilon=3.0, activation="linear", seed=0), x)
+        depth.ResidualFactors(
+            res_mlp(inputs=4, width=6, depth=2, layers=1, epsilon=3.0, activation="linear", seed=0), x
+        )
     with pytest.raises(ValueError, match="one per sample"):
-        depth.Stack(res_mlp(inputs=4, width=6, depth=2, outputs=2, seed=0), x)
+        depth.ResidualFactors(res_mlp(inputs=4, width=6, depth=2, outputs=2, seed=0), x)
     with pytest.raises(ValueError, match=r"expected one shape \(N, w\)"):
-        depth.Stack(res_conv(width=3, depth=2, epsilon=0.1, seed=0), torch.randn(2, 1, 4, 4, dtype=torch.float64))
+        depth.ResidualFactors(
+            res_conv(width=3, depth=2, epsilon=0.1, seed=0), torch.randn(2, 1, 4, 4, dtype=torch.float64)
+        )
     net = res_mlp(inputs=4, width=6, depth=2, seed=0)
     with pytest.raises(ValueError, match="'first' is not a linear layer"):
         depth.layer_grams(net, "first", x)
