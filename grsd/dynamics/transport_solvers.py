@@ -1,7 +1,7 @@
 """Three numerical routes through ∂ₜε + ∂_λ(vε) = −2λε for any drift v = (λ/t) H(λt).
 
-`characteristics` follows densities and needs ∂_λv; `particles` follows lumps of energy and does not; `finite_volume` moves energy
-between fixed cells. They share no step of the derivation with :mod:`grsd.dynamics.transport`, nor with each other.
+`characteristics` follows densities and needs ∂_λv, as the closed form of :mod:`grsd.dynamics.transport` does. `particles` follows lumps
+of energy and does not; `finite_volume` moves energy between fixed cells. These two share no step with that derivation.
 """
 
 from __future__ import annotations
