@@ -42,6 +42,7 @@ class Parameters:
     optimizers: tuple[str, ...] = ALL
     slow_width: int = 256  # up to which SSO and SOAP are run: they need many decompositions
     slow_seeds: int = 2  # of widths above slow_width
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if min((*self.widths, *self.depths, self.base_width, self.base_depth, self.seeds, self.blocks), default=0) < 1:
@@ -63,9 +64,9 @@ def network(k: int, activation: str = "relu", base_depth: int = 4) -> Callable[[
 
 
 def one_sample(model: nn.Module) -> Tensor:
-    """Return −f(x) at one fixed x: a loss whose ∂ℓ/∂f is −1 at every size."""
+    """Return −f(x) at one fixed x, on the model's device: a loss whose ∂ℓ/∂f is −1 at every size."""
     x = torch.randn(1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    out: Tensor = -model(x).sum()
+    out: Tensor = -model(x.to(next(model.parameters()).device)).sum()
     return out
 
 
@@ -78,15 +79,21 @@ def pieces(p: Parameters) -> list[Piece]:
             slow = n > p.slow_width
             chosen = [name for name in p.optimizers if not (slow and name.startswith(("soap", "sso")))]
             for seed in range(min(p.seeds, p.slow_seeds) if slow else p.seeds):
-                settings = {"base": [p.base_width, p.base_depth], "blocks": p.blocks, "activation": p.activation}
+                settings = {
+                    "base": [p.base_width, p.base_depth],
+                    "blocks": p.blocks,
+                    "activation": p.activation,
+                    "device": p.device,
+                }
                 found.append({"k": k, "n": n, "L": depth, "seed": seed, "optimizers": chosen, **settings})
     return found
 
 
 def measure(piece: Piece) -> dict[str, Any]:
     """Return the sizes of one net."""
+    make = network(piece["k"], piece["activation"], piece["base"][1])
     found = audits.measure_sizes(
-        network(piece["k"], piece["activation"], piece["base"][1]),
+        lambda width, depth: make(width, depth).to(piece["device"]),
         one_sample,
         width=piece["n"],
         depth=piece["L"],
@@ -173,4 +180,5 @@ EXPERIMENT = Experiment(
         architectures,
         sys.modules[__name__],
     ),
+    gpu={"widths": (64, 256, 1024, 4096), "depths": (4, 16, 64, 256), "slow_width": 1024, "device": "cuda"},
 )

@@ -108,6 +108,73 @@ def test_a_piece_at_the_base_is_plain_training() -> None:
     assert found["features"] == pytest.approx(moved, rel=2 * ROUNDING)
 
 
+def test_hidden_alone_is_plain_training_of_the_hidden_matrices() -> None:
+    """At the base, by the rule and by the wrong rule: torch's SGD, given these matrices and nothing else."""
+    p = asked("sgd", trained="hidden")
+    pieces = [x for x in coord_series.pieces(p) if x["size"] == [16, 2] and x["seed"] == 1]
+    assert [x["parametrization"] for x in pieces] == ["mup", "wrong"]
+    net: Any = coord_series.factory(16, 2)
+    mup.plan(net, base=coord_series.factory(16, 2), optimizer="sgd").initialize_(net, seed=1)
+    loss, first, moved = coord_series.batch(p.samples), None, []
+    optimizer = torch.optim.SGD([q for q in net.blocks.parameters() if q.ndim == 2], lr=pieces[0]["lr"])
+    x = torch.randn(p.samples, 16, generator=torch.Generator().manual_seed(0))
+    for _ in range(p.steps + 1):
+        h = net.read(x)
+        for block in net.blocks:
+            h = block(h)
+        first = h.detach() if first is None else first
+        moved.append(float((h.detach() - first).double().square().mean().sqrt()))
+        net.zero_grad()
+        loss(net).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert moved[-1] > 1e-3
+    for piece in pieces:
+        # a change of 1e-3 between float32 features of size 1 has lost three of seven digits
+        assert coord_series.measure(piece)["features"] == pytest.approx(moved, rel=2 * ROUNDING)
+
+
+def test_hidden_alone_leaves_the_rest_and_misses_by_the_powers_that_it_is_given() -> None:
+    kinds = {"rule": coord_series.hidden_alone("adamw"), "wrong": coord_series.hidden_alone("adamw", 1.0, -0.5)}
+    runs = {
+        kind: mup.coord_check(
+            coord_series.factory,
+            coord_series.batch(8),
+            widths=(32,),
+            depths=(8,),
+            base=(16, 2),
+            optimizer="adamw",
+            lr=1e-3,
+            steps=1,
+            seeds=(0,),
+            make_plan=make,
+        ).runs
+        for kind, make in kinds.items()
+    }
+    for right, wrong in zip(runs["rule"], runs["wrong"], strict=True):
+        assert set(right.updates) == set(wrong.updates) == {"hidden"}  # nothing else has moved
+        factor = (right.width / 16) * (right.depth / 2) ** -0.5
+        # Adam's first step is η sign ∇: a float32 weight of size ¼ and a step of 1e-3 have lost two of seven digits
+        assert wrong.updates["hidden"] / right.updates["hidden"] == pytest.approx(factor, rel=1e-4)
+
+
+def test_hidden_alone_has_a_wrong_rule_for_every_optimizer_but_soap() -> None:
+    pieces = coord_series.pieces(asked(*coord_series.RATES, trained="hidden"))
+    assert {p["optimizer"] for p in pieces if p["parametrization"] == "wrong"} == set(coord_series.RATES) - {"soap"}
+    assert {p["parametrization"] for p in pieces} == {"mup", "wrong"}
+    with pytest.raises(ValueError, match=r"trained is 'none'; it can be all or hidden"):
+        asked("adamw", trained="none")
+
+
+def test_hidden_alone_tells_a_wrong_rule_of_a_matrix_optimizer(tmp_path: Path) -> None:
+    sizes = {"widths": (32, 64, 128), "depths": (4, 8, 16), "base_width": 32, "base_depth": 4, "trained": "hidden"}
+    outcome = run(find("mup-coords"), asked("muon_kimi", **sizes), cache=tmp_path)
+    good, bad = outcome.data["checks"]
+    for axis, off in zip(("width", "depth"), bad["off"], strict=True):
+        assert abs(good["slopes"][axis][-1][0]) < FLAT < abs(bad["slopes"][axis][-1][0])
+        assert bad["slopes"][axis][-1][0] - good["slopes"][axis][-1][0] == pytest.approx(off, abs=0.1)
+    assert good["off"] == [0.0, 0.0] and outcome.data["trained"] == "hidden"
+
+
 def planted(p: coord_series.Parameters, width: float, depth: float, noise: float) -> list[dict[str, Any]]:
     """Features t · width^a · depth^b with noise, of every piece."""
     rng = np.random.default_rng(3)
@@ -188,4 +255,15 @@ def test_parameters_are_checked_and_a_gpu_enlarges_them(monkeypatch: pytest.Monk
     experiment = find("mup-coords")
     assert parameters(experiment, ["optimizers=sgd,lion", "widths=8,16"]).widths == (8, 16)
     monkeypatch.setenv("GRSD_SCALE", "gpu")
-    assert max(parameters(experiment).widths) == 2048 and parameters(experiment).seeds == 8
+    large = parameters(experiment)
+    assert max(large.widths) == 2048 and large.seeds == 8 and large.device == "cuda"
+
+
+def test_net_and_batch_go_to_the_device_of_the_piece() -> None:
+    (piece, *_) = coord_series.pieces(asked("sgd", device="quantum"))
+    with pytest.raises(RuntimeError, match="quantum"):
+        coord_series.measure(piece)
+    with pytest.raises(RuntimeError, match="quantum"):
+        coord_series.batch(8, device="quantum")
+    net = coord_series.factory(16, 2).to("meta")
+    assert coord_series.batch(8, device="meta")(net).device.type == "meta"

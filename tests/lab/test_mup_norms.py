@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from grsd import results
 from grsd.lab import mup_norms
-from grsd.lab.experiments import find, run
+from grsd.lab.experiments import find, parameters, run
 from grsd.mup import audit_update_norms
 
-SMALL = {"widths": (16, 32), "depths": (2, 4), "base_width": 16, "base_depth": 2, "seeds": 2, "slow_width": 16}
+SMALL: dict[str, Any] = {
+    "widths": (16, 32),
+    "depths": (2, 4),
+    "base_width": 16,
+    "base_depth": 2,
+    "seeds": 2,
+    "slow_width": 16,
+}
 
 
 def test_the_stored_sizes_are_the_measured_ones(tmp_path: Path) -> None:
@@ -49,3 +57,13 @@ def test_every_exponent_of_the_stored_result_is_the_predicted_one(k: int) -> Non
     assert found.failures == () and len(found.exponents) > 150
     other = mup_norms.audit({**stored.data, "k": {str(3 - k): stored.data["k"][str(k)]}}, 3 - k)
     assert {e.axis for e in other.failures} == {"depth"}  # the rules of the other kind of block are told apart
+
+
+def test_the_net_goes_to_the_device_of_the_piece_and_the_sample_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    (piece, *_) = mup_norms.pieces(mup_norms.Parameters(**SMALL, device="quantum"))
+    with pytest.raises(RuntimeError, match="quantum"):
+        mup_norms.measure(piece)
+    assert mup_norms.one_sample(mup_norms.network(2)(16, 2).to("meta")).device.type == "meta"
+    monkeypatch.setenv("GRSD_SCALE", "gpu")
+    large = parameters(find("mup-norms"))
+    assert large.device == "cuda" and max(large.widths) == 4096 and max(large.depths) == 256
