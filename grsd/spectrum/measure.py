@@ -75,9 +75,10 @@ class SpectralMeasure:
         Returns
         -------
         lower, upper : (n,) float64
-            With the 2m moments and the residual that m steps know, μ(−∞, a) of *any* measure that has them lies between
-            the two, and both ends are attained: they are read off the quadrature that has a as one of its nodes
-            (Gauss–Radau). Edges within `floor` of a node are counted to both sides. An exact measure gives equal ends.
+            With the 2m moments and the residual that m steps know, μ(−∞, a) of *any* measure on the line that has them
+            lies between the two, and both ends are attained: they are read off the quadrature that has a as one of its
+            nodes (Gauss–Radau). Edges within `floor` of a node are counted to both sides. An exact measure gives equal
+            ends. Different measures attain them at different edges, so differences of bounds hold and are not sharp.
 
         Notes
         -----

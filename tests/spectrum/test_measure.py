@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from grsd.spectrum import LogShells, SpectralMeasure, lanczos
 
@@ -45,15 +46,53 @@ def test_bounds_contain_the_truth_in_every_case(name: str) -> None:
     assert narrow > 0  # a quarter of the width would be caught: the test can fail
 
 
-def test_bounds_are_attained() -> None:
-    """Sharpness: the Gauss–Radau measure itself has the same moments, and its mass below the edge is the bound."""
+@pytest.mark.parametrize("edge", [0.02, 0.31, 0.52, 0.99])
+def test_bounds_are_attained(edge: float) -> None:
+    """Sharpness: a measure with the same moments up to order 2m, found by dense algebra, has the lower bound below the edge.
+
+    With the edge's own node it has the upper bound. The neighbours' weights, which also bound, are wider.
+    """
     M, start, _ = with_spectrum(np.linspace(0.05, 1, 40), seed=3)
-    mu = lanczos(M, start, 8).measure()
-    lower, upper = mu.cdf_bounds(np.array([0.31]))
-    adjacent = mu.weights[np.searchsorted(mu.nodes, 0.31) - 1 : np.searchsorted(mu.nodes, 0.31) + 1]
-    assert (
-        0 < upper[0] - lower[0] <= adjacent.sum()
-    )  # never wider than the two neighbours' weights (audit, statement M)
+    tri = lanczos(M, start, 8)
+    mu = tri.measure()
+    T = np.zeros((9, 9))
+    T[:8, :8] = np.diag(tri.alphas) + np.diag(tri.betas, 1) + np.diag(tri.betas, -1)
+    T[7, 8] = T[8, 7] = tri.residual
+    # the corner that makes the edge an eigenvalue: the Schur complement of T − edge vanishes
+    T[8, 8] = edge + T[8, :8] @ np.linalg.solve(T[:8, :8] - edge * np.eye(8), T[:8, 8])
+    nodes, vectors = np.linalg.eigh(T)
+    weights = tri.mass * vectors[0] ** 2
+    reach = np.abs(nodes - 0.5).max()  # moments of (λ − ½)/reach, so that all powers lie in [−1, 1]
+    true = float(start @ start) * np.array([central_moment(M, start, k, reach) for k in range(18)])
+    ours = np.array([np.sum(weights * ((nodes - 0.5) / reach) ** k) for k in range(18)])
+    rounding = 17 * 40 * 2.0**-52 * tri.mass  # 17 products over 40 entries
+    assert np.abs(ours - true)[:17].max() < rounding < 0.1 * np.abs(ours - true)[17]
+    at = int(np.abs(nodes - edge).argmin())
+    lower, upper = mu.cdf_bounds(np.array([edge]))
+    assert lower[0] == pytest.approx(weights[:at].sum(), abs=1e-12 * tri.mass)
+    assert upper[0] == pytest.approx(weights[: at + 1].sum(), abs=1e-12 * tri.mass)
+    place = int(np.searchsorted(mu.nodes, edge))
+    assert upper[0] - lower[0] < mu.weights[max(place - 1, 0) : place + 1].sum()
+
+
+def central_moment(M: torch.Tensor, start: torch.Tensor, k: int, reach: float) -> float:
+    """⟨start, ((M − ½)/reach)ᵏ start⟩ / ⟨start, start⟩, by k products."""
+    v = start
+    for _ in range(k):
+        v = (M @ v - 0.5 * v) / reach
+    return float(start @ v / (start @ start))
+
+
+def test_one_step_gives_the_classical_inequalities() -> None:
+    """m = 1 knows mean and variance: an edge has Cantelli's bound, and a shell about the mean less than Chebyshev's."""
+    x, w = torch.tensor([8.0, 10.0, 12.0], dtype=torch.float64), torch.tensor([1.0, 6.0, 1.0], dtype=torch.float64) / 8
+    mu = lanczos(torch.diag(x), w.sqrt(), 1).measure()  # mean 10, variance 1
+    lower, upper = mu.cdf_bounds([8.5, 11.5])
+    assert (lower[0], upper[0]) == (0.0, pytest.approx(1 / (1 + 1.5**2), rel=1e-14))
+    assert (lower[1], upper[1]) == (pytest.approx(1 - 1 / (1 + 1.5**2), rel=1e-14), 1.0)
+    shell = mu.shells(LogShells(np.array([8.5, 11.5])))
+    assert 2 * shell.lower[0] == pytest.approx(1 - 2 / (1 + 1.5**2), rel=1e-14)
+    assert 2 * shell.lower[0] < 1 - 1 / 1.5**2 <= float(w[1])  # safe, and not the best that is known
 
 
 def test_bounds_tighten_with_depth_and_close_when_exhausted() -> None:
