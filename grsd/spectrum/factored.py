@@ -71,6 +71,8 @@ class Factored:
         start = torch.ones_like(rows.detach())
         region = OwnPositions(0 if self._size // groups <= FOLD_LIMIT else None, self._size)
         adjoint, values, slots = _backward(rows, places, start, region if groups == 1 else None)
+        kinds = [adjoint.kinds[out] for node in adjoint.nodes for out in node.outs if out >= 0]
+        self.dtypes = {dtype for _, dtype in kinds if dtype.is_floating_point}
         first = len(trace.places)
         by_parameter: dict[int, list[tuple[Use, int]]] = {}
         for use in trace.uses:
@@ -224,6 +226,7 @@ class Factored:
         return same
 
     def _fold(self, uses: Sequence[Use], block: Tensor) -> None:
+        block = block.to(self._dtype)
         self.share = block if self.share is None else self.share.add_(block)
         self._note(uses, "folded into T × T", 0, 0)
 
@@ -282,18 +285,20 @@ class Factored:
         if len(uses) == 2 and len(heads) == len(tables) == 1:
             (head, hs), (table, ts) = heads[0], tables[0]
             assert head.data is not None and table.data is not None
-            a, tokens = matrix(head.data), table.data.reshape(-1)
-            kept = _tokens(table, ts, a.dtype, 1).kept
+            a, tokens = matrix(head.data).to(values[hs].dtype), table.data.reshape(-1)
             flops = 4 * a.shape[0] * tokens.numel() * a.shape[1]
             rows = own.get(hs)
             front = None if rows is None else rows.front(head.shape)
             singles.setdefault(ts, []).append(table)
             singles.setdefault(hs, []).append(head)
             if rows is not None and front == len(head.shape) - 1 and ts not in own:
-                fixed = rows.pick(values[hs])[:, tokens] * self._same(self._size, tokens.numel(), a)
+                a = a.to(self._dtype)
+                fixed = rows.pick(values[hs])[:, tokens].to(self._dtype) * self._same(self._size, tokens.numel(), a)
+                kept = _tokens(table, ts, a.dtype, 1).kept
                 self._folded_ties.append(FoldedTie(ts, rows.pick(a), fixed, tokens, kept))
                 self._note(plain, "cross terms, head folded", flops, fixed.numel() * fixed.element_size())
                 return {ts}
+            kept = _tokens(table, ts, a.dtype, 1).kept
             self._factors.append(Tied(hs, ts, a, tokens, kept, self._same(a.shape[0], tokens.numel(), a)))
             self._note(plain, "cross terms of table and head", flops, 0)
             return {hs, ts}

@@ -195,7 +195,7 @@ class Through:
             axes = [None if d is None else 0 for d in data]
             results = torch.func.vmap(self._through, in_dims=(0, axes))(parts, data)
         for slot, delta, result in zip(self.slots, entering, results, strict=True):
-            accumulate(out, slot, result.reshape(delta.shape))
+            accumulate(out, slot, result.reshape(delta.shape).to(delta.dtype))
 
     def _through(self, deltas: list[Tensor], data: list[Tensor | None]) -> list[Tensor]:
         uses = [replace(use, data=d, shape=x.shape) for use, d, x in zip(self.uses, data, deltas, strict=True)]
@@ -215,7 +215,7 @@ class Tied:
 
     head: int
     embedding: int
-    a: Tensor  # (n, h)
+    a: Tensor  # (n, h), in the dtype of δ_z
     tokens: Tensor  # (m,)
     kept: Tensor | float  # (m, 1)
     same: Tensor | float  # (n, m), 1 where both belong to one group
@@ -227,9 +227,10 @@ class Tied:
     def add(self, deltas: Vectors, out: Vectors) -> None:
         dz, ds = deltas[self.head], deltas[self.embedding]
         rows = matrix(dz)
-        inner = (self.a @ (matrix(ds) * self.kept).T) * self.same
+        inner = (self.a @ (matrix(ds).to(self.a.dtype) * self.kept).T) * self.same
+        back = ((rows[:, self.tokens] * self.same).T @ self.a) * self.kept
         accumulate(out, self.head, torch.zeros_like(rows).index_add_(1, self.tokens, inner).view(dz.shape))
-        accumulate(out, self.embedding, (((rows[:, self.tokens] * self.same).T @ self.a) * self.kept).view(ds.shape))
+        accumulate(out, self.embedding, back.view(ds.shape).to(ds.dtype))
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class FoldedTie:
     """
 
     embedding: int
-    a: Tensor  # (T, h)
+    a: Tensor  # (T, h), in the dtype of M, as is the next
     fixed: Tensor  # (T, m), Γ at the tokens of the batch
     tokens: Tensor
     kept: Tensor | float
@@ -248,8 +249,8 @@ class FoldedTie:
     def add(self, u: Tensor, deltas: Vectors, out: Vectors) -> Tensor:
         delta = deltas[self.embedding]
         back = (self.fixed.T @ (u[:, None] * self.a)) * self.kept
-        result = (self.a * (self.fixed @ (matrix(delta) * self.kept))).sum(1)
-        accumulate(out, self.embedding, back.view(delta.shape))
+        result = (self.a * (self.fixed @ (matrix(delta).to(self.fixed.dtype) * self.kept))).sum(1)
+        accumulate(out, self.embedding, back.view(delta.shape).to(delta.dtype))
         return result
 
 

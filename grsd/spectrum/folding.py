@@ -41,10 +41,11 @@ class OwnPositions:
         rows = self.rows[entering[0]]
         if any(self.rows[s] is not rows for s in entering):
             return False
-        after = _rows_after(node, rows, entering, kinds)
+        out = node.outs[0]
+        after = _rows_after(node, rows, entering, kinds) if out >= 0 else None
         if after is None:
             return False
-        self.rows.update((out, after) for out in node.outs if out >= 0)
+        self.rows[out] = after  # further results are gradients of parameters, in which rows meet
         return True
 
 
@@ -182,7 +183,7 @@ def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions,
             if region.constant.issuperset(node.outs):
                 found[out] = node.func(*fill(node.args, found), **fill(node.kwargs, found))
             continue
-        if len(node.outs) > 1 or any(s not in own and s not in region.constant for s in sources):
+        if sum(x >= 0 for x in node.outs) > 1 or any(s not in own and s not in region.constant for s in sources):
             del own[out]
             continue
         renamed = node.func in KEEPING or node.func is spread
@@ -193,6 +194,7 @@ def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions,
             near = same_product(found.rows(node.args[0].index, 2), node.args[1][:, :8], found.rows(out, 2)[:, :8])
         else:
             result = node.func(*fill(node.args, found), **fill(node.kwargs, found))
+            result = result[0] if isinstance(result, (tuple, list)) else result
             wanted = None if renamed else spread(u, own[out], values[out])
             near = wanted is None or torch.equal(result, wanted) or _close(result, wanted)
             found[out] = result
@@ -219,7 +221,8 @@ class _Probe(dict[int, Tensor]):
         u, positions = self.u, self.own[slot].positions
         if positions is not None:
             u = u.new_zeros(count).index_copy(0, positions, u)
-        return u[:few, None] * self.values_at_one[slot].reshape(count, -1)[:few]
+        fixed = self.values_at_one[slot].reshape(count, -1)[:few]
+        return (u[:few, None] * fixed).to(fixed.dtype)
 
 
 PROBED = 10**8  # FLOPs; a larger matrix product is not repeated as a whole

@@ -53,7 +53,7 @@ class Halves(Factored):
 
     def jvp(self, v: Sequence[Tensor | None]) -> Tensor:
         """Return J v, (T,), for one tensor per parameter."""
-        assert self.forward is not None
+        assert self.adjoint is not None and self.forward is not None
         out: Vectors = {}
         with torch.no_grad():
             for k, uses in self._uses.items():
@@ -61,7 +61,7 @@ class Halves(Factored):
                 if value is None:
                     raise ValueError(f"parameter {self._names[k]!r} has an effect here, so its part of v is needed")
                 for use, slot in uses:
-                    moved = change(use, value)
+                    moved = change(use, value).to(self.adjoint.kinds[slot][1])
                     accumulate(out, slot, moved.clone() if use.rule in ("shift", "plain") else moved)
             result: Tensor = self.forward.consume([out.pop(slot) for slot in self.slots])[0]
             return result

@@ -6,6 +6,7 @@ The forms are one operator on a batch (:mod:`grsd.spectrum.ntk`), independent ba
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -55,6 +56,7 @@ class Kernel:
                 )
             chosen = set(parameters)
             named = {name: p for name, p in named.items() if name in chosen}
+        refuse_unfit(model, list(named.values()))
         refuse_dropout(model)
         self._model, self.normalize = model, normalize
         self._names, self._parameters = list(named), list(named.values())
@@ -71,7 +73,11 @@ class Kernel:
     @property
     def eps(self) -> float:
         tf32 = self.device.type == "cuda" and self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-        return 2.0**-11 if tf32 else torch.finfo(self.dtype).eps
+        return max(2.0**-11 if tf32 else 0.0, *(torch.finfo(dtype).eps for dtype in self._dtypes()))
+
+    def _dtypes(self) -> set[torch.dtype]:
+        """Return the types of numbers that a product is made of: of the rows, and of the parameters behind them."""
+        return {self.dtype, *(p.dtype for p in self._parameters)}
 
     def _rows(self, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
         """Run the model once, with a graph that holds the chosen parameters alone."""
@@ -100,10 +106,46 @@ class Kernel:
 
 def refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        rate = getattr(module, "p", 0.0)
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and rate > 0:
+        attribute = next((at for kind, at in DROPS.items() if isinstance(module, kind)), None)
+        rate = getattr(module, attribute) if attribute is not None and module.training else 0.0
+        if rate > 0:
             raise ValueError(
                 f"dropout {name!r} is active (p = {rate}): each pass would see another network. Call model.eval() first"
+            )
+
+
+DROPS: dict[type[nn.Module], str] = {
+    nn.modules.dropout._DropoutNd: "p",
+    nn.MultiheadAttention: "dropout",
+    nn.RNNBase: "dropout",
+}
+
+
+def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError for a model that has no real Jacobian, or that cannot be run with other values in its place."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"{type(model).__name__} wraps the model: pass model.module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("a module of torch.jit cannot be taken apart: pass the module that it was made from")
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} has no shape yet: run the model once on a batch")
+    if any(p.is_complex() for p in parameters):
+        raise ValueError(
+            "a trainable parameter is complex, so J is not a matrix of real numbers: keep its real and imaginary parts as one "
+            "real parameter of shape (..., 2) and use torch.view_as_complex in forward"
+        )
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        if module.max_norm is not None:
+            raise ValueError(
+                f"{name!r} has max_norm = {module.max_norm}: its table is rescaled in place by every forward pass. Run the "
+                "model once on this batch and set max_norm = None"
+            )
+        if module.scale_grad_by_freq and module.weight.requires_grad:
+            raise ValueError(
+                f"{name!r} has scale_grad_by_freq: its backward pass divides by counts and gives no Jacobian. Set it to False"
             )
 
 
@@ -123,10 +165,17 @@ def forward_rows(
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     args, kwargs = tree_map(_copied, args), tree_map(_copied, kwargs)
     fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())  # type: ignore[no-untyped-call]
-    with _FORWARD, fork, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), trace or nullcontext():
+    plain: Any = nullcontext()
+    if "torch._dynamo" in sys.modules:  # what a compiled module does cannot be watched
+        plain = torch.compiler.set_stance("force_eager")
+    with _FORWARD, fork, plain, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), trace or nullcontext():
         rows = observable.rows(raw_output(functional_call(model, values, args, kwargs)))
     if rows.ndim != 1:
         raise ValueError(f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}")
+    if not rows.numel():
+        raise ValueError("the batch gives no rows: is it empty?")
+    if rows.is_complex():
+        raise ValueError("the rows are complex: have the model or the observable give real and imaginary parts as rows")
     if not rows.requires_grad:
         raise ValueError("the outputs carry no gradient: was the model's forward run under no_grad or detached?")
     bad = int((~torch.isfinite(rows.detach())).sum())

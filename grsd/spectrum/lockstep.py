@@ -16,6 +16,7 @@ from grsd.spectrum.kernel import Inputs, Kernel, Normalize
 from grsd.spectrum.krylov import Tridiagonal, recurrence, tridiagonal
 from grsd.spectrum.observables import Observable
 from grsd.spectrum.plan import Plan
+from grsd.spectrum.recording import Unrecordable
 from grsd.spectrum.replay import replayed
 from grsd.spectrum.uses import Trace
 
@@ -59,7 +60,10 @@ class NTKBatches(Kernel):
         super().__init__(model, normalize)
         self._observable = observable
         trace = Trace(self._parameters)
-        rows = self._rows(inputs, observable, trace)
+        try:
+            rows = self._rows(inputs, observable, trace)
+        except Unrecordable as failure:
+            raise ValueError(f"the backward pass of this model cannot be recorded ({failure})") from failure
         trace.check_inputs()
         if batches < 1 or rows.numel() % batches:
             raise ValueError(f"{rows.numel()} rows cannot be split into {batches} batches of equal size")
@@ -82,6 +86,9 @@ class NTKBatches(Kernel):
     def error(self) -> Tensor:
         """The observable's error vectors, (G, T)."""
         return self._observable.error(self.outputs.view(-1)).view(self.outputs.shape)
+
+    def _dtypes(self) -> set[torch.dtype]:
+        return super()._dtypes() | self._factored.dtypes
 
     def plan(self) -> Plan:
         """Return what a product does, as `NTK.plan`."""

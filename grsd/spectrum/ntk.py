@@ -19,6 +19,7 @@ from grsd.spectrum.kernel import Inputs, Kernel, Normalize, refuse_dropout
 from grsd.spectrum.layers import OutputGradients, by_layer, select
 from grsd.spectrum.observables import Observable
 from grsd.spectrum.plan import Plan, PlanRow
+from grsd.spectrum.recording import Unrecordable
 from grsd.spectrum.replay import Product, replayed
 from grsd.spectrum.retained import Retained
 from grsd.spectrum.uses import Trace
@@ -103,17 +104,23 @@ class NTK(Kernel):
 
     def _factor(self, strict: bool) -> None:
         trace = Trace(self._parameters)
-        rows = self._rows(self._inputs, self._observable, trace)
+        try:
+            rows = self._rows(self._inputs, self._observable, trace)
+        except Unrecordable as failure:
+            return self._unrecorded(failure, strict)
         trace.check_inputs()
         self.outputs: Tensor = rows.detach()
         try:
             self._factored = Factored(rows, trace, self._names)
         except RuntimeError as failure:
-            self._why = str(failure).splitlines()[0]
-            if strict:
-                raise ValueError(
-                    f'the backward pass of this model cannot be recorded ({self._why}); use method="auto" or "graph"'
-                ) from failure
+            self._unrecorded(failure, strict)
+
+    def _unrecorded(self, failure: RuntimeError, strict: bool) -> None:
+        self._why = str(failure).splitlines()[0]
+        if strict:
+            raise ValueError(
+                f'the backward pass of this model cannot be recorded ({self._why}); use method="auto" or "graph"'
+            ) from failure
 
     def _retain(self) -> Retained:
         """Return the retained graph of the model, made on first use."""
@@ -124,6 +131,9 @@ class NTK(Kernel):
             self.outputs = rows.detach()
             self._graph = Retained(rows, self._parameters)
         return self._graph
+
+    def _dtypes(self) -> set[torch.dtype]:
+        return super()._dtypes() | (set() if self._factored is None else self._factored.dtypes)
 
     def _same_outputs(self, rows: Tensor) -> None:
         self._same_parameters()

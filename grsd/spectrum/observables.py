@@ -42,7 +42,8 @@ def raw_output(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(
-        f"the model returned {type(output).__name__}; expected a tensor, an object with .logits, or a tuple of them"
+        f"the model returned {type(output).__name__}; expected a tensor, an object with .logits, or a tuple that starts with "
+        "a tensor: wrap the model in a module whose forward returns the one that the rows are made of"
     )
 
 

@@ -102,6 +102,8 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._written: set[int] = set()  # storages of constants that received a value that depends on the inputs
 
     def enter(self, x: Tensor) -> int:
+        if x.is_complex():  # transposes are written for real values; a complex one has a conjugate in it
+            raise Unrecordable("the backward pass goes through complex numbers")
         index = len(self.values)
         self.values[index] = x
         self.kinds[index] = (tuple(x.shape), x.dtype)

@@ -18,6 +18,15 @@ CHANGED = (
 )
 
 
+CURES = {
+    "embedding_bag": "Write nn.EmbeddingBag as nn.Embedding and a sum over its tokens",
+    "cdist": "Write torch.cdist as the root of ((x[:, None] - y) ** 2).sum(-1)",
+    "torch.compile": "Pass the module that was compiled, model._orig_mod",
+    "attention": 'Fused attention is the usual cause: load the model with attn_implementation="sdpa" (run here in its '
+    'plain form; good in float64 too) or "eager"; write any other operation with elementary ones',
+}
+
+
 class Retained:
     """J and Jᵀ of `rows`, (T,), with respect to those of `parameters` that it depends on (`used`)."""
 
@@ -29,14 +38,23 @@ class Retained:
         if not pairs:
             raise ValueError("no parameter of the model reaches the outputs, so J is zero")
         self.used, self._vjp = [p for p, _ in pairs], [w for _, w in pairs]
+        u = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows)
+        w = self.vjp(u)
         try:
-            torch.autograd.grad(self._vjp, self._probe, self._vjp, retain_graph=True)
+            back = self.jvp(w)
         except RuntimeError as failure:
+            reason = str(failure).splitlines()[0]
+            cure = next((cure for words, cure in CURES.items() if words in reason), CURES["attention"])
+            raise ValueError(f"an operation of this model has no second derivative ({reason}). {cure}") from failure
+        there, size = float((u.double() * back.double()).sum()), sum(float(x.double().square().sum()) for x in w)
+        rough = any(torch.finfo(x.dtype).bits < 32 for x in (rows, *w))
+        # ⟨u, J Jᵀu⟩ = ‖Jᵀu‖² to far more than rounding, even to that of a part in bf16, whose errors average
+        if not abs(there - size) <= (0.2 if rough else 3e-3) * size:
             raise ValueError(
-                f"an operation of this model has no second derivative ({str(failure).splitlines()[0]}). Fused "
-                'attention is the usual cause: load the model with attn_implementation="sdpa" (run here in its plain form; '
-                'good in float64 too) or "eager"'
-            ) from failure
+                f"⟨u, J Jᵀu⟩ is {there:.4g} and ‖Jᵀu‖² is {size:.4g}: a hook or an autograd.Function of this model changes "
+                "gradients on their way (clipping, normalising, a solver), so that the backward pass gives no Jacobian to "
+                "double differentiation; take it out of the model"
+            )
 
     def vjp(self, u: Tensor) -> tuple[Tensor, ...]:
         """Return Jᵀu as one tensor per parameter in use. Cost: one backward pass."""

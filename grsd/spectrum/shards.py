@@ -19,6 +19,7 @@ from grsd.spectrum.halves import Gradients, Halves, RetainedHalves
 from grsd.spectrum.kernel import Inputs, Kernel, Normalize
 from grsd.spectrum.observables import Observable
 from grsd.spectrum.plan import Plan, PlanRow
+from grsd.spectrum.recording import Unrecordable
 from grsd.spectrum.uses import Trace
 
 Part = tuple[Inputs, Observable]
@@ -130,13 +131,19 @@ class NTKShards(Kernel):
 
     def _recorded(self, inputs: Inputs, observable: Observable) -> tuple[Halves | RetainedHalves, Tensor]:
         trace = Trace(self._parameters)
-        rows = self._rows(inputs, observable, trace)
+        try:
+            rows = self._rows(inputs, observable, trace)
+        except Unrecordable:
+            return self._retained(inputs, observable)
         trace.check_inputs()
         try:
             return Halves(rows, trace, self._names), rows.detach()
         except RuntimeError:  # it cannot be recorded
-            rows = self._rows(inputs, observable)
-            return RetainedHalves(rows, self._parameters), rows.detach()
+            return self._retained(inputs, observable)
+
+    def _retained(self, inputs: Inputs, observable: Observable) -> tuple[RetainedHalves, Tensor]:
+        rows = self._rows(inputs, observable)
+        return RetainedHalves(rows, self._parameters), rows.detach()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -97,10 +97,10 @@ def pullback(g: Tensor, func: Any, args: tuple[Any, ...]) -> Tensor:
 
 
 def spread(u: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
-    """Return the own-position value at u: row i of `fixed`, (n, ...), times u_i."""
+    """Return the own-position value at u: row i of `fixed`, (n, ...), times u_i, in the dtype of `fixed`."""
     if rows.positions is not None:
         u = u.new_zeros(rows.count).index_copy(0, rows.positions, u)
-    return (u.view(-1, 1) * fixed.reshape(rows.count, -1)).view(fixed.shape)
+    return (u.view(-1, 1) * fixed.reshape(rows.count, -1)).to(fixed.dtype).view(fixed.shape)
 
 
 def collect(g: Tensor, rows: Rows, fixed: Tensor) -> Tensor:

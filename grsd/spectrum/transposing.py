@@ -102,6 +102,7 @@ def _by_autograd(
 ) -> Found:
     """Record the backward pass of one operation at zeros, and append it."""
     sources = list(dict.fromkeys(node.sources()))
+    _refuse_nonlinear(node, sources, kinds, device)
     leaves = [torch.zeros(kinds[s][0], dtype=kinds[s][1], device=device, requires_grad=True) for s in sources]
     with torch.enable_grad():
         values: dict[int, Any] = {s: x.clone() for s, x in zip(sources, leaves, strict=True)}
@@ -124,6 +125,28 @@ def _by_autograd(
         writer.nodes.append(Node(step.func, fill(step.args, slots), fill(step.kwargs, slots), tuple(outs), step.flops))
     reached = [s for k, s in enumerate(sources) if k not in missing]
     return [(s, slots[out]) for s, out in zip(reached, program.outputs, strict=True)]
+
+
+def _refuse_nonlinear(node: Node, sources: list[int], kinds: dict[int, Kind], device: torch.device) -> None:
+    """Raise Unrecordable when f(x) + f(y) is not f(x + y) for random x and y: such an operation has no transpose."""
+    generator = torch.Generator().manual_seed(0)
+
+    def at(values: dict[int, Any]) -> list[Tensor]:
+        result = node.func(*fill(node.args, values), **fill(node.kwargs, values))
+        return [x for x in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(x, Tensor)]
+
+    with torch.no_grad():
+        x, y = (
+            {s: torch.randn(kinds[s][0], generator=generator).to(device, kinds[s][1]) for s in sources}
+            for _ in range(2)
+        )
+        both = {s: x[s] + y[s] for s in sources}
+        copies = [{s: v.clone() for s, v in values.items()} for values in (x, y, both)]  # some write into an argument
+        for a, b, c in zip(*(at(values) for values in copies), strict=True):
+            if c.is_floating_point() and c.numel():
+                size = a.abs().amax() + b.abs().amax() + c.abs().amax()
+                if not bool((a + b - c).abs().amax() <= torch.finfo(c.dtype).eps ** 0.5 * size):  # far above rounding
+                    raise Unrecordable(f"{node.func} is not linear in the gradient that comes in")
 
 
 def _source(node: Node, kinds: dict[int, Kind], place: int = 0) -> tuple[int, Kind] | None:
@@ -287,7 +310,9 @@ def _norm(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | Non
 
 def _spread(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
     slot = node.args[0].index
-    return [(slot, w.emit(collect, (g, *node.args[1:]), kinds[slot], 2 * prod(w.kinds[g.index][0])))]
+    (shape, dtype), (_, inner) = kinds[slot], w.kinds[g.index]
+    found = w.emit(collect, (g, *node.args[1:]), (shape, inner), 2 * prod(w.kinds[g.index][0]))
+    return [(slot, found if inner == dtype else w.emit(aten._to_copy.default, (found,), (shape, dtype), dtype=dtype))]
 
 
 TRANSPOSES: dict[Any, Rule] = dict.fromkeys(RESHAPING, _reshape) | {

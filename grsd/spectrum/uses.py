@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from grsd.spectrum.losses import CrossEntropy
+from grsd.spectrum.recording import Unrecordable
 
 Place = Tensor | GradientEdge
 Parts = tuple[Any, dict[str, Any]]
@@ -57,6 +59,14 @@ IN_PLACE = frozenset(
 )
 
 
+DERIVATIVES = frozenset({torch.autograd.grad, Tensor.backward})
+
+
+def _transformed() -> bool:
+    """Say whether the call is made inside a transformation of `torch.func`, or carries forward-mode tangents."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
 class Trace(TorchFunctionMode):
     """Records the uses of `parameters` (trainable ones) in the calls that are made under it."""
 
@@ -75,8 +85,12 @@ class Trace(TorchFunctionMode):
                 f"the forward pass changes the parameter of shape {tuple(args[0].shape)} in place "
                 f"({func.__name__}): move that update out of the forward pass, or work on a copy of the parameter"
             )
+        if (
+            func in DERIVATIVES and kwargs.get("create_graph") and not _transformed()
+        ):  # it would see the detached values
+            raise Unrecordable("the forward pass differentiates on its own, with create_graph=True")
         rule = RULES.get(func)
-        if rule is None or not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None:
+        if rule is None or not torch.is_grad_enabled() or _transformed() or not _fits(rule, args, kwargs):
             return func(*args, **kwargs)
         result = rule(self, *args, **kwargs)
         return func(*args, **kwargs) if result is None else result
@@ -122,6 +136,12 @@ class Trace(TorchFunctionMode):
 # A rule has the signature of the function that it stands for, after the trace. It returns the function's result, or None
 # when the call is not one that it knows; then the parameter stays in the graph.
 RULES: dict[Any, Callable[..., Tensor | None]] = {}
+
+
+def _fits(rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether the arguments have the names and the number that the rule knows."""
+    names = rule.__code__.co_varnames[: rule.__code__.co_argcount + rule.__code__.co_kwonlyargcount]
+    return len(args) < rule.__code__.co_argcount and all(name in names for name in kwargs)
 
 
 def _stands_for(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
