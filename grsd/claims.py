@@ -185,6 +185,10 @@ class Evidence:
     version: str
     date: str
 
+    def _repr_markdown_(self) -> str:
+        """One line under the cell that ends with a record; the numbers are on the claims page."""
+        return f"Recorded: `{self.id}`, {self.verdict}."
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which a key given twice is an error, not a silent replacement."""

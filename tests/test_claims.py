@@ -154,6 +154,7 @@ def test_evidence_comes_back_as_recorded() -> None:
     assert evidence("origin.kl-identity") == found
     assert (found.measured, found.bound, found.note) == ({"gap": 1e-16, "n": 3}, 1e-12, "A note.")
     assert (found.verdict, found.chapter, found.scale) == ("holds", "spectrum/cross-entropy", "cpu")
+    assert found._repr_markdown_() == "Recorded: `origin.kl-identity`, holds."  # what a cell that ends with it shows
 
 
 def test_scalars_of_numpy_and_torch_are_numbers() -> None:
