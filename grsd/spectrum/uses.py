@@ -327,7 +327,23 @@ for _dimensions, _call in ((1, functional.conv1d), (2, functional.conv2d), (3, f
     _convolution(_dimensions, _call)
 
 
-@_stands_for(functional.dropout, functional.alpha_dropout, functional.feature_alpha_dropout)
+@_stands_for(functional.scaled_dot_product_attention)
+def _attention(
+    trace: Trace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: Any = None,
+    enable_gqa: bool = False,
+) -> None:
+    _dropout(trace, query, dropout_p)
+
+
+@_stands_for(functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
+@_stands_for(functional.alpha_dropout, functional.feature_alpha_dropout)
 def _dropout(trace: Trace, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:
     if training and p > 0:
         raise ValueError(f"dropout is active (p = {p}): each pass would see another network. Call model.eval() first")

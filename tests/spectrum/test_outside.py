@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM, ViTConfig, ViTForImageClassification
@@ -343,6 +344,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         lambda: Net(lambda net, x: net.core(x)[0], core=nn.GRU(3, 2, 2, dropout=0.2)),
         LINE,
         r"'core' is active \(p = 0.2\).*eval\(\)",
+    ),
+    "dropout of an attention core": (
+        lambda: Net(
+            lambda net, x: functional.scaled_dot_product_attention(net.a(x), x, x, dropout_p=0.2), a=nn.Linear(3, 3)
+        ),
+        LINE,
+        r"dropout is active \(p = 0.2\)",
     ),
     "table rescaled in place": (lambda: nn.Embedding(5, 3, max_norm=1.0), TOKENS, "set max_norm = None"),
     "gradient divided by counts": (lambda: nn.Embedding(5, 3, scale_grad_by_freq=True), TOKENS, "Set it to False"),
