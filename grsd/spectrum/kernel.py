@@ -110,7 +110,8 @@ def refuse_dropout(model: nn.Module) -> None:
         rate = getattr(module, attribute) if attribute is not None and module.training else 0.0
         if rate > 0:
             raise ValueError(
-                f"dropout {name!r} is active (p = {rate}): each pass would see another network. Call model.eval() first"
+                f"dropout {name or type(module).__name__!r} is active (p = {rate}): each pass would see another network. "
+                "Call model.eval() first"
             )
 
 

@@ -54,25 +54,26 @@ class NTK(Kernel):
     outputs : Tensor, (T,), f at the rows, detached.
     samples : int, n. For language models n = T.
     inner_weight : float, 1/n for "mean" and 1 for "sum": ⟨u, v⟩ = inner_weight · Σ u v.
-    eps : float, the relative accuracy of a product (unit of rounding of the arithmetic that is used).
+    eps : float, the relative accuracy of a product (unit of rounding of the coarsest arithmetic that is used).
     method : "factored" or "graph", the one that is in use.
 
     Raises
     ------
     ValueError
-        Active dropout, no trainable parameter, non-finite outputs, targets that do not fit, an output that does
-        not depend on the parameters, layers whose inputs are overwritten in place, or an operation without a second
-        derivative.
+        Active dropout, no trainable parameter, a complex one, non-finite outputs, targets that do not fit, an output that
+        does not depend on the parameters, layers whose inputs are overwritten in place, an operation without a second
+        derivative, gradients that are changed on their way, or a model in a wrapper (`DataParallel`, `torch.jit`).
     RuntimeError
         A product after the parameters were changed.
 
     Notes
     -----
-    Cost of "factored": see :mod:`grsd.spectrum.factored`. Cost of "graph": one forward and two backward passes to build;
-    about 1.4 forward-plus-backward passes per product, and the graph of one forward and one backward pass is held until
-    the object goes. Scaled-dot-product attention is run with its mathematical backend: the fused ones have no second
-    derivative. The model is left as it was found: parameters, gradients, buffers and flags; the state of the random
-    generator is put back. Source: 2512.10427, section 2.2.
+    Cost of "factored": see :mod:`grsd.spectrum.factored`. Cost of "graph": one forward and three backward passes to build,
+    with a check that ⟨u, J Jᵀu⟩ = ‖Jᵀu‖² for one u; about 1.4 forward-plus-backward passes per product, and the graph of
+    one forward and one backward pass is held until the object goes. Scaled-dot-product attention is run with its
+    mathematical backend: the fused ones have no second derivative. A compiled module is run as it was written. The model is
+    left as it was found: parameters, gradients, buffers and flags; the state of the random generator is put back. Source:
+    2512.10427, section 2.2.
     """
 
     def __init__(
