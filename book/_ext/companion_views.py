@@ -17,8 +17,11 @@ from grsd import claims
 _MARKUP = re.compile(
     r"\$(?P<math>[^$]+)\$|`(?P<literal>[^`]+)`|\*\*(?P<strong>[^*]+)\*\*"
     r"|(?<=[A-Za-zΑ-ω])_(?P<subscript>[A-Za-z0-9Α-ω])(?![A-Za-z0-9_])"
+    r"|(?<=[A-Za-zΑ-ω])_\{(?P<braced>[^{}]+)\}"  # J_{≤α}
+    r"|(?<=(?<![A-Za-z])[A-Za-zΑ-ω])_(?P<word>[A-Za-z]{2,5}|[0-9]{2})(?![A-Za-z0-9_])"  # λ_max, but not match_rms
 )
 _NODES = {"math": nodes.math, "literal": nodes.literal, "strong": nodes.strong, "subscript": nodes.subscript}
+_NODES |= {"braced": nodes.subscript, "word": nodes.subscript}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def anchor(claim_id: str) -> str:
 
 
 def inline(text: str) -> list[nodes.Node]:
-    """Text of the ledger with ``$math$``, `` `code` ``, ``**strong**`` and ``E_α`` (one letter or digit below) as nodes."""
+    """Text of the ledger with ``$math$``, `` `code` ``, ``**strong**`` and ``E_α``, ``λ_max``, ``J_{≤α}`` as nodes."""
     out: list[nodes.Node] = []
     end = 0
     for match in _MARKUP.finditer(text):

@@ -97,6 +97,7 @@ def test_mathematics_is_served_from_the_book_itself(book: Book) -> None:
         ("plain J J* and (J*)*", ["Text"]),
         ("$x_i$ and `batch_size`", ["math", "Text", "literal"]),
         ("E_α grows with batch_size", ["Text", "subscript", "Text"]),
+        ("J_{≤α} at ηλ_max and ∇L_te, not match_rms", ["Text", "subscript"] * 3 + ["Text"]),
         ("**not** so", ["strong", "Text"]),
     ],
 )
