@@ -282,7 +282,7 @@ def dilute(
     depth : int, L > ℓ∗
     weight : str
         ``constant``: a bulk layer has the kernel `bulk` at every depth, as in the proof; the deviation is |Σ(K_b − K)|/L exactly. ``bounded``: it has
-        bulk/L, which is what a bound on ‖M‖ that does not depend on L allows; the deviation tends to |Σ K_b|.
+        bulk/L, since Condition 3 gives Σ_l ‖Ṁ^(l)‖₁ ≤ ½ N C_J² and so all layers of one kernel 1/L each; the deviation tends to |Σ K_b|.
     """
     count = len(boundary)
     if not 0 < count < depth:
