@@ -382,7 +382,7 @@ def record(
         version=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    atomic_write(evidence_dir() / f"{claim.id}.json", dumps(asdict(found), where=claim_id))
+    atomic_write(evidence_dir() / f"{claim.id}.json", dumps(asdict(found), where=claim_id, sort_keys=False))
     return found
 
 

@@ -113,8 +113,8 @@ def _plain(value: Any, where: str) -> Any:
     raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
 
 
-def dumps(value: Any, *, where: str = "value") -> str:
-    """JSON text of `value`, ending in a newline; equal values give equal text.
+def dumps(value: Any, *, where: str = "value", sort_keys: bool = True) -> str:
+    """JSON text of `value`, ending in a newline; equal values give equal text, unless the order of keys is to be kept.
 
     Numbers keep full precision (float64 survives the round trip exactly). Arrays become lists.
 
@@ -125,7 +125,7 @@ def dumps(value: Any, *, where: str = "value") -> str:
     TypeError
         If something cannot be held by JSON.
     """
-    return json.dumps(_plain(value, where), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(_plain(value, where), indent=1, sort_keys=sort_keys, ensure_ascii=False) + "\n"
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:

@@ -157,6 +157,15 @@ def test_evidence_comes_back_as_recorded() -> None:
     assert found._repr_markdown_() == "Recorded: `origin.kl-identity`, holds."  # what a cell that ends with it shows
 
 
+def test_evidence_keeps_the_order_in_which_it_was_given() -> None:
+    """The claims page lists T = 32, 128, 512 as the chapter does, not in the order of the alphabet."""
+    measured = {f"T = {size}": float(size) for size in (32, 128, 512)}
+    claims.record("origin.token-count", measured=measured)
+    found = claims.evidence("origin.token-count")
+    assert found is not None and isinstance(found.measured, dict)
+    assert list(found.measured) == list(measured)
+
+
 def test_scalars_of_numpy_and_torch_are_numbers() -> None:
     found = record("origin.kl-identity", measured=np.float64(0.25), bound={"t": torch.tensor(2.0)})
     assert found.measured == 0.25 and found.bound == {"t": 2.0}
