@@ -43,6 +43,7 @@ BRANCH_ENDS = (
 FUSED: Fused = {
     "*.attn.c_attn.weight": 3,  # GPT-2: Q, K, V one after another
     "*.attention.query_key_value.weight": "heads",  # GPT-NeoX: Q, K, V of one head after another
+    "*.in_proj_weight": 3,  # nn.MultiheadAttention: Q, K, V one after another
 }
 """Matrices that hold several, which a matrix optimizer must treat one by one."""
 
@@ -82,13 +83,19 @@ class Layout:
         module = self.modules[name.rpartition(".")[0]]
         inside = name.startswith(self.stack + ".")
         if p.ndim < 2:
-            return "hidden_bias" if inside else "input_bias" if self._grows(p, partner, 0, name) else "output_bias"
+            grows = p.ndim == 1 and self._grows(p, partner, 0, name)  # a number that stands alone does not
+            return "hidden_bias" if inside else "input_bias" if grows else "output_bias"
         if isinstance(module, nn.Embedding):
             return "input"
         rows, columns = (1, 0) if type(module).__name__ == "Conv1D" else (0, 1)
         out, into = (self._grows(p, partner, axis, name) for axis in (rows, columns))
         if inside and out and into:
             return "hidden"
+        if not inside and out != into and not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+            raise ValueError(
+                f"cannot tell the role of {name!r}, a matrix {tuple(p.shape)} of a {type(module).__name__} and not of an nn.Linear or "
+                f"nn.Embedding, so which side is the input is not known; say roles={{{name!r}: 'input'}}, or 'output'"
+            )
         if not inside and out != into:
             return "input" if out else "output"
         where = "inside" if inside else "outside"
@@ -119,11 +126,22 @@ class Layout:
         self, assigned: Mapping[str, str], branch_ends: Sequence[str], k: int, r_n: float, r_L: float
     ) -> tuple[Multiplier, ...]:
         found = []
-        for name in self.modules:
+        for name, module in self.modules.items():
             inside = name.startswith(self.stack + ".")
             if inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in branch_ends):
+                parent = name.rpartition(".")[0]
+                if isinstance(self.modules[parent], nn.MultiheadAttention):
+                    raise ValueError(
+                        f"{name!r} is used by nn.MultiheadAttention without being called, so that a factor on its output would have no "
+                        f"effect; name the attention itself, {parent!r}, as the end of the branch"
+                    )
                 found.append(Multiplier(name, rule("adamw", "hidden", k).multiplier.at(r_n, r_L), "output"))
-            elif any(n.rpartition(".")[0] == name and role == "output" for n, role in assigned.items()):
+            elif heads := [n for n, role in assigned.items() if role == "output" and n.rpartition(".")[0] == name]:
+                if any(module.children()):
+                    raise ValueError(
+                        f"the output weight {heads[0]!r} stands in {name or 'the model itself'!r}, which holds other layers: a factor on its "
+                        "input would act on them too; make it the weight of an nn.Linear of its own"
+                    )
                 found.append(Multiplier(name, rule("adamw", "output", k).multiplier.at(r_n, r_L), "input"))
         if not any(m.side == "output" for m in found):
             raise ValueError(
@@ -136,6 +154,15 @@ class Layout:
                 "model, what is registered before the stack counts as input and what comes after as output)"
             )
         return tuple(found)
+
+
+def unmatched(patterns: Sequence[str], names: Sequence[str], what: str) -> None:
+    """Refuse a pattern that no name matches: a slip of the pen would change the plan without a word."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"{what} has the pattern {pattern!r}, which matches none of {len(names)} names, such as {names[-1]!r}"
+            )
 
 
 def tables(model: nn.Module) -> set[str]:

@@ -29,6 +29,7 @@ from grsd.mup.layout import (
     split_of,
     stack_of,
     tied,
+    unmatched,
     width_ratio,
 )
 from grsd.mup.optimizers import assemble
@@ -193,13 +194,19 @@ class Plan:
         Raises
         ------
         ValueError
-            A weight that is used elsewhere too (tied embeddings): it would be scaled there as well.
+            A weight that is used elsewhere too (tied embeddings): it would be scaled there as well. A branch that does not end in a
+            linear layer of its own (a container, `nn.MultiheadAttention`): there is no weight to fold into.
         """
         matched = {entry.name: parameter for parameter, entry in self._matched(model)}
         shared = {name for group in self.tied for name in group}
         changed: dict[str, float] = {}
         modules = {plain(name): module for name, module in model.named_modules()}
         for module, factor, side in self.multipliers:
+            if any(modules[module].children()) or not hasattr(modules[module], "weight"):
+                raise ValueError(
+                    f"{module!r} is a {type(modules[module]).__name__} and no linear layer, so its factor {factor:g} cannot be folded into one "
+                    "weight; name the branch's last linear layer in branch_ends, or use attach()"
+                )
             for local, p in modules[module].named_parameters(recurse=False):
                 if side == "input" and p.ndim < 2:
                     continue
@@ -339,7 +346,8 @@ def plan(
     ------
     ValueError
         Another architecture, ratios that differ from layer to layer or are not positive, both a base and ratios, a parameter without
-        a role (named, with what to say), a tensor in two roles whose rules differ, no residual stack, no branch end.
+        a role (named, with what to say), a tensor in two roles whose rules differ, no residual stack, no branch end, a pattern that matches
+        nothing.
 
     Warns
     -----
@@ -361,6 +369,9 @@ def plan(
     if caution:
         warnings.warn(caution, stacklevel=2)
     stack, depth = stack_of(model)
+    every = [plain(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    unmatched([*(roles or {})], every, "roles")
+    unmatched([pattern for pattern in fused or {} if pattern not in FUSED], every, "fused")
     parameters = {plain(name): p for name, p in model.named_parameters()}
     shared = tied(model)
     names = [*parameters, *(name for group in shared for name in group[1:])]
@@ -421,6 +432,8 @@ def plan(
             )
         )
     multipliers = layout.multipliers(assigned, branch_ends, k, r_n, r_L)
+    below = [name for name in layout.modules if name.startswith(f"{stack}.")]
+    unmatched([pattern for pattern in branch_ends if pattern not in BRANCH_ENDS], below, "branch_ends")
     notes = (*((caution,) if caution else ()), *_heads(model, base))
     return Plan(tuple(entries), multipliers, r_n, r_L, min(k, 2), shared, notes)
 

@@ -260,3 +260,78 @@ def test_a_tensor_in_two_roles_with_two_rules_is_refused() -> None:
         ValueError, match=r"one tensor in the roles hidden_bias and output, whose rules differ under sgd"
     ):
         mup.plan(model, base=base, optimizer="sgd", roles={"transformer.wte.*": "hidden_bias", "*wpe*": "input"})
+
+
+class Attention(nn.Module):
+    """A block as many write it: nn.MultiheadAttention and a Sequential, each added to the stream."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, width // 8, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+
+    def forward(self, h: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        y = self.norm(h)
+        h = h + factor * self.attn(y, y, y, need_weights=False)[0]
+        return h + factor * self.mlp(h)
+
+
+class Plain(nn.Module):
+    """Positions as a bare parameter, a scale that is one number."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(11, width), nn.Parameter(0.1 * torch.randn(7, width))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.blocks = nn.ModuleList(Attention(width) for _ in range(depth))
+        self.head = nn.Linear(width, 11, bias=False)
+
+    def forward(self, ids: torch.Tensor, branch: float = 1.0, head: float = 1.0) -> torch.Tensor:
+        h = self.tokens(ids) + self.places
+        for block in self.blocks:
+            h = block(h, branch)
+        out: torch.Tensor = self.scale * self.head(head * h)
+        return out
+
+
+def test_a_bare_matrix_is_not_taken_for_an_output_layer() -> None:
+    """Its owner would be the model itself, whose input is token ids."""
+    given: dict[str, Any] = {"base": Plain(16, 2), "optimizer": "adamw", "branch_ends": ["*.attn", "*.mlp"]}
+    with pytest.raises(ValueError, match=r"role of 'places'.*say roles=\{'places': 'input'\}"):
+        mup.plan(Plain(32, 4), **given)
+    with pytest.raises(ValueError, match=r"'places' stands in 'the model itself'.*an nn.Linear of its own"):
+        mup.plan(Plain(32, 4), roles={"places": "output"}, **given)
+    made = mup.plan(Plain(32, 4), roles={"places": "input"}, **given)
+    assert (made["places"].role, made["scale"].role) == ("input", "output_bias")
+    assert [m.module for m in made.multipliers if m.side == "input"] == ["head"]
+
+
+def test_multipliers_act_where_torch_attention_ends_a_branch() -> None:
+    """MultiheadAttention reads out_proj's weight without calling it: a hook there never runs."""
+    given: dict[str, Any] = {"base": Plain(16, 2), "optimizer": "muon_kimi", "roles": {"places": "input"}}
+    with pytest.raises(ValueError, match=r"without being called.*name the attention itself, 'blocks.0.attn'"):
+        mup.plan(Plain(32, 4), branch_ends=["*.attn.out_proj", "*.mlp.2"], **given)
+    model, ids = Plain(32, 4), torch.randint(0, 11, (3, 7))
+    made = mup.plan(model, branch_ends=["*.attn", "*.mlp"], **given)
+    made.initialize_(model, seed=0)
+    by_hand = model(ids, branch=0.5, head=0.5)
+    with pytest.raises(ValueError, match=r"'blocks.0.attn' is a MultiheadAttention and no linear layer"):
+        made.fold_(model)
+    torch.testing.assert_close(model(ids, branch=0.5, head=0.5), by_hand)  # a refusal leaves the weights alone
+    made.attach(model)
+    torch.testing.assert_close(model(ids), by_hand)
+    assert made["blocks.0.attn.in_proj_weight"].split == 3  # Muon sees Q, K and V apart
+
+
+def test_patterns_that_match_nothing_are_refused() -> None:
+    ends = ["*.attn", "*.mlp"]
+    given: dict[str, Any] = {"base": Plain(16, 2), "optimizer": "adamw"}
+    slips: list[tuple[dict[str, Any], str]] = [
+        ({"branch_ends": ["*.attn", "*.mpl"], "roles": {"places": "input"}}, r"branch_ends has the pattern '\*.mpl'"),
+        ({"branch_ends": ends, "roles": {"places": "input", "plcaes": "input"}}, "roles has the pattern 'plcaes'"),
+        ({"branch_ends": ends, "roles": {"places": "input"}, "fused": {"*.qkv": 3}}, r"fused has the pattern '\*.qkv'"),
+    ]
+    for slip, words in slips:
+        with pytest.raises(ValueError, match=words):
+            mup.plan(Plain(32, 4), **given, **slip)
