@@ -204,6 +204,10 @@ def test_field_ratio_on_fields_with_a_known_answer() -> None:
         random.eigenvalues(1.2), random.velocities(1.2), random.eigenvalues(0.8), random.velocities(0.8), 1.5
     )
     assert np.std(noise) > 0.3
+    few = np.array(
+        [1e-3, 1e-2, 1e-1, 1.0]
+    )  # v = λ/t: v/λ is constant, so its interpolation is exact however far modes are apart
+    np.testing.assert_allclose(field_ratio(few[:3], few[:3] / 2, few, few / (2 / 1.5), 1.5), 1.0, rtol=1e-14)
     with pytest.raises(ValueError, match="nearer to 1"):
         field_ratio([1.0], [1.0], [0.1, 0.2], [1.0, 1.0], 2.0)
 
