@@ -96,7 +96,7 @@ def edge_flux(found: Modes, edges: Sequence[float] | np.ndarray, order: float = 
 
     Notes
     -----
-    Cost: one product of size A × n × n. Source: audit 2.B of 2512.10427 for k = 1; the other orders follow from
+    Cost: one product of size A × n × n. Source: chapter "From lazy to rich"; orders above 1 follow from
     (λ^k − μ^k)/(λ − μ) = Π_j (λ^{2^j} + μ^{2^j}) for k a power of two.
     """
     a = np.atleast_1d(np.asarray(edges, dtype=np.float64))
