@@ -52,7 +52,7 @@ class OwnPositions:
 def _rows_after(node: Node, rows: Rows, entering: list[int], kinds: Mapping[int, Kind]) -> Rows | None:
     shape, result = kinds[entering[0]][0], kinds[node.outs[0]][0]
     front = rows.front(shape)
-    if node.func in KEEPING:
+    if node.func in KEEPING or (node.func in SLICES and shape == result):
         return rows
     if node.func is spread:
         return rows if rows.positions is None else None
@@ -130,6 +130,10 @@ KEEPING = RESHAPING | {
     aten.mul.Scalar,
     aten.div.Scalar,
 }
+SLICES = {
+    aten.slice.Tensor,
+    aten.slice_backward.default,
+}  # of everything: what older versions of torch write for x[:, 0:]
 PUTTING = {aten.index_put_.default, aten._index_put_impl_.default, aten.index_put.default}
 ALIGNED = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.expand.default}
 # operation → whether it keeps rows apart, from the node, the number of leading axes that are rows, and the value's ndim

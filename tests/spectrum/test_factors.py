@@ -120,6 +120,24 @@ def test_the_tail_of_a_decoder_is_folded() -> None:
     assert not any(name in text for name in ("embed_in", "layers.0", "layers.1.attention.query"))
 
 
+@pytest.mark.parametrize(("first", "whole"), [(0, True), (1, False)])
+def test_a_slice_of_everything_does_not_end_what_is_folded(first: int, whole: bool) -> None:
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.head = nn.Linear(5, 6).double(), nn.Linear(6, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.read(x))
+            return self.head(torch.ops.aten.slice.Tensor(h, 1, first, 2**62))  # type: ignore[no-any-return]
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    M = check(Sliced(), x, TokenLogProb(torch.randint(3, (2, 4 - first), generator=generator)))
+    folded = {row.layer.split(".")[0] for row in M.plan().rows if "folded" in row.association}
+    assert "head" in folded and ("read" in folded) == whole
+
+
 def test_uncounted_tokens() -> None:
     model, x, observable = gpt_neox(tie=True)
     assert isinstance(observable, TokenLogProb)
