@@ -2,8 +2,9 @@
 
 With ``trained=hidden`` the hidden matrices alone are trained, by the rule and by a wrong one: a check of all parameters together does not tell
 the two apart when other roles move the features more. One piece is one model, trained for a few steps on one batch (`grsd.mup.coord_check` at one
-size). Kept are the change of the features after every step and the losses; slopes are fitted when the result is made. The network is a residual MLP with ReLU and biases, and the loss is logistic: where outputs are small
-∂ℓ/∂f has one size at every width and depth, and it stays bounded.
+size). Kept are the change of the features after every step and the losses; slopes are fitted when the result is made. The network is a residual
+MLP with ReLU and biases, and the loss is logistic: bounded slopes, but at small widths outputs are not small, ∂ℓ/∂f depends on them, and runs
+scatter from seed to seed (SGD's most; a loss that is linear in the output has no such scatter).
 """
 
 from __future__ import annotations
