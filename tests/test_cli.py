@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,7 @@ def test_conditions_refuses_in_one_sentence(place: Path) -> None:
     assert "the time of one step must be positive" in _refused(_grsd(*_conditions(place, "--rate", "0")))
     assert "probes is 1" in _refused(_grsd(*_conditions(place, "--probes", "1")))
     assert "no revision 'step7'" in _refused(_grsd(*_conditions(place, "--revision", "step7")))
+    assert "length = 65 exceeds the model's context of 64" in _refused(_grsd(*_conditions(place, "--length", "65")))
     assert 'along="path" needs two snapshots' in _refused(_grsd(*_conditions(place, "--along", "path")))
     assert "the folder of no/such/a.png does not exist" in _refused(
         _grsd(*_conditions(place, "--png", "no/such/a.png"))
@@ -222,13 +224,53 @@ BAD: list[tuple[list[str], str]] = [
     (["--ratio", "1"], "ratio"),
     (["--range", "2", "1"], "lo"),
     (["--png", "no/such/folder/a.png"], "the folder of no/such/folder/a.png does not exist"),
+    (["--png", "a.jpg"], "--png a.jpg must end in .png"),
     (["--output", "result.txt"], "must end in .json"),
+    (["--output", "no/such/folder/a.json"], "--output no/such/folder/a.json: the folder"),
+    (
+        ["--corpus", "tests"],
+        "the corpus 'tests' is a folder; name its text files by a pattern in quotes, such as 'tests/*.txt'",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_bad_input_is_one_sentence(place: Path, options: list[str], message: str) -> None:
     assert message in _refused(_grsd(*_shells(place, *options)))
+
+
+def test_what_click_refuses_says_what_to_do(place: Path) -> None:
+    for words, said in (
+        (_shells(place, "--seed", "-1"), "Invalid value for '--seed': -1 is not in the range"),
+        (_conditions(place, "--rows", "-1"), "Invalid value for '--rows': -1 is not in the range"),
+        (
+            _shells(place, "second.txt"),
+            "Got unexpected extra argument (second.txt); a pattern such as 'notes/*.txt' must",
+        ),
+    ):
+        refused = _grsd(*words)
+        assert refused.exit_code == 2 and said in refused.stderr and refused.stdout == ""
+
+
+def test_a_cache_that_cannot_be_written_is_named(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRSD_CACHE", str(tmp_path / "file"))
+    said = _refused(_grsd(*_shells(place)))
+    assert f"cannot use {tmp_path / 'file'}" in said and "set GRSD_CACHE to a folder" in said
+    assert not _json(_grsd("doctor", "--json"))["cache"]["writable"]
+    monkeypatch.setenv("GRSD_CACHE", "/proc/grsd")  # a missing folder there is no missing text
+    assert "unknown corpus" not in _refused(_grsd(*_shells(place)))
+
+
+def test_a_checkpoint_without_a_tokenizer_is_measured_with_a_note(place: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(place / "model" / "step2", bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    words = _shells(place)
+    words[1] = str(bare)
+    said = _refused(_grsd(*words))  # the tokenizer made for the text has more entries than this small model
+    assert "carries no tokenizer" in said and "put the model's tokenizer.json into its folder" in said
 
 
 def test_unknown_things_are_named(tmp_path: Path) -> None:

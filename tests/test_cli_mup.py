@@ -110,7 +110,7 @@ def test_a_folder_with_a_configuration_is_a_model(tmp_path: Path) -> None:
         ({"depths": "0,2"}, "positive sizes"),
         ({"widths": "64", "depths": "4"}, "two widths or two depths are needed"),
         ({"widths": "", "depths": ""}, "two widths or two depths are needed"),
-        ({"steps": 0}, "need steps ≥ 1"),
+        ({"steps": 0}, "Invalid value for '--steps': 0 is not in the range"),
         ({"seeds": 0}, "--seeds 0 must be positive"),
         ({"length": 0}, "--length 0"),
         ({"batch_size": -1}, "--batch-size -1"),

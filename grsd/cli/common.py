@@ -5,6 +5,7 @@ A failure is one sentence on stderr and exit code 2.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,12 +28,27 @@ class Group(click.Group):
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):  # both are RuntimeErrors
             raise
+        except click.UsageError as error:
+            if "extra argument" not in error.message:
+                raise
+            quoted = f"{error.message}; a pattern such as 'notes/*.txt' must stand in quotes"  # or the shell expands it
+            raise click.UsageError(quoted, error.ctx) from None
         except FAILURES as error:
             if ctx.find_root().params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            text = " ".join(str(error).split()) or type(error).__name__
+            text = " ".join(_said(error).split()) or type(error).__name__
             click.echo(f"grsd: {text}", err=True)
             ctx.exit(2)
+
+
+def _said(error: BaseException) -> str:
+    """The failure in words; the system's own failures with the file and, in our folder, what to do."""
+    if not isinstance(error, OSError) or not error.strerror or not error.filename:
+        return str(error)
+    ours = str(error.filename).startswith(str(stored.cache_dir()))
+    return f"cannot use {error.filename}: {error.strerror}" + (
+        "; set GRSD_CACHE to a folder that can be written" if ours else ""
+    )
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -97,4 +113,24 @@ def output_id(output: str) -> str:
     path = Path(output)
     if path.suffix != ".json":
         raise ValueError(f"--output {output} must end in .json")
+    if not (folder := path.absolute().parent).is_dir():
+        raise ValueError(f"--output {output}: the folder {folder} does not exist")
+    _check_writable("--output", path)
     return stored.check_id(path.stem)
+
+
+def check_png(png: str | None) -> None:
+    """Refuse a picture that could not be written, before the work."""
+    if png is None:
+        return
+    path = Path(png)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"the folder of {png} does not exist")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--png {png} must end in .png")
+    _check_writable("--png", path)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written: no permission; name a file in another folder")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from grsd.cli.common import bar, device_of, emit, json_option, main, say, table
+from grsd.cli.common import bar, check_png, device_of, emit, json_option, main, say, table
 from grsd.cli.training import prepare
 
 EPILOG = """\b
@@ -35,9 +34,23 @@ Examples:
     show_default=True,
     help="Motion of J: gradient flow, or what the checkpoints did.",
 )
-@click.option("--probes", default=16, show_default=True, help="Random output vectors for D1; 0: all rows, exact.")
-@click.option("--rows", default=512, show_default=True, help="Form T x T matrices (D4 to D6) up to so many rows.")
-@click.option("--seed", default=0, show_default=True, help="Of the batch and the random vectors.")
+@click.option(
+    "--probes",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    help="Random output vectors for D1; 0: all rows, exact.",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="Form T x T matrices (D4 to D6) up to so many rows.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the batch and the random vectors."
+)
 @click.option("--dtype", default="float64", show_default=True, help="float64, float32 or bfloat16.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--png", type=click.Path(dir_okay=False), help="Draw the report into this file.")
@@ -52,8 +65,7 @@ def conditions(
     """
     from grsd.lab import checkpoints, hub
 
-    if png and not Path(png).absolute().parent.is_dir():
-        raise ValueError(f"the folder of {png} does not exist")
+    check_png(png)
     where = device_of(device)
     hub.check_device(where)
     prepare(model, revisions, where)

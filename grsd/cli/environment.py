@@ -32,7 +32,7 @@ def doctor(as_json: bool) -> None:
         "scale": scale(),
         "cache": {
             "folder": str(cache),
-            "writable": os.access(parent, os.W_OK),
+            "writable": parent.is_dir() and os.access(parent, os.W_OK),
             "free_gb": round(shutil.disk_usage(parent).free / 1e9, 1),
         },
         "evidence": str(evidence_dir()),
@@ -64,7 +64,7 @@ def doctor(as_json: bool) -> None:
             "torch": f"{report['torch']}, {report['threads']} threads" if report["torch"] else "missing",
             "devices": ", ".join(report["devices"]) or "none",
             "scale": f"{report['scale']} (GRSD_SCALE)",
-            "cache": f"{place['folder']} ({place['free_gb']} GB free{'' if place['writable'] else ', READ-ONLY'})",
+            "cache": f"{place['folder']} ({place['free_gb']} GB free{'' if place['writable'] else ', CANNOT BE WRITTEN: set GRSD_CACHE'})",
             "suites": ", ".join(f"{k} ({n} checkpoints)" for k, n in report["suites"].items())
             or "none yet: grsd suite",
             "hub corpora": f"datasets {optional['datasets']}" if optional["datasets"] else "no: pip install datasets",

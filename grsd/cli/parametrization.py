@@ -34,18 +34,24 @@ class Sizes(click.ParamType):
 
 @main.command("mup-check", epilog=EPILOG)
 @click.argument("model")
-@click.option("--widths", type=Sizes(), default="64,128,256", show_default=True)
-@click.option("--depths", type=Sizes(), default="2,4,8", show_default=True)
+@click.option(
+    "--widths", type=Sizes(), default="64,128,256", show_default=True, help="Hidden sizes, at the base's depth."
+)
+@click.option(
+    "--depths", type=Sizes(), default="2,4,8", show_default=True, help="Numbers of blocks, at the base's width."
+)
 @click.option(
     "--base", type=Sizes(), default="64,2", show_default=True, help="WIDTH,DEPTH that the learning rate is for."
 )
-@click.option("--optimizer", default="muon_kimi", show_default=True, help="Of the hidden matrices.")
+@click.option(
+    "--optimizer", default="muon_kimi", show_default=True, help="Of the hidden matrices; an unknown name lists all."
+)
 @click.option("--other", default="adamw", show_default=True, help="Of what a matrix optimizer cannot take.")
 @click.option("--lr", default=2.0**-6, show_default=True, help="Base learning rate.")
-@click.option("--steps", default=4, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Updates of every model.")
 @click.option("--seeds", default=2, show_default=True, help="Initial weights of every size.")
 @click.option("--layers", default=2, show_default=True, help="k, layers of a residual branch: 1, or 2 for more.")
-@click.option("--batch-size", default=8, show_default=True)
+@click.option("--batch-size", default=8, show_default=True, help="Sequences in the batch.")
 @click.option("--length", default=64, show_default=True, help="Bytes of a sequence.")
 @click.option("--sp", is_flag=True, help="Standard parametrization instead: the control.")
 @json_option

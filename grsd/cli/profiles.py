@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from grsd import results as stored
-from grsd.cli.common import bar, device_of, emit, json_option, main, output_id, say
+from grsd.cli.common import bar, check_png, device_of, emit, json_option, main, output_id, say
 from grsd.cli.training import prepare
 
 EPILOG = """\b
@@ -43,13 +43,23 @@ Examples:
 @click.option("--normalize", default="mean", show_default=True, help="mean: J J^T / T; sum: J J^T.")
 @click.option("--ratio", default=2.0, show_default=True, help="Width of a shell, as a ratio of eigenvalues.")
 @click.option(
-    "--range", "span", nargs=2, type=float, default=None, help="Smallest and largest edge [spans all spectra]."
+    "--range",
+    "span",
+    nargs=2,
+    type=float,
+    default=None,
+    metavar="LOW HIGH",
+    help="Smallest and largest edge, as eigenvalues [spans all spectra].",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the batches and the random vectors.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the batches and the random vectors."
+)
 @click.option("--dtype", default="float32", show_default=True, help="float32, float64 or bfloat16.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
-    "--memory", metavar="SIZE", help="Budget of batches in lock-step, e.g. 4G [512M; most of a GPU]; 0: no lock-step."
+    "--memory",
+    metavar="SIZE",
+    help="Memory beyond the weights for batches in lock-step, e.g. 4G [512M; most of a GPU]; 0: one at a time.",
 )
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Use batches that were measured before.")
 @click.option("--png", type=click.Path(dir_okay=False), help="Draw the profiles into this file.")
@@ -76,7 +86,9 @@ def shells(
     """Measure how the error of MODEL spreads over the spectrum of its tangent kernel.
 
     MODEL is a mini-suite name, a folder in Hugging Face format (or of one subfolder per revision), or a name on
-    the hub; weights are read from safetensors only. A run that was stopped goes on where it was. Several batches go
+    the hub; weights are read from safetensors only. The table gives, for each shell of eigenvalues, half the sum of squares of the
+    start vector's components per row (for the error: nats squared) with its standard error over the batches, and the bounds that the
+    Lanczos steps prove. "Peak" is the shell that holds most, "frontier" the largest eigenvalue that holds any. A run that was stopped goes on where it was. Several batches go
     through the network together as far as --memory lets them. Started by torchrun, the processes share batches and
     checkpoints (each its own GPU) and need one cache folder; the first of them prints.
     """
@@ -93,8 +105,7 @@ def shells(
         device=device_of(device),
         **numbers,
     )
-    if png and not Path(png).absolute().parent.is_dir():
-        raise ValueError(f"the folder of {png} does not exist")
+    check_png(png)
     given = LogShells.spanning(*span, ratio=ratio) if span else None
     if given is None:
         LogShells.spanning(1.0, 1.0, ratio=ratio)  # refuse a bad ratio before the work

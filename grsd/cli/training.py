@@ -17,7 +17,13 @@ from grsd.cli.common import bar, device_of, emit, json_option, main, say, table
 @click.option("--batch-size", type=int, default=None, help="Sequences per update [of the size].")
 @click.option("--length", default=128, show_default=True, help="Tokens per sequence.")
 @click.option("--lr", type=float, default=None, help="Peak learning rate [of the size].")
-@click.option("--seed", default=0, show_default=True, help="Of the initial weights and the order of the text.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the initial weights and the order of the text.",
+)
 @click.option("--schedule", default="constant", show_default=True, help="constant or cosine, after the warm-up.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @json_option
@@ -90,7 +96,7 @@ def train(name: str, text: Any, steps: int, device: str, recipe: dict[str, Any])
 
 
 def prepare(model: str, revisions: Sequence[str], device: str) -> None:
-    """Train a mini suite that is asked for and not there yet."""
+    """Train a mini suite that is asked for and not there yet; say so when a checkpoint carries no tokenizer."""
     from grsd.lab import corpora, hub, suites
 
     if model in suites.MINI:
@@ -100,3 +106,10 @@ def prepare(model: str, revisions: Sequence[str], device: str) -> None:
         asked = set(made.revisions) if not revisions or "all" in revisions else set(revisions)
         if not asked <= have and not made.complete:
             train(model, text, made.steps, device, {})
+        return
+    folder, _ = hub.resolve(model, next((r for r in revisions if r != "all"), None))
+    if not hub.has_tokenizer(folder):
+        say(
+            f"note: {folder} carries no tokenizer, so one is trained on the corpus: its tokens are not those that a trained model knows; "
+            "put the model's tokenizer.json into the folder"
+        )

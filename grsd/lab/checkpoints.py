@@ -71,7 +71,7 @@ def conditions_of(
         asked = tuple(sorted(set(asked), key=lambda name: step_of(str(name)) or 0))
     first = hub.load(model, asked[0], dtype=DTYPES[dtype], device=device, cache=cache)
     text = corpora.open_corpus(corpus, first.tokenizer, cache=cache)
-    text.check_vocabulary(first.vocab_size)
+    first.check_fit(text, length)
     part = split or ("heldout" if corpus.partition(":")[0] in corpora.SOURCES else "all")
     ((inputs, targets),) = text.batches(1, batch_size, length, seed, part)
     times, states = [], []

@@ -208,8 +208,7 @@ def files(
     asked = [paths] if isinstance(paths, (str, Path)) else list(paths)
     found: set[str] = set()
     for item in asked:
-        matches = [m for m in glob.glob(os.path.expanduser(str(item)), recursive=True) if os.path.isfile(m)]
-        if not matches:
+        if not (matches := _matches(item)):
             raise FileNotFoundError(f"no text file matches {str(item)!r}; give a file or a pattern in quotes")
         found.update(matches)
     texts = []
@@ -299,13 +298,20 @@ def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = 
         return hub(parts[0], config, split, tokenizer=tokenizer, cache=cache)
     if not spec.strip():
         raise ValueError("the corpus has an empty name; expected embedded, a text file or pattern, or hub:NAME")
-    try:
-        return files(spec, tokenizer, cache=cache)
-    except FileNotFoundError as error:
+    if os.path.isdir(os.path.expanduser(spec)):
+        raise ValueError(
+            f"the corpus {spec!r} is a folder; name its text files by a pattern in quotes, such as '{spec.rstrip('/')}/*.txt'"
+        )
+    if not _matches(spec):
         raise ValueError(
             f"unknown corpus {spec!r}: expected 'embedded', an existing text file or pattern, "
             "or 'hub:NAME[:config[:split]]'"
-        ) from error
+        )
+    return files(spec, tokenizer, cache=cache)
+
+
+def _matches(pattern: str | Path) -> list[str]:
+    return [m for m in glob.glob(os.path.expanduser(str(pattern)), recursive=True) if os.path.isfile(m)]
 
 
 def of_suite(size: str, *, cache: Path | str | None = None) -> Corpus:

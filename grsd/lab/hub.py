@@ -60,6 +60,18 @@ class Loaded:
         """Number of entries of the output layer."""
         return int(self.config.vocab_size)
 
+    def check_fit(self, corpus: corpora.Corpus, length: int) -> None:
+        """Refuse a text whose tokens or length the model cannot take, with ValueError."""
+        if self.tokenizer is None and corpus.vocab_size > self.vocab_size:
+            raise ValueError(
+                f"{self.name} carries no tokenizer, and the one made for the corpus {corpus.name!r} has {corpus.vocab_size} entries for a "
+                f"vocabulary of {self.vocab_size}; put the model's tokenizer.json into its folder"
+            )
+        corpus.check_vocabulary(self.vocab_size)
+        context = getattr(self.config, "max_position_embeddings", None)
+        if context is not None and length > context:
+            raise ValueError(f"length = {length} exceeds the model's context of {context} tokens; lower length")
+
 
 def load(
     model: str | Path,
@@ -325,11 +337,16 @@ def _build(folder: Path, files: list[Path], dtype: torch.dtype, attention: str) 
     return model.requires_grad_(True)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer comes with a checkpoint."""
+    return any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer that comes with a checkpoint, or None; ValueError when it is damaged."""
     from transformers import AutoTokenizer
 
-    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(folder):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -80,6 +80,8 @@ class RunSpec:
         for name in ("batches", "batch_size", "length", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
         size = self.batch_size * self.length
         if size < 2:
             raise ValueError("T = batch_size x length = 1: one token has no spectrum; raise length or batch_size")
@@ -157,6 +159,22 @@ class BatchResult:
     def to_json(self) -> dict[str, Any]:
         record = {k: getattr(self, k) for k in ("revision", "fingerprint", "batch", "loss", "rows", "provenance")}
         return record | {"tridiagonals": {k: t.to_json() for k, t in self.tridiagonals.items()}}
+
+    def sane(self) -> bool:
+        """Whether this can be what a run wrote: finite numbers, a T-row batch, and Lanczos matrices that fit together."""
+        try:
+            return (
+                math.isfinite(self.loss)
+                and self.rows > 0
+                and all(
+                    0 < len(t.alphas) == len(t.betas) + 1 <= self.rows
+                    and bool(np.isfinite([t.mass, *t.alphas, *t.betas]).all())
+                    and t.mass >= 0
+                    for t in self.tridiagonals.values()
+                )
+            )
+        except TypeError:
+            return False
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> BatchResult:

@@ -185,7 +185,7 @@ def _recipe(spec: RunSpec) -> Recipe:
 
 def _loaded(spec: RunSpec, corpus: Corpus, checkpoint: _Checkpoint) -> hub.Loaded:
     loaded = hub.load(checkpoint.folder, dtype=DTYPES[spec.dtype], device=spec.device)
-    _check_fit(loaded, corpus, spec)
+    loaded.check_fit(corpus, spec.length)
     return loaded
 
 
@@ -196,13 +196,6 @@ def _folder(spec: RunSpec, corpus: Corpus, cache: Path | str | None) -> Path:
 
 def _file(root: Path, checkpoint: _Checkpoint, index: int) -> Path:
     return root / f"{checkpoint.fingerprint[:16]}-b{index:04d}.json"
-
-
-def _check_fit(loaded: hub.Loaded, corpus: Corpus, spec: RunSpec) -> None:
-    corpus.check_vocabulary(loaded.vocab_size)
-    context = getattr(loaded.config, "max_position_embeddings", None)
-    if context is not None and spec.length > context:
-        raise ValueError(f"length = {spec.length} exceeds the model's context of {context} tokens; lower length")
 
 
 def _measure(spec: RunSpec, model: torch.nn.Module, batches: list[Batch]) -> list[measuring.Spectra]:
@@ -230,6 +223,6 @@ def _read(path: Path, checkpoint: _Checkpoint, spec: RunSpec) -> BatchResult | N
         found = BatchResult.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if found.fingerprint != checkpoint.fingerprint or set(found.tridiagonals) != set(spec.starts):
+    if found.fingerprint != checkpoint.fingerprint or set(found.tridiagonals) != set(spec.starts) or not found.sane():
         return None
     return replace(found, revision=checkpoint.revision)  # equal weights may go by several names

@@ -215,7 +215,17 @@ def test_damaged_file_is_measured_again(spec: runs.RunSpec) -> None:
     path = sorted(first.root.iterdir())[0]
     path.write_text(path.read_text()[:50])
     assert _numbers(runs.shell_run(spec)) == _numbers(first)
-    json.loads(path.read_text())
+    whole = json.loads(path.read_text())
+    for change in (
+        lambda record: record["tridiagonals"]["error"]["alphas"].pop(),
+        lambda record: record["tridiagonals"]["error"].update(mass=-1.0),
+        lambda record: record["tridiagonals"]["error"]["betas"].__setitem__(0, float("nan")),
+        lambda record: record.update(loss=None),
+    ):
+        broken = json.loads(json.dumps(whole))
+        change(broken)
+        path.write_text(json.dumps(broken))
+        assert _numbers(runs.shell_run(spec)) == _numbers(first)
 
 
 KILLED = """
