@@ -14,14 +14,22 @@ from sphinx.util.nodes import make_refnode
 from grsd import claims
 
 # no emphasis by single asterisks: the ledger writes adjoints as J*
+_LETTER = r"A-Za-z\u00c0-\u017f\u1e00-\u1effΑ-ω\u0300-\u036f"  # with what stands over a letter
 _MARKUP = re.compile(
     r"\$(?P<math>[^$]+)\$|`(?P<literal>[^`]+)`|\*\*(?P<strong>[^*]+)\*\*"
-    r"|(?<=[A-Za-zΑ-ω])_(?P<subscript>[A-Za-z0-9Α-ω])(?![A-Za-z0-9_])"
-    r"|(?<=[A-Za-zΑ-ω])_\{(?P<braced>[^{}]+)\}"  # J_{≤α}
-    r"|(?<=(?<![A-Za-z])[A-Za-zΑ-ω])_(?P<word>[A-Za-z]{2,5}|[0-9]{2})(?![A-Za-z0-9_])"  # λ_max, but not match_rms
+    rf"|(?<=[{_LETTER}‖∂∑∏)])_(?P<letter>[A-Za-z0-9Α-ω∅])(?![A-Za-z0-9_])"
+    r"|(?<=∂)_(?P<derivative>[a-zΑ-ω])"  # ∂_tA
+    rf"|(?<=[{_LETTER}‖∂∑∏)])_\{{(?P<braced>[^{{}}]+)\}}"  # J_{≤α}
+    rf"|(?<=(?<![A-Za-z])[{_LETTER}])_(?P<word>[A-Za-z]{{2,5}}|[0-9]{{2}})(?![A-Za-z0-9_])"  # λ_max, but not match_rms
+    rf"|(?<=[{_LETTER}0-9₀-₉‖)\]}}])\^(?:"
+    r"(?P<layer>\([lmℓk]\))"  # M^(ℓ): its brackets are part of the notation
+    r"|\((?P<power>(?:[^()]|\((?:[^()]|\([^()]*\))*\))+)\)"  # t^(−c0(p+1))
+    r"|\{(?P<set>[^{}]+)\}"
+    r"|(?P<short>[−-]?(?:[0-9]+(?:\.[0-9]+)?|[A-Za-zΑ-ω][0-9]?(?![A-Za-z])|[⊥+∗])))"  # t^−1.5, t^c0
 )
-_NODES = {"math": nodes.math, "literal": nodes.literal, "strong": nodes.strong, "subscript": nodes.subscript}
-_NODES |= {"braced": nodes.subscript, "word": nodes.subscript}
+_NODES = {"math": nodes.math, "literal": nodes.literal, "strong": nodes.strong}
+_NODES |= dict.fromkeys(("letter", "derivative", "braced", "word"), nodes.subscript)
+_NODES |= dict.fromkeys(("layer", "power", "set", "short"), nodes.superscript)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def anchor(claim_id: str) -> str:
 
 
 def inline(text: str) -> list[nodes.Node]:
-    """Text of the ledger with ``$math$``, `` `code` ``, ``**strong**`` and ``E_α``, ``λ_max``, ``J_{≤α}`` as nodes."""
+    """Text of the ledger with ``$math$``, `` `code` ``, ``**strong**`` and ``E_α``, ``λ_max``, ``J_{≤α}``, ``t^(−1/2)``, ``M^(ℓ)`` as nodes."""
     out: list[nodes.Node] = []
     end = 0
     for match in _MARKUP.finditer(text):

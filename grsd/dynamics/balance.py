@@ -77,7 +77,7 @@ def shell_balance(found: Modes, shells: LogShells) -> ShellBalance:
 
     Notes
     -----
-    Source: 2512.10427, sections 3.2–3.5, and the audit's kernel shell. Eigenvalues that repeat inside a cell are harmless:
+    Source: 2512.10427, sections 3.2–3.5, with a shell for the kernel. Eigenvalues that repeat inside a cell are harmless:
     their coupling cancels, whatever the basis. Cost: O(n²).
     """
     cell = _cells(found, shells)
@@ -199,6 +199,8 @@ class Flux:
     total : (k,), J(a) = ½⟨e, Dσ_a(M)[Ṁ] e⟩: energy per time that moves through the edge, positive towards larger λ.
     dissipation_above, dissipation_below : (k,), ⟨e, σ_a(M)M e⟩ and ⟨e, (1 − σ_a(M))M e⟩.
 
+    Notes
+    -----
     The balance is d(above)/dt = total − dissipation_above and d(below)/dt = −total − dissipation_below. The advective and the
     Kato part of `total`, which need eigenvectors, are in :func:`grsd.dynamics.drift.edge_flux`.
     """
@@ -239,7 +241,7 @@ def resolvent_flux(
     -----
     Dσ_a(M)[Ṁ] = −(a/p) Σ_ω ω (M − aω)⁻¹ Ṁ (M − aω)⁻¹. For p = 1 the flux is (a/2)⟨x, Ṁx⟩ with (M + a)x = e: one solve and one
     product with Ṁ. Repeated eigenvalues are harmless. Source: the smooth form of 2512.10427, equation (2), with the term that
-    it lacks (audit, statement B). Cost: as :func:`resolvent_energy`, on the device of the tensors.
+    it lacks. Cost: as :func:`resolvent_energy`, on the device of the tensors.
     """
     m, r, e = (torch.as_tensor(a) for a in (M, rate, error))
     _check(m, e, power)

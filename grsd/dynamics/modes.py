@@ -80,7 +80,7 @@ class Modes:
         if len(pairs := self.repeated()):
             u, v = pairs[0]
             raise ValueError(
-                f"{len(pairs)} pairs of eigenvalues repeat, e.g. λ = {self.eigenvalues[u]:.6g} and {self.eigenvalues[v]:.6g} "
+                f"{len(pairs)} pair(s) of eigenvalues repeat, e.g. λ = {self.eigenvalues[u]:.6g} and {self.eigenvalues[v]:.6g} "
                 f"(closer than {self.floor:.1g}): single modes have no derivative there. Use grsd.dynamics.modes.divided, "
                 "or the soft shells of grsd.dynamics.balance, which need no gaps"
             )

@@ -98,6 +98,13 @@ def test_mathematics_is_served_from_the_book_itself(book: Book) -> None:
         ("$x_i$ and `batch_size`", ["math", "Text", "literal"]),
         ("E_α grows with batch_size", ["Text", "subscript", "Text"]),
         ("J_{≤α} at ηλ_max and ∇L_te, not match_rms", ["Text", "subscript"] * 3 + ["Text"]),
+        ("⟨φ̇_v, Ċ_lm⟩ in ‖A‖_R and ∂_tA", ["Text", "subscript"] * 4 + ["Text"]),
+        (
+            "t^(−c0(p+1)), r_n^(−1/2), t^c0",
+            ["Text", "superscript", "Text", "subscript", "superscript", "Text", "superscript"],
+        ),
+        ("J^(l)∗J^(m), λ^p dλ, (t/t0)^(1+c0)", ["Text", "superscript"] * 4),
+        ("a ^ b, x^ y", ["Text"]),
         ("**not** so", ["strong", "Text"]),
     ],
 )
