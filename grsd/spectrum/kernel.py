@@ -161,6 +161,11 @@ def forward_rows(
 
     `constant` holds values without a graph that stand for parameters of the same names.
     """
+    if not isinstance(observable, Observable):
+        raise TypeError(
+            f"the observable is a {type(observable).__name__}, which does not say what the rows are: use Outputs(targets), "
+            "ClassLogits(targets) or TokenLogProb(targets)"
+        )
     values = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(constant or {})
     args: tuple[Any, ...] = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}

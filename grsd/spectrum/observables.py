@@ -7,7 +7,7 @@ belongs to them. The operator itself lives in :mod:`grsd.spectrum.ntk`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn import functional
 IGNORE = -100  # target value of a token that is not counted (the convention of torch and transformers)
 
 
+@runtime_checkable
 class Observable(Protocol):
     """Maps a model's output to the rows f of the operator (structural type: any object with these methods will do)."""
 

@@ -195,6 +195,11 @@ def test_wrong_use_is_refused(model: nn.Module, observable: Observable, words: s
         NTK(model.double(), X, observable)
 
 
+def test_targets_in_place_of_an_observable_are_refused() -> None:
+    with pytest.raises(TypeError, match="the observable is a Tensor.*Outputs"):
+        NTK(nn.Linear(2, 1), torch.ones(3, 2), torch.ones(3, 1))  # type: ignore[arg-type]
+
+
 def test_a_graph_without_second_derivative_is_refused() -> None:
     with pytest.raises(ValueError, match="attn_implementation"):
         NTK(Fused(3, 2).double(), X, Outputs(), method="graph")
