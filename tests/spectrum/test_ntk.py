@@ -196,7 +196,7 @@ def test_wrong_use_is_refused(model: nn.Module, observable: Observable, words: s
 
 
 def test_targets_in_place_of_an_observable_are_refused() -> None:
-    with pytest.raises(TypeError, match="the observable is a Tensor.*Outputs"):
+    with pytest.raises(TypeError, match=r"the observable is a Tensor.*Outputs"):
         NTK(nn.Linear(2, 1), torch.ones(3, 2), torch.ones(3, 1))  # type: ignore[arg-type]
 
 
