@@ -221,7 +221,9 @@ def tangent(net: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("function", "method"), [(energy, "graph"), (transformed, "factored"), (tangent, "factored")], ids=lambda f: str(f)
+    ("function", "method"),
+    [(energy, "graph"), (transformed, "factored"), (tangent, "factored")],
+    ids=["energy", "transformed", "tangent"],
 )
 def test_a_forward_pass_that_differentiates(function: Callable[..., Tensor], method: str) -> None:
     torch.manual_seed(0)
