@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
 STATUS = {"✅": "✓ ran", "❌": "✗ failed"}
+WORDS = 24  # characters; an interval with its value is shorter
+FEW_LINES = 4
 SHORTEST_ALT = 10  # characters; "a figure" or a file name says nothing to a reader who cannot see it
 
 
@@ -146,6 +148,17 @@ def spell_status(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         text.parent.replace(text, nodes.Text(STATUS[text]))
 
 
+def fit(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Let sentences in a table's cells, and a few long printed lines, break; numbers and printed tables stay whole."""
+    for output in doctree.findall(lambda node: "cell_output" in getattr(node, "attributes", {}).get("classes", [])):
+        for cell in output.findall(nodes.entry):
+            if len(cell.astext()) > WORDS:
+                cell["classes"].append("words")
+        for block in output.findall(nodes.literal_block):
+            if len(block.astext().splitlines()) <= FEW_LINES:
+                block["classes"].append("long-lines")
+
+
 def _in_room(claim: claims.Claim, room: str | None) -> bool:
     return room is None or claim.chapter.startswith(f"{room}/")
 
@@ -182,6 +195,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("env-updated", check_claims)
     app.connect("doctree-resolved", fill)
     app.connect("doctree-resolved", spell_status)
+    app.connect("doctree-resolved", fit)
     app.connect("doctree-resolved", check_images)
     companion_fresh.setup(app)
     companion_names.setup(app)

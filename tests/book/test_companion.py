@@ -245,6 +245,21 @@ def test_images_need_words(book: Book) -> None:
         assert log.count("has no alternative text") == 1, log
 
 
+def test_sentences_and_a_few_long_lines_may_break_and_numbers_and_printed_tables_may_not(book: Book) -> None:
+    words = "a sentence that is longer than an interval"
+    show = "from grsd.figures import Table\nTable(['what', 'value', 'why'], [['gap', '-0.79 [-1.01, -0.72]', 'WORDS']])"
+    cells = [show.replace("WORDS", words), "print('x' * 300)", "for k in range(9):\n    print(f'{k:8d}' * 20)"]
+    extra = "\n\n".join(f"```{{code-cell}} ipython3\n{cell}\n```" for cell in cells)
+    book.write(f"book/{CHAPTER}.md", chapter(extra=extra))
+    status, log = book.build()
+    assert status == 0, log
+    page = BeautifulSoup(book.html(f"book/{CHAPTER}"), "html.parser")
+    broken = {cell.get_text(strip=True) for cell in page.find_all("td", class_="words")}
+    assert broken == {words}
+    long = [block.get_text() for block in page.find_all("div", class_="long-lines")]
+    assert any("x" * 300 in text for text in long) and not any("       8" in text for text in long)
+
+
 # --- Buttons and reader notebooks ------------------------------------------------------------------------------------------
 
 
