@@ -127,7 +127,7 @@ def _measured(measured: claims.Measured, bound: claims.Measured | None) -> list[
     items = nodes.bullet_list(classes=["claim-numbers"])
     for name, value in measured.items():
         compared = f" (compared with {number(bounds[name])})" if name in bounds else ""
-        items += nodes.list_item("", nodes.paragraph("", f"{name}: {number(value)}{compared}"))
+        items += nodes.list_item("", _line(f"{name}: {number(value)}{compared}"))
     rest = {name: value for name, value in bounds.items() if name not in measured} if bounds else bound
     out: list[nodes.Node] = [_named("Measured in this build", ""), items]
     return [*out, _named("Compared with", nodes.Text(number(rest)))] if rest not in (None, {}) else out
