@@ -320,7 +320,7 @@ class Blocks:
             create_graph=keep,
             materialize_grads=True,
         )
-        return list(found)
+        return list(found) if keep else [g.detach() for g in found]  # zeros that older versions make ask for a gradient
 
     def _units(self) -> Tensor:
         return torch.eye(self.size, dtype=self.dtype, device=self.device)
