@@ -6,6 +6,7 @@ Sphinx's autodoc; the docstrings write absolute values and sets with bars, which
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,8 +51,21 @@ def without_substitutions(_app: Sphinx, _what: str, _name: str, _obj: Any, _opti
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
+def one_by_one(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Give each of several attributes that share a line of a docstring a field of its own; Sphinx knows one name a field."""
+    found: list[str] = []
+    for line in lines:
+        field = re.match(r":(ivar|vartype) ([\w\\]+(?:, [\w\\]+)+):(.*)", line)
+        if field is None:
+            found.append(line)
+        else:
+            *names, last = field[2].split(", ")
+            found += [f":{field[1]} {name}:{field[3] if field[1] == 'vartype' else ''}" for name in names]
+            found.append(f":{field[1]} {last}:{field[3]}")
+    lines[:] = found
+
+
 def setup(app: Sphinx) -> None:
     app.add_directive("commands", CommandsDirective)
-    app.connect(
-        "autodoc-process-docstring", without_substitutions, priority=900
-    )  # after napoleon has read the sections
+    for handler in (one_by_one, without_substitutions):
+        app.connect("autodoc-process-docstring", handler, priority=900)  # after napoleon has read the sections

@@ -89,3 +89,21 @@ def test_bars_of_a_docstring_stay_bars(handled: bool) -> None:
     assert bool(broken) != handled
     if handled:
         assert tree.astext() == "The size |x| of a number, and |y|."
+
+
+def test_attributes_that_share_a_line_get_a_field_each() -> None:
+    lines = [
+        ":ivar r_n, r_L:",
+        ":vartype r_n, r_L: float, ratios",
+        ":ivar k: layers, 1 or 2",
+        "A sentence, with: a colon",
+    ]
+    companion_names.one_by_one(None, "class", "Plan", None, None, lines)  # type: ignore[arg-type]
+    assert lines == [
+        ":ivar r_n:",
+        ":ivar r_L:",
+        ":vartype r_n: float, ratios",
+        ":vartype r_L: float, ratios",
+        ":ivar k: layers, 1 or 2",
+        "A sentence, with: a colon",
+    ]
