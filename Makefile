@@ -65,7 +65,7 @@ lock: $(BASED)
 
 # --- Checkpoints: cached by content in $GRSD_CACHE, so the stamp only spares asking ------------------------
 
-$(GRSD_CACHE)/.suite-$(SCALE): $(STAMPS)/package $(wildcard grsd/lab/*.py grsd/spectrum/*.py) grsd/scale.py
+$(GRSD_CACHE)/.suite-$(SCALE): $(STAMPS)/package $(shell find grsd/lab grsd/spectrum grsd/experiments -name "*.py" 2> /dev/null) grsd/scale.py
 	grsd protocol $(if $(filter gpu,$(SCALE)),pythia-shapes,mini)
 	@mkdir -p $(@D) && touch $@
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from grsd import results
-from grsd.lab.benchmarks import RESULT
+from grsd.experiments.benchmark_tables import RESULT
 
 OTHERS = ("curvlinops-for-pytorch", "cola-ml", "linear-operator")
 # hidden, layers, heads, vocabulary
@@ -36,7 +36,9 @@ SHAPES = {
 }
 
 
-def build(shape: str, batch: int, length: int, dtype: torch.dtype, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+def build(
+    shape: str, batch: int, length: int, dtype: torch.dtype, device: str
+) -> tuple[nn.Module, Tensor, Tensor]:
     """Return a GPT-NeoX model with random weights, tokens (batch, length) and next tokens."""
     hidden, layers, heads, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
@@ -61,7 +63,9 @@ def forward_backward(model: nn.Module, tokens: Tensor, targets: Tensor) -> Calla
     parameters = list(model.parameters())
 
     def run() -> Any:
-        loss = functional.cross_entropy(model(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten())
+        loss = functional.cross_entropy(
+            model(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten()
+        )
         return torch.autograd.grad(loss, parameters)
 
     return run
@@ -137,12 +141,16 @@ def ratios(times: list[float], unit: list[float]) -> dict[str, float]:
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """Return the options that all benchmarks share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--out", type=Path, help="folder of the stored result; what was measured is merged into it")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the stored result; what was measured is merged into it"
+    )
     return parser
 
 
@@ -153,7 +161,9 @@ def store(section: str, name: str, row: Mapping[str, Any], asked: argparse.Names
     known = RESULT in results.available(asked.out)
     data = dict(results.load(RESULT, asked.out).data) if known else {}
     versions = {package: metadata.version(package) for package in OTHERS if _installed(package)}
-    origin = results.provenance(["make", "bench"], {"threads": torch.get_num_threads(), "compared": versions}, [0])
+    origin = results.provenance(
+        ["make", "bench"], {"threads": torch.get_num_threads(), "compared": versions}, [0]
+    )
     made = {"revision": origin["revision"], "date": datetime.now(UTC).isoformat(timespec="minutes")}
     entry = {**data.get(section, {}).get(name, {}), **row}
     entry["made"] = {**entry.get("made", {}), **dict.fromkeys(row, made)}

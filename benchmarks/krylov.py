@@ -48,14 +48,21 @@ def known(size: int, seed: int) -> tuple[Tensor, Tensor, Quadrature]:
 
 def quadrature(alphas: Any, betas: Any) -> Quadrature:
     """Return the nodes and weights of a tridiagonal matrix."""
-    nodes, vectors = eigh_tridiagonal(np.asarray(alphas, dtype=float), np.asarray(betas, dtype=float))
+    nodes, vectors = eigh_tridiagonal(
+        np.asarray(alphas, dtype=float), np.asarray(betas, dtype=float)
+    )
     return nodes, vectors[0] ** 2
 
 
 def moment_error(found: Quadrature, exact: Quadrature, degree: int) -> float:
     """Return the largest error of a Chebyshev moment of degree < `degree`, on [0, largest exact eigenvalue]."""
-    angles = [np.arccos(np.clip(2 * nodes / exact[0][-1] - 1, -1, 1)) for nodes in (found[0], exact[0])]
-    errors = [abs(found[1] @ np.cos(k * angles[0]) - exact[1] @ np.cos(k * angles[1])) for k in range(degree)]
+    angles = [
+        np.arccos(np.clip(2 * nodes / exact[0][-1] - 1, -1, 1)) for nodes in (found[0], exact[0])
+    ]
+    errors = [
+        abs(found[1] @ np.cos(k * angles[0]) - exact[1] @ np.cos(k * angles[1]))
+        for k in range(degree)
+    ]
     return float(max(errors))
 
 
@@ -68,7 +75,12 @@ def by_linear_operator(M: Tensor, start: Tensor, steps: int) -> Quadrature:
     from linear_operator.utils.lanczos import lanczos_tridiag
 
     _, T = lanczos_tridiag(
-        lambda x: M @ x, steps, dtype=M.dtype, device=M.device, matrix_shape=M.shape, init_vecs=start[:, None]
+        lambda x: M @ x,
+        steps,
+        dtype=M.dtype,
+        device=M.device,
+        matrix_shape=M.shape,
+        init_vecs=start[:, None],
     )
     return quadrature(T.diagonal(), T.diagonal(1))
 
@@ -102,7 +114,9 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
         found[name] = {
             "steps": len(nodes),
             "moment error": moment_error((nodes, weights), exact, 2 * len(nodes)),
-            "error of the 20 largest": float(np.abs(nodes[-WANTED:] / exact[0][-WANTED:] - 1).max()),
+            "error of the 20 largest": float(
+                np.abs(nodes[-WANTED:] / exact[0][-WANTED:] - 1).max()
+            ),
             "copies of the largest": int((np.abs(nodes - exact[0][-1]) < 1e-3).sum()),
         }
     products = [0]
@@ -116,7 +130,9 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
     def scipy_route() -> Any:
         products[0] = 0
         operator = LinearOperator(M.shape, matvec=counted, dtype=np.float32)
-        return eigsh(operator, WANTED, which="LA", v0=numpy_start, ncv=steps, return_eigenvectors=False)
+        return eigsh(
+            operator, WANTED, which="LA", v0=numpy_start, ncv=steps, return_eigenvectors=False
+        )
 
     top = np.sort(scipy_route())
     found["SciPy eigsh"] = {

@@ -71,7 +71,10 @@ def by_peer(
 ) -> tuple[nn.Module, list[float]]:
     model = Residual(width, peer.MuReadout)
     peer.set_base_shapes(
-        model, Residual(BASE, peer.MuReadout), delta=Residual(2 * BASE, peer.MuReadout), rescale_params=False
+        model,
+        Residual(BASE, peer.MuReadout),
+        delta=Residual(2 * BASE, peer.MuReadout),
+        rescale_params=False,
     )
     model.load_state_dict(start)
     make = {"adamw": peer.MuAdamW, "sgd": peer.MuSGD}[name]
@@ -79,7 +82,12 @@ def by_peer(
 
 
 def by_grsd(
-    start: dict[str, Tensor], width: int, name: str, settings: dict[str, Any], steps: int, without: str = ""
+    start: dict[str, Tensor],
+    width: int,
+    name: str,
+    settings: dict[str, Any],
+    steps: int,
+    without: str = "",
 ) -> tuple[nn.Module, list[float]]:
     model = Residual(width)
     model.load_state_dict(start)
@@ -89,7 +97,9 @@ def by_grsd(
     if without != "multipliers":
         plan.attach(model)
     more = {name: {"momentum": settings["momentum"]}} if "momentum" in settings else None
-    optimizer = plan.make_optimizer(model, lr=settings["lr"], weight_decay=settings["weight_decay"], options=more)
+    optimizer = plan.make_optimizer(
+        model, lr=settings["lr"], weight_decay=settings["weight_decay"], options=more
+    )
     return model, train(model, optimizer, steps)
 
 
@@ -101,13 +111,18 @@ def difference(a: nn.Module, b: nn.Module, start: dict[str, Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 96, 256])
     parser.add_argument("--out", type=Path, help="folder of the stored result")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    every = {"adamw": {"lr": 0.01, "weight_decay": 0.1}, "sgd": {"lr": 0.005, "weight_decay": 0.01, "momentum": 0.9}}
+    every = {
+        "adamw": {"lr": 0.01, "weight_decay": 0.1},
+        "sgd": {"lr": 0.005, "weight_decay": 0.01, "momentum": 0.9},
+    }
     rows = []
     for name, settings in every.items():
         for width in asked.widths:
@@ -116,7 +131,12 @@ def main() -> None:
             mup.plan(model, base=Residual(BASE), optimizer=name).initialize_(model, seed=0)
             start = {n: p.detach().clone() for n, p in model.state_dict().items()}
             theirs, losses = by_peer(start, width, name, settings, asked.steps)
-            row: dict[str, Any] = {"optimizer": name, "width": width, "first loss": losses[0], "last loss": losses[-1]}
+            row: dict[str, Any] = {
+                "optimizer": name,
+                "width": width,
+                "first loss": losses[0],
+                "last loss": losses[-1],
+            }
             for key, without in (
                 ("difference", ""),
                 ("without rates", "rates"),
@@ -130,11 +150,15 @@ def main() -> None:
             rows.append(row)
     for row in rows:
         assert row["difference"] < 1e-9, row  # thirty steps of rounding at 1e-16
-        assert row["width"] == BASE or min(row["without rates"], row["without multipliers"]) > 1e-3, row
+        assert (
+            row["width"] == BASE or min(row["without rates"], row["without multipliers"]) > 1e-3
+        ), row
     if asked.out is not None:
         versions = {"mup": metadata.version("mup")}
         origin = results.provenance(
-            ["make", "bench"], {"steps": asked.steps, "base": BASE, "depth": DEPTH, "compared": versions}, [0]
+            ["make", "bench"],
+            {"steps": asked.steps, "base": BASE, "depth": DEPTH, "compared": versions},
+            [0],
         )
         results.save(results.Result(RESULT, {"rows": rows}, origin), asked.out)
 

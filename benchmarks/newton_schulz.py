@@ -47,7 +47,9 @@ def launches(call: Callable[[], Any], device: str) -> int:
     with profile(activities=activities) as found:
         call()
     if device != "cpu":
-        return sum(e.count for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+        return sum(
+            e.count for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA
+        )
     leaves = (
         e
         for e in found.events()
@@ -97,17 +99,31 @@ def main() -> None:
         "launches": counts,
     }
     row["load average"] = [round(x, 2) for x in os.getloadavg()]
-    like = {"one by one": "batched", "torch.optim.Muon": "batched, bfloat16"}  # a route and ours in its dtype
+    like = {
+        "one by one": "batched",
+        "torch.optim.Muon": "batched, bfloat16",
+    }  # a route and ours in its dtype
     row["launches saved"] = {name: counts[name] / counts[ours] for name, ours in like.items()}
-    row["time over batched"] = {name: ratios(seconds[name], seconds[ours]) for name, ours in like.items()}
+    row["time over batched"] = {
+        name: ratios(seconds[name], seconds[ours]) for name, ours in like.items()
+    }
     row["time in bfloat16 over float32"] = ratios(seconds["batched, bfloat16"], seconds["batched"])
-    gap = max(float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(one, apart, strict=True))
+    gap = max(
+        float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(one, apart, strict=True)
+    )
     assert gap < 1e-5, gap  # the same steps
     print(row)
     if asked.out is not None:
-        known = results.load(RESULT, asked.out).data["rows"] if RESULT in results.available(asked.out) else []
+        known = (
+            results.load(RESULT, asked.out).data["rows"]
+            if RESULT in results.available(asked.out)
+            else []
+        )
         rest = [
-            r for r in known if (r["width"], r["layers"], r["device"]) != (row["width"], row["layers"], row["device"])
+            r
+            for r in known
+            if (r["width"], r["layers"], r["device"])
+            != (row["width"], row["layers"], row["device"])
         ]
         origin = results.provenance(["make", "bench"], {"threads": torch.get_num_threads()}, [0])
         results.save(results.Result(RESULT, {"rows": [*rest, row]}, origin), asked.out)

@@ -30,7 +30,9 @@ Product = Callable[[Tensor], Tensor]
 PARTS = ("time", "memory", "profile")
 aten = torch.ops.aten
 # products that add into their result in place, which torch's counter does not know: shapes → operations
-IN_PLACE = dict.fromkeys((aten.addmm_, aten.baddbmm_), lambda c, a, b, **_: 2 * math.prod(a) * b[-1])
+IN_PLACE = dict.fromkeys(
+    (aten.addmm_, aten.baddbmm_), lambda c, a, b, **_: 2 * math.prod(a) * b[-1]
+)
 
 
 class Rows(nn.Module):
@@ -65,7 +67,9 @@ def curvlinops_product(rows: Rows, tokens: Tensor) -> Product:
     """Return u → J @ J.adjoint() @ u by curvlinops."""
     from curvlinops import JacobianLinearOperator
 
-    J = JacobianLinearOperator(rows, list(rows.parameters()), [(tokens, tokens)], check_deterministic=False)
+    J = JacobianLinearOperator(
+        rows, list(rows.parameters()), [(tokens, tokens)], check_deterministic=False
+    )
     M = J @ J.adjoint()
     return lambda u: M @ u
 
@@ -101,7 +105,9 @@ def routes(
     rows = Rows(model, observable)
     made: dict[str, Callable[[], Product]] = {
         "factored": lambda: NTK(model, tokens, observable, normalize="sum").__matmul__,
-        "retained": lambda: NTK(model, tokens, observable, normalize="sum", method="graph").__matmul__,
+        "retained": lambda: (
+            NTK(model, tokens, observable, normalize="sum", method="graph").__matmul__
+        ),
         "torch.func": lambda: functional_product(rows, tokens),
         "curvlinops": lambda: curvlinops_product(rows, tokens),
         "CoLA": lambda: cola_product(rows, tokens),
@@ -130,7 +136,9 @@ def timing(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
     u = torch.randn(targets.numel(), dtype=dtype, generator=torch.Generator().manual_seed(1))
     reference = products["factored"](u)
     difference = {
-        name: float(torch.linalg.vector_norm(product(u) - reference) / torch.linalg.vector_norm(reference))
+        name: float(
+            torch.linalg.vector_norm(product(u) - reference) / torch.linalg.vector_norm(reference)
+        )
         for name, product in products.items()
         if name != "factored"
     }
@@ -156,13 +164,22 @@ def timing(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
     plan = NTK(model, tokens, observable, normalize="sum").plan()
     passes = sum(row.flops for row in plan.rows if row.rule == "pass")
     return {
-        "settings": {"T": targets.numel(), "dtype": asked.dtype, "threads": asked.threads, "rounds": asked.repeats},
+        "settings": {
+            "T": targets.numel(),
+            "dtype": asked.dtype,
+            "threads": asked.threads,
+            "rounds": asked.repeats,
+        },
         "ratio": {
             name: ratios(times, seconds["F+B"])
             for name, times in seconds.items()
             if name not in ("F+B", "matrix product")
         },
-        "slower": {name: ratios(seconds[name], seconds["factored"]) for name in products if name != "factored"},
+        "slower": {
+            name: ratios(seconds[name], seconds["factored"])
+            for name in products
+            if name != "factored"
+        },
         "difference": difference,
         "flops": {
             "product / (F+B)": flops["product"] / flops["F+B"],
@@ -172,7 +189,9 @@ def timing(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
         },
         # the time that the operations alone would take at the rate of one large matrix product, in units of F+B
         "ceiling": {
-            name: ratios([s * flops[name] / (2 * 2048**3) for s in seconds["matrix product"]], seconds["F+B"])
+            name: ratios(
+                [s * flops[name] / (2 * 2048**3) for s in seconds["matrix product"]], seconds["F+B"]
+            )
             for name in flops
         },
     }
@@ -187,7 +206,9 @@ def operations(call: Callable[[], Any]) -> int:
 
 def memory(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
     """Return bytes that a product makes at once, and those held between products, in units of the weights."""
-    model, tokens, targets = build(shape, asked.batch, asked.length, getattr(torch, asked.dtype), "cpu")
+    model, tokens, targets = build(
+        shape, asked.batch, asked.length, getattr(torch, asked.dtype), "cpu"
+    )
     u = torch.ones(targets.numel(), dtype=getattr(torch, asked.dtype))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     peak, held = {}, {}
@@ -207,7 +228,9 @@ def memory(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
 
 def profile(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
     """Return the time of set-up and 100 Lanczos steps, and the share of it that is not spent in products."""
-    model, tokens, targets = build(shape, asked.batch, asked.length, getattr(torch, asked.dtype), "cpu")
+    model, tokens, targets = build(
+        shape, asked.batch, asked.length, getattr(torch, asked.dtype), "cpu"
+    )
     observable = TokenLogProb(targets)
     inside: list[float] = []
 
@@ -240,7 +263,11 @@ def profile(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
         "profile": {
             "steps": min(asked.steps, targets.numel()),
             "ratio": ratios(seconds["profile"], seconds["F+B"]),
-            "beyond products": {"median": sorted(beyond)[len(beyond) // 2], "low": min(beyond), "high": max(beyond)},
+            "beyond products": {
+                "median": sorted(beyond)[len(beyond) // 2],
+                "low": min(beyond),
+                "high": max(beyond),
+            },
         }
     }
 

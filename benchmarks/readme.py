@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grsd.lab.benchmarks import filled
+from grsd.experiments.benchmark_tables import filled
 from grsd.results import atomic_write
 
 README = Path(__file__).resolve().parent.parent / "README.md"

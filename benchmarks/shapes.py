@@ -21,7 +21,7 @@ import torch
 from common import SHAPES, build
 
 from grsd import results
-from grsd.lab.benchmarks import RESULT_GPU
+from grsd.experiments.benchmark_tables import RESULT_GPU
 from grsd.spectrum import NTK, TokenLogProb, lanczos
 
 
@@ -85,20 +85,28 @@ def measure(name: str, device: str, tf32: bool, steps: int, check: bool) -> dict
             "peak beyond weights (MB)": (torch.cuda.max_memory_allocated() - held) / 1e6,
         }
     if check:
-        plain = NTK(model, {"input_ids": inputs, "use_cache": False}, TokenLogProb(targets), method="graph")
+        plain = NTK(
+            model, {"input_ids": inputs, "use_cache": False}, TokenLogProb(targets), method="graph"
+        )
         truth = plain @ u
         row["graph M u / (F+B)"] = median_time(lambda: plain @ u, device, 5) / unit
-        row["relative difference"] = float(torch.linalg.norm(M @ u - truth) / torch.linalg.norm(truth))
+        row["relative difference"] = float(
+            torch.linalg.norm(M @ u - truth) / torch.linalg.norm(truth)
+        )
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=["70m"], choices=list(SHAPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tf32", action="store_true", help="also measure with TF32 products")
-    parser.add_argument("--check", nargs="*", default=["tiny", "70m"], help="shapes compared with the plain form")
+    parser.add_argument(
+        "--check", nargs="*", default=["tiny", "70m"], help="shapes compared with the plain form"
+    )
     parser.add_argument("--out", type=Path, help="folder of the stored result")
     asked = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -107,17 +115,24 @@ def main() -> None:
             try:
                 rows.append(measure(name, asked.device, tf32, asked.steps, name in asked.check))
             except torch.OutOfMemoryError as failure:
-                rows.append({"shape": name, "tf32": tf32, "not measured": str(failure).splitlines()[0]})
+                rows.append(
+                    {"shape": name, "tf32": tf32, "not measured": str(failure).splitlines()[0]}
+                )
             gc.collect()
             if asked.device == "cuda":
                 torch.cuda.empty_cache()
             print(
-                *(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in rows[-1].items()),
+                *(
+                    f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}"
+                    for k, v in rows[-1].items()
+                ),
                 sep=" | ",
                 flush=True,
             )
             if asked.out is not None:
-                origin = results.provenance(["make", "bench-gpu"], {"steps": asked.steps, "batch": [4, 128]}, [0, 1])
+                origin = results.provenance(
+                    ["make", "bench-gpu"], {"steps": asked.steps, "batch": [4, 128]}, [0, 1]
+                )
                 results.save(results.Result(RESULT_GPU, {"rows": rows}, origin), asked.out)
 
 

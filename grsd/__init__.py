@@ -66,5 +66,7 @@ def check_environment(*, verbose: bool = True) -> list[str]:
             wanted.append(requirement)
             lines.append(f"{name} {found} is older than needed: install '{requirement}'")
     if verbose:
-        print("\n".join(lines) if lines else f"grsd {__version__}: every required package is present")
+        print(
+            "\n".join(lines) if lines else f"grsd {__version__}: every required package is present"
+        )
     return wanted

@@ -52,14 +52,22 @@ class Verdict(NamedTuple):
 
 VERDICTS: dict[str, Verdict] = {
     "holds": Verdict("✓", "holds", "True as stated, and checked here."),
-    "holds-if": Verdict("✓*", "holds if", "True under an assumption that the paper leaves out; we state it."),
+    "holds-if": Verdict(
+        "✓*", "holds if", "True under an assumption that the paper leaves out; we state it."
+    ),
     "corrected": Verdict(
-        "≠", "corrected", "A slip: the printed statement was measured to fail, the corrected one to hold."
+        "≠",
+        "corrected",
+        "A slip: the printed statement was measured to fail, the corrected one to hold.",
     ),
     "refuted": Verdict("✗", "refuted", "False: a counterexample is shown."),
     "empty": Verdict("∅", "empty", "True, but it holds of everything and so says nothing."),
-    "reproduced": Verdict("↻", "reproduced", "An experiment of the paper, run again with the same outcome."),
-    "not-reproduced": Verdict("↛", "not reproduced", "An experiment of the paper, run again with another outcome."),
+    "reproduced": Verdict(
+        "↻", "reproduced", "An experiment of the paper, run again with the same outcome."
+    ),
+    "not-reproduced": Verdict(
+        "↛", "not reproduced", "An experiment of the paper, run again with another outcome."
+    ),
     "not-discriminating": Verdict(
         "≈", "not discriminating", "Seen, but a null model without the effect gives the same."
     ),
@@ -72,7 +80,9 @@ PAPERS: dict[str, str] = {
     "mup": "Spectral Condition for Width-Depth μP (arXiv:2603.00541)",
     "grsd": "this book",
 }
-OWN = "grsd"  # this book's own statements are checked as the papers' are, and counted apart from them
+OWN = (
+    "grsd"  # this book's own statements are checked as the papers' are, and counted apart from them
+)
 
 # A number that a check produced, a short text, or several of either under names of their own.
 Value = float | int | str
@@ -144,13 +154,17 @@ class Claim:
         if self.verdict in ("corrected", "refuted") and not self.corrected.strip():
             reject(f"verdict {self.verdict!r} needs the field 'corrected': what holds instead")
         if self.verdict in ("holds-if", "untested") and not self.assumption.strip():
-            reject(f"verdict {self.verdict!r} needs the field 'assumption': what is assumed, or why untested")
+            reject(
+                f"verdict {self.verdict!r} needs the field 'assumption': what is assumed, or why untested"
+            )
         if self.verdict != "untested":
             for name in ("chapter", "measured", "bound"):
                 if not getattr(self, name).strip():
                     reject(f"{name} is empty; only an untested claim may leave it so")
         if self.chapter and not _CHAPTER.fullmatch(self.chapter):
-            reject(f"chapter {self.chapter!r} must read 'room/page', without folder 'book' and ending")
+            reject(
+                f"chapter {self.chapter!r} must read 'room/page', without folder 'book' and ending"
+            )
         if not isinstance(self.audit, tuple) or not all(
             isinstance(row, str) and _AUDIT.fullmatch(row) for row in self.audit
         ):
@@ -226,8 +240,12 @@ def _parse(path: Path) -> list[Claim]:
         filled = {key: value for key, value in entry.items() if value is not None}
         audit = filled.pop("audit", [])
         if not isinstance(audit, list):
-            raise ValueError(f"{path.name}: claim {name!r}: audit is {audit!r}, expected a list of row ids")
-        texts = {key: value.strip() if isinstance(value, str) else value for key, value in filled.items()}
+            raise ValueError(
+                f"{path.name}: claim {name!r}: audit is {audit!r}, expected a list of row ids"
+            )
+        texts = {
+            key: value.strip() if isinstance(value, str) else value for key, value in filled.items()
+        }
         claims.append(Claim(audit=tuple(audit), **texts))
     return claims
 
@@ -246,7 +264,9 @@ def _load(place: Path) -> list[Claim]:
     for path in paths:
         for claim in _parse(path):
             if claim.id in home:
-                raise ValueError(f"{path.name}: the id {claim.id!r} stands already in {home[claim.id]}")
+                raise ValueError(
+                    f"{path.name}: the id {claim.id!r} stands already in {home[claim.id]}"
+                )
             home[claim.id] = path.name
             claims.append(claim)
     return claims
@@ -295,9 +315,13 @@ def _number(value: Any, where: str) -> Value:
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{where} is {value!r}; a claim is not settled by a number that is not finite")
+            raise ValueError(
+                f"{where} is {value!r}; a claim is not settled by a number that is not finite"
+            )
         return value
-    raise TypeError(f"{where} is a {type(value).__name__}; expected a number, a text or a dict of them")
+    raise TypeError(
+        f"{where} is a {type(value).__name__}; expected a number, a text or a dict of them"
+    )
 
 
 def _measured(value: Any, where: str) -> Measured:
@@ -322,7 +346,8 @@ def bullets(*ids: str) -> str:
         lead = "Needs" if claim.assumption else "Note" if claim.verdict == "holds" else "Instead"
         page = f" · [{claim.chapter.split('/')[1]}](../{claim.chapter}.md)" if claim.chapter else ""
         place, statement, more = (
-            text.replace("_", r"\_").replace("[", r"\[") for text in (claim.locator, claim.statement, more)
+            text.replace("_", r"\_").replace("[", r"\[")
+            for text in (claim.locator, claim.statement, more)
         )
         lines.append(
             f"- {verdict.symbol} **{verdict.word}** · {place}{page}. {statement}"
@@ -365,7 +390,9 @@ def record(
     """
     claim = find(claim_id)
     if claim.verdict == "untested":
-        raise ValueError(f"{claim_id!r} is untested in the ledger: give it a verdict before its evidence")
+        raise ValueError(
+            f"{claim_id!r} is untested in the ledger: give it a verdict before its evidence"
+        )
     if verdict is not None and verdict != claim.verdict:
         raise ValueError(
             f"{claim_id!r}: the check concludes {verdict!r}, but the ledger says {claim.verdict!r}; "
@@ -382,7 +409,9 @@ def record(
         version=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    atomic_write(evidence_dir() / f"{claim.id}.json", dumps(asdict(found), where=claim_id, sort_keys=False))
+    atomic_write(
+        evidence_dir() / f"{claim.id}.json", dumps(asdict(found), where=claim_id, sort_keys=False)
+    )
     return found
 
 
@@ -404,7 +433,9 @@ def evidence(claim_id: str) -> Evidence | None:
     try:
         found = Evidence(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the evidence file {path.name} is damaged ({error}); run its chapter again") from error
+        raise ValueError(
+            f"the evidence file {path.name} is damaged ({error}); run its chapter again"
+        ) from error
     return found if found.id == claim.id and found.verdict == claim.verdict else None
 
 

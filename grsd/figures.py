@@ -80,7 +80,9 @@ def style() -> None:
             "axes.axisbelow": True,
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "axes.prop_cycle": cycler(color=SEQUENCE) + cycler(marker=MARKERS) + cycler(linestyle=LINESTYLES),
+            "axes.prop_cycle": cycler(color=SEQUENCE)
+            + cycler(marker=MARKERS)
+            + cycler(linestyle=LINESTYLES),
             "grid.color": "#d9d9d9",
             "grid.linewidth": 0.6,
             "lines.linewidth": 1.6,
@@ -135,7 +137,9 @@ def _array(profile: Any, name: str, count: int) -> np.ndarray | None:
         return None
     found: np.ndarray = np.asarray(value, dtype=np.float64)
     if found.shape != (count,):
-        raise ValueError(f"profile.{name} has shape {found.shape}, expected ({count},): one number per shell")
+        raise ValueError(
+            f"profile.{name} has shape {found.shape}, expected ({count},): one number per shell"
+        )
     return found
 
 
@@ -202,7 +206,9 @@ def shell_profile(
     if energies is None:
         raise ValueError(f"{type(profile).__name__} has no energies; is it a profile?")
     if not np.all(np.isfinite(energies)) or np.any(energies < 0):
-        raise ValueError(f"shell energies must be finite and not negative; found {energies.min()!r}")
+        raise ValueError(
+            f"shell energies must be finite and not negative; found {energies.min()!r}"
+        )
     lower, upper = _array(profile, "lower", count), _array(profile, "upper", count)
 
     ax.set_xscale("log")
@@ -228,7 +234,14 @@ def shell_profile(
             linewidth=1.2,
         )
         limits = ~seen & (upper > bottom)
-        ax.plot(centers[limits], scale * upper[limits], color=color, marker=7, linestyle="none", markersize=5)
+        ax.plot(
+            centers[limits],
+            scale * upper[limits],
+            color=color,
+            marker=7,
+            linestyle="none",
+            markersize=5,
+        )
     value = getattr(profile, "floor", None)
     first = float(np.asarray(profile.shells.edges)[0])
     if floor and value is not None and float(value) > first:
@@ -258,7 +271,9 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise ValueError(f"row {tuple(row)!r} has {len(row)} cells, expected {len(self.columns)}")
+                raise ValueError(
+                    f"row {tuple(row)!r} has {len(row)} cells, expected {len(self.columns)}"
+                )
 
     @staticmethod
     def _cell(value: object) -> str:
@@ -267,7 +282,9 @@ class Table:
         # a bar ends a cell: outside mathematics it is escaped, inside, where an escaped one would lose its backslash, it gets a name
         texts = re.split(r"(\$[^$]*\$)", str(value))
         return "".join(
-            text.replace(r"\|", r"\Vert{}").replace("|", r"\vert{}") if i % 2 else re.sub(r"(?<!\\)\|", r"\|", text)
+            text.replace(r"\|", r"\Vert{}").replace("|", r"\vert{}")
+            if i % 2
+            else re.sub(r"(?<!\\)\|", r"\|", text)
             for i, text in enumerate(texts)
         )
 

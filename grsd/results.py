@@ -41,7 +41,9 @@ __all__ = [
 ]
 
 ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
-PROVENANCE_KEYS = frozenset({"command", "parameters", "seeds", "revision", "versions", "hardware", "scale", "date"})
+PROVENANCE_KEYS = frozenset(
+    {"command", "parameters", "seeds", "revision", "versions", "hardware", "scale", "date"}
+)
 PACKAGES = ("torch", "numpy", "scipy", "transformers", "tokenizers", "safetensors")
 
 
@@ -66,26 +68,36 @@ class Result:
     def __post_init__(self) -> None:
         check_id(self.id)
         if not isinstance(self.data, dict):
-            raise TypeError(f"result {self.id!r}: data is a {type(self.data).__name__}, expected a dict")
+            raise TypeError(
+                f"result {self.id!r}: data is a {type(self.data).__name__}, expected a dict"
+            )
         if not isinstance(self.provenance, dict):
-            raise TypeError(f"result {self.id!r}: provenance is not a dict; make it with provenance()")
+            raise TypeError(
+                f"result {self.id!r}: provenance is not a dict; make it with provenance()"
+            )
         missing = sorted(PROVENANCE_KEYS - set(self.provenance))
         if missing:
-            raise ValueError(f"result {self.id!r}: its provenance lacks {missing}; make it with provenance()")
+            raise ValueError(
+                f"result {self.id!r}: its provenance lacks {missing}; make it with provenance()"
+            )
 
 
 def code_fingerprint(folder: Path) -> str:
     """SHA-256 over the Python sources under `folder`: what a cached number must name when that code computed it."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(
+            path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+        )
     return digest.hexdigest()
 
 
 def check_id(name: str) -> str:
     """Return `name` when it can name a result; raise ValueError otherwise."""
     if not isinstance(name, str) or not ID.fullmatch(name):
-        raise ValueError(f"{name!r} cannot name a result; use lower-case letters, digits, '.', '_' and '-'")
+        raise ValueError(
+            f"{name!r} cannot name a result; use lower-case letters, digits, '.', '_' and '-'"
+        )
     return name
 
 
@@ -97,7 +109,9 @@ def _plain(value: Any, where: str) -> Any:
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{where} is {value!r}; only finite numbers are stored (leave the key out instead)")
+            raise ValueError(
+                f"{where} is {value!r}; only finite numbers are stored (leave the key out instead)"
+            )
         return float(value)
     if isinstance(value, Path):
         return value.as_posix()
@@ -125,7 +139,9 @@ def dumps(value: Any, *, where: str = "value", sort_keys: bool = True) -> str:
     TypeError
         If something cannot be held by JSON.
     """
-    return json.dumps(_plain(value, where), indent=1, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(_plain(value, where), indent=1, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+    )
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
@@ -167,7 +183,11 @@ def revision() -> str:
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, check=True
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
         )
         return done.stdout.strip()
 
@@ -191,7 +211,9 @@ def _hardware() -> dict[str, Any]:
         "system": platform.system(),
         "cores": os.cpu_count(),
     }
-    torch = sys.modules.get("torch")  # never imported for this: a result without torch need not load it
+    torch = sys.modules.get(
+        "torch"
+    )  # never imported for this: a result without torch need not load it
     if torch is not None:
         found["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
@@ -200,7 +222,9 @@ def _hardware() -> dict[str, Any]:
 
 
 def provenance(
-    command: Sequence[str], parameters: Mapping[str, Any], seeds: Sequence[int] | Mapping[str, int] = ()
+    command: Sequence[str],
+    parameters: Mapping[str, Any],
+    seeds: Sequence[int] | Mapping[str, int] = (),
 ) -> dict[str, Any]:
     """What someone needs to make a result again and to judge it.
 
@@ -243,7 +267,9 @@ def packaged_dir() -> Path:
 
 def save(result: Result, folder: str | os.PathLike[str]) -> Path:
     """Write `result` as `<folder>/<id>.json`, whole or not at all; an older one is replaced."""
-    return atomic_write(Path(folder) / f"{result.id}.json", dumps(asdict(result), where=f"result {result.id}"))
+    return atomic_write(
+        Path(folder) / f"{result.id}.json", dumps(asdict(result), where=f"result {result.id}")
+    )
 
 
 def available(folder: str | os.PathLike[str] | None = None) -> list[str]:
@@ -272,9 +298,13 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Result:
     except ValueError as error:
         raise ValueError(f"{path.name} is damaged ({error}); recompute it") from error
     if not isinstance(raw, dict) or set(raw) != {"id", "data", "provenance"}:
-        raise ValueError(f"{path.name} is not a result: expected an object with id, data and provenance")
+        raise ValueError(
+            f"{path.name} is not a result: expected an object with id, data and provenance"
+        )
     if raw["id"] != name:
-        raise ValueError(f"{path.name} holds the result {raw['id']!r}; rename the file or recompute it")
+        raise ValueError(
+            f"{path.name} holds the result {raw['id']!r}; rename the file or recompute it"
+        )
     return Result(**raw)
 
 

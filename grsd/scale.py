@@ -26,7 +26,9 @@ def scale() -> Scale:
     """
     value = os.environ.get("GRSD_SCALE", "").strip().lower() or "cpu"
     if value not in SCALES:
-        raise ValueError(f"GRSD_SCALE is {value!r}; set it to 'cpu' or 'gpu', or leave it unset for 'cpu'.")
+        raise ValueError(
+            f"GRSD_SCALE is {value!r}; set it to 'cpu' or 'gpu', or leave it unset for 'cpu'."
+        )
     return value
 
 

@@ -47,7 +47,8 @@ def test_every_audit_row_of_the_spectrum_room_has_a_claim_with_a_chapter() -> No
 def test_every_chapter_of_the_room_settles_a_claim() -> None:
     chapters = {claim.chapter for claim in load() if claim.chapter.startswith("spectrum/")}
     assert chapters == {
-        f"spectrum/{name}" for name in ("operator", "product", "lanczos", "cross-entropy", "language-model")
+        f"spectrum/{name}"
+        for name in ("operator", "product", "lanczos", "cross-entropy", "language-model")
     }
 
 
@@ -59,7 +60,13 @@ def test_the_four_empirical_facts_stand_apart() -> None:
 
 def test_the_ledger_carries_no_markup_that_the_claims_page_would_misread() -> None:
     for claim in load():
-        for text in (claim.statement, claim.corrected, claim.assumption, claim.measured, claim.bound):
+        for text in (
+            claim.statement,
+            claim.corrected,
+            claim.assumption,
+            claim.measured,
+            claim.bound,
+        ):
             assert text.count("$") % 2 == 0 and "*" not in text, claim.id
 
 
@@ -103,7 +110,9 @@ def test_a_good_entry_is_read_and_a_folder_is_read_in_order(tmp_path: Path) -> N
         ({"statement": 3}, "statement is 3"),
     ],
 )
-def test_a_planted_fault_is_refused_and_quoted(change: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_a_planted_fault_is_refused_and_quoted(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         load(ledger(tmp_path, {**GOOD, **change}))
 
@@ -130,7 +139,9 @@ def test_a_key_given_twice_in_one_entry_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("text", ["a: 1\n", "- just text\n", "- [unclosed\n", "!!python/object:os.x {}\n"])
+@pytest.mark.parametrize(
+    "text", ["a: 1\n", "- just text\n", "- [unclosed\n", "!!python/object:os.x {}\n"]
+)
 def test_a_file_that_is_no_ledger_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "room.yaml"
     path.write_text(text)
@@ -144,17 +155,27 @@ def test_an_absent_ledger_is_not_an_empty_one(tmp_path: Path) -> None:
 
 
 def test_an_untested_claim_needs_a_reason_but_no_chapter(tmp_path: Path) -> None:
-    entry = {**GOOD, "verdict": "untested", "assumption": "needs a week", "chapter": "", "measured": None}
+    entry = {
+        **GOOD,
+        "verdict": "untested",
+        "assumption": "needs a week",
+        "chapter": "",
+        "measured": None,
+    }
     assert load(ledger(tmp_path, entry))[0].chapter == ""
 
 
 def test_evidence_comes_back_as_recorded() -> None:
     assert evidence("origin.kl-identity") is None
-    found = record("origin.kl-identity", measured={"gap": 1e-16, "n": 3}, bound=1e-12, note=" A note. ")
+    found = record(
+        "origin.kl-identity", measured={"gap": 1e-16, "n": 3}, bound=1e-12, note=" A note. "
+    )
     assert evidence("origin.kl-identity") == found
     assert (found.measured, found.bound, found.note) == ({"gap": 1e-16, "n": 3}, 1e-12, "A note.")
     assert (found.verdict, found.chapter, found.scale) == ("holds", "spectrum/cross-entropy", "cpu")
-    assert found._repr_markdown_() == "Recorded: `origin.kl-identity`, holds."  # what a cell that ends with it shows
+    assert (
+        found._repr_markdown_() == "Recorded: `origin.kl-identity`, holds."
+    )  # what a cell that ends with it shows
 
 
 def test_evidence_keeps_the_order_in_which_it_was_given() -> None:
@@ -173,7 +194,8 @@ def test_scalars_of_numpy_and_torch_are_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [float("nan"), float("inf"), np.float64("nan"), {"a": 1.0, "b": float("-inf")}, {}, "", " "]
+    "bad",
+    [float("nan"), float("inf"), np.float64("nan"), {"a": 1.0, "b": float("-inf")}, {}, "", " "],
 )
 def test_evidence_that_settles_nothing_is_refused(bad: object) -> None:
     with pytest.raises(ValueError, match="measured"):
@@ -192,7 +214,9 @@ def test_evidence_of_another_kind_is_refused(bad: object) -> None:
 
 def test_an_unknown_claim_is_refused_with_a_hint() -> None:
     for call in (find, evidence, lambda name: record(name, measured=1.0)):
-        with pytest.raises(ValueError, match=r"'origin\.kl-identiti'.*did you mean origin\.kl-identity"):
+        with pytest.raises(
+            ValueError, match=r"'origin\.kl-identiti'.*did you mean origin\.kl-identity"
+        ):
             call("origin.kl-identiti")
 
 
@@ -204,9 +228,13 @@ def test_a_check_that_concludes_otherwise_than_the_ledger_fails() -> None:
 
 def test_missing_shrinks_by_what_is_recorded() -> None:
     before = missing()
-    assert {claim.id for claim in before} == {claim.id for claim in load() if claim.verdict != "untested"}
+    assert {claim.id for claim in before} == {
+        claim.id for claim in load() if claim.verdict != "untested"
+    }
     record("origin.kl-identity", measured=1.0)
-    assert {claim.id for claim in before} - {claim.id for claim in missing()} == {"origin.kl-identity"}
+    assert {claim.id for claim in before} - {claim.id for claim in missing()} == {
+        "origin.kl-identity"
+    }
 
 
 def test_evidence_for_an_older_verdict_does_not_count(tmp_path: Path) -> None:
@@ -226,7 +254,9 @@ def test_a_damaged_evidence_file_is_an_error_not_an_absence(text: str, tmp_path:
         evidence("origin.kl-identity")
 
 
-def test_an_untested_claim_takes_no_evidence_and_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untested_claim_takes_no_evidence_and_is_not_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     untested = [replace(find("origin.kl-identity"), verdict="untested", assumption="no time")]
     monkeypatch.setattr(claims, "load", lambda path=None: untested)
     assert missing() == []

@@ -46,7 +46,12 @@ def ax() -> Axes:
 
 
 def bars(ax: Axes) -> list[np.ndarray]:
-    return [segment for item in ax.collections if isinstance(item, LineCollection) for segment in item.get_segments()]
+    return [
+        segment
+        for item in ax.collections
+        if isinstance(item, LineCollection)
+        for segment in item.get_segments()
+    ]
 
 
 def contrast(color: str) -> float:
@@ -66,7 +71,9 @@ def test_the_line_is_the_energies_at_the_centres_on_log_axes(ax: Axes) -> None:
 
 
 def test_bars_span_the_intervals_and_zero_bounds_end_in_sight(ax: Axes) -> None:
-    profile = Profile(shells(3), np.array([1.0, 4.0, 2.0]), np.array([0.5, 3.0, 0.0]), np.array([2.0, 5.0, 6.0]))
+    profile = Profile(
+        shells(3), np.array([1.0, 4.0, 2.0]), np.array([0.5, 3.0, 0.0]), np.array([2.0, 5.0, 6.0])
+    )
     shell_profile(ax, profile)
     spans = sorted((float(bar[0][0]), float(bar[0][1]), float(bar[1][1])) for bar in bars(ax))
     np.testing.assert_allclose([span[1] for span in spans], [0.5, 3.0, 0.1])
@@ -184,7 +191,12 @@ def test_panels_are_lettered(ax: Axes) -> None:
 
 def test_a_table_is_markdown_with_four_digits() -> None:
     table = Table(["m", "|l − m|"], [[20, 0.123456], [50, "a|b"]])
-    expected = [r"| m | \|l − m\| |", "|---|---|", "| 20 | 0.1235 |", r"| 50 | a\|b |"]  # a bar ends no column
+    expected = [
+        r"| m | \|l − m\| |",
+        "|---|---|",
+        "| 20 | 0.1235 |",
+        r"| 50 | a\|b |",
+    ]  # a bar ends no column
     assert table._repr_markdown_().splitlines() == expected
     with pytest.raises(ValueError, match="1 cells, expected 2"):
         Table(["m", "error"], [[20]])
@@ -196,7 +208,10 @@ def test_bars_in_a_table_stay_in_their_cell() -> None:
     norm = r"$\log\|P\|$"
     table = Table(["|slope|", norm, r"a\|b"], [["of |Δ|", r"$|x|$", 1]])
     head, _, row = table._repr_markdown_().splitlines()
-    assert head == r"| \|slope\| | $\log\Vert{}P\Vert{}$ | a\|b |" and row == r"| of \|Δ\| | $\vert{}x\vert{}$ | 1 |"
+    assert (
+        head == r"| \|slope\| | $\log\Vert{}P\Vert{}$ | a\|b |"
+        and row == r"| of \|Δ\| | $\vert{}x\vert{}$ | 1 |"
+    )
     shown = MarkdownIt("commonmark").enable("table").render(table._repr_markdown_())
     assert shown.count("<th>") == 3 and shown.count("<td>") == 3
     assert "<th>|slope|</th>" in shown and "<td>of |Δ|</td>" in shown  # the reader sees the bars

@@ -201,7 +201,9 @@ def test_the_environment_check_reports_and_changes_nothing(
 
 # Spelt in parts, so that this file does not match itself.
 MACHINE = re.compile(
-    "(?<![\\w.}/~])/(?:" + "|".join(("home", "Users", "root", "tmp", "work", "opt", "mnt")) + ")/[\\w.-]+"
+    "(?<![\\w.}/~])/(?:"
+    + "|".join(("home", "Users", "root", "tmp", "work", "opt", "mnt"))
+    + ")/[\\w.-]+"
 )
 INDEX = re.compile(
     "|".join(
@@ -233,14 +235,27 @@ def faults_of(name: str, content: bytes) -> list[str]:
     except UnicodeDecodeError:
         return found
     for number, line in enumerate(text.splitlines(), 1):
-        for what, pattern in (("machine path", MACHINE), ("package index", INDEX), ("index option", INDEX_OPTION)):
+        for what, pattern in (
+            ("machine path", MACHINE),
+            ("package index", INDEX),
+            ("index option", INDEX_OPTION),
+        ):
             if match := pattern.search(line):
                 found.append(f"{name}:{number}: {what} {match.group()!r}")
     return found
 
 
 def tracked() -> list[str]:
-    listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     done = subprocess.run(listing, capture_output=True, text=True, check=True)
     return [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
 
@@ -290,7 +305,11 @@ def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the layer contract on the package in `folder`."""
     script = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as run; run()"
     return subprocess.run(
-        [sys.executable, "-c", script, "--no-cache"], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, "--no-cache"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -307,10 +326,23 @@ def test_the_contract_names_every_module_and_keeps_the_order(copy: Path) -> None
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
     words = [re.findall(r"\w+", layer) for layer in layers]
     flat = [word for layer in words for word in layer]
-    order = ["cli", "lab", "renorm", "mup", "dynamics", "spectrum", "claims", "figures", "results", "scale"]
+    order = [
+        "cli",
+        "lab",
+        "renorm",
+        "mup",
+        "dynamics",
+        "spectrum",
+        "claims",
+        "figures",
+        "results",
+        "scale",
+    ]
     assert flat == order
     present = {
-        path.stem for path in (ROOT / "grsd").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+        path.stem
+        for path in (ROOT / "grsd").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert present - {"__init__", "__main__"} <= set(flat)
     done = lint_imports(copy)
@@ -361,7 +393,13 @@ sys.meta_path.insert(0, Refuse())
 
 
 def without_notebooks(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", BLOCKED + code], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_package_imports_where_no_notebook_library_is_installed() -> None:
@@ -377,7 +415,9 @@ def test_the_package_imports_where_no_notebook_library_is_installed() -> None:
 
 def test_importing_the_top_module_is_light() -> None:
     code = "import sys, grsd; print(sorted({'torch', 'numpy', 'matplotlib', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -386,7 +426,11 @@ def test_importing_the_top_module_is_light() -> None:
 
 def dry_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["make", "--no-print-directory", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        ["make", "--no-print-directory", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -415,14 +459,18 @@ def test_make_book_makes_what_it_needs_in_order(tmp_path: Path) -> None:
     ("script", "message"),
     [("exit 1", "is too old; grsd needs Python 3.11"), (None, "no old-python on the PATH")],
 )
-def test_make_refuses_an_unfit_python_in_plain_words(script: str | None, message: str, tmp_path: Path) -> None:
+def test_make_refuses_an_unfit_python_in_plain_words(
+    script: str | None, message: str, tmp_path: Path
+) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements.txt").touch()
     (tmp_path / "pyproject.toml").touch()
     python = "old-python"
     if script is not None:
         old = tmp_path / "old-python"
-        old.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\n{script}\n')
+        old.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\n{script}\n'
+        )
         old.chmod(0o755)
         python = str(old)
     done = dry_run(tmp_path, "env", f"PYTHON={python}")

@@ -25,7 +25,11 @@ def made(data: dict[str, object], name: str = "a-result") -> Result:
 
 
 def test_a_result_survives_the_round_trip_exactly(tmp_path: Path) -> None:
-    data = {"energies": [0.1, 1e-300, 3.0], "label": "λ", "nested": {"n": 3, "flag": True, "none": None}}
+    data = {
+        "energies": [0.1, 1e-300, 3.0],
+        "label": "λ",
+        "nested": {"n": 3, "flag": True, "none": None},
+    }
     written = made(data)
     assert save(written, tmp_path) == tmp_path / "a-result.json"
     assert load("a-result", tmp_path) == written
@@ -40,15 +44,29 @@ def test_every_float64_survives_bit_for_bit(values: list[float]) -> None:
 
 
 def test_arrays_and_scalars_of_numpy_and_torch_become_numbers() -> None:
-    value = {"a": np.arange(3), "b": np.float64(0.5), "c": torch.ones(2), "d": torch.tensor(2), "e": (1, 2)}
-    assert json.loads(dumps(value)) == {"a": [0, 1, 2], "b": 0.5, "c": [1.0, 1.0], "d": 2, "e": [1, 2]}
+    value = {
+        "a": np.arange(3),
+        "b": np.float64(0.5),
+        "c": torch.ones(2),
+        "d": torch.tensor(2),
+        "e": (1, 2),
+    }
+    assert json.loads(dumps(value)) == {
+        "a": [0, 1, 2],
+        "b": 0.5,
+        "c": [1.0, 1.0],
+        "d": 2,
+        "e": [1, 2],
+    }
 
 
 def test_text_does_not_depend_on_the_order_of_keys() -> None:
     assert dumps({"a": 1, "b": 2}) == dumps({"b": 2, "a": 1})
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.array([1.0, -np.inf]), torch.tensor(np.nan)])
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), np.array([1.0, -np.inf]), torch.tensor(np.nan)]
+)
 def test_a_number_that_is_not_finite_is_refused_with_its_place(bad: object, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a-result\.data\.deep.*finite"):
         save(made({"deep": bad}), tmp_path)
@@ -97,7 +115,10 @@ def test_the_revision_tells_a_clean_checkout_from_a_changed_one(
     def git(*arguments: str) -> str:
         author = ["-c", "user.name=a", "-c", "user.email=a@b.invalid", "-c", "commit.gpgsign=false"]
         done = subprocess.run(
-            ["git", "-C", str(tmp_path), *author, *arguments], check=True, capture_output=True, text=True
+            ["git", "-C", str(tmp_path), *author, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         return done.stdout.strip()
 
@@ -144,7 +165,9 @@ def test_packaged_results_can_all_be_read() -> None:
         assert load(name).id == name
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = atomic_write(tmp_path / "deep" / "file.json", "old")
 
     def refuse(*_: object) -> None:
@@ -173,7 +196,9 @@ while True:
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
     target = tmp_path / "value.bin"
     for attempt in range(4):
-        child = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE)
+        child = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE
+        )
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         time.sleep(0.003 * (attempt + 1))
         child.send_signal(signal.SIGKILL)

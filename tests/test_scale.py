@@ -26,7 +26,9 @@ def reads_environment(source: str) -> bool:
 
 
 @pytest.mark.parametrize("unset", [None, "", "  "])
-def test_scale_is_cpu_when_nothing_is_said(monkeypatch: pytest.MonkeyPatch, unset: str | None) -> None:
+def test_scale_is_cpu_when_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, unset: str | None
+) -> None:
     monkeypatch.delenv("GRSD_SCALE", raising=False)
     if unset is not None:
         monkeypatch.setenv("GRSD_SCALE", unset)
@@ -34,7 +36,9 @@ def test_scale_is_cpu_when_nothing_is_said(monkeypatch: pytest.MonkeyPatch, unse
     assert pick(cpu=3, gpu=7) == 3
 
 
-def test_scale_follows_the_variable_at_the_time_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scale_follows_the_variable_at_the_time_of_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("GRSD_SCALE", "GPU")
     assert scale() == "gpu" and pick(cpu=3, gpu=7) == 7
     monkeypatch.setenv("GRSD_SCALE", "cpu")
@@ -65,7 +69,9 @@ def test_a_relative_cache_becomes_absolute(monkeypatch: pytest.MonkeyPatch, tmp_
     assert cache_dir() == tmp_path / "here"
 
 
-def test_without_variables_the_users_cache_folder_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_variables_the_users_cache_folder_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in ("GRSD_CACHE", "GRSD_EVIDENCE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from grsd import figures, results
-from grsd.lab.protocol import MINI, Cell, pick
+from grsd.experiments.protocol import MINI, Cell, pick
 
 TARGET = Path(__file__).parents[1] / "book" / "_assets" / "profile.png"
 
@@ -33,19 +33,33 @@ def main() -> None:
         "null: untrained weights": pick(cells, **{**trained, "revision": "step0"}, start="error"),
         "null: random vector": pick(cells, **trained, start="random"),
     }
-    sizes = [c for c in cells if (c.model, c.revision, c.start, c.targets) == (model, last, "error", "text")]
+    sizes = [
+        c
+        for c in cells
+        if (c.model, c.revision, c.start, c.targets) == (model, last, "error", "text")
+    ]
 
     figures.style()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.9), sharey=True)
     figures.panels(axes)
     for index, (name, cell) in enumerate(shown.items()):
         figures.shell_profile(
-            axes[0], cell.profile, label=name, index=index, scale=1 / cell.profile.total, remainder=False
+            axes[0],
+            cell.profile,
+            label=name,
+            index=index,
+            scale=1 / cell.profile.total,
+            remainder=False,
         )
     for index, cell in enumerate(sorted(sizes, key=lambda c: c.rows)):
         label = f"e, T = {cell.rows} tokens"
         figures.shell_profile(
-            axes[1], cell.profile, label=label, index=index, scale=1 / cell.profile.total, remainder=False
+            axes[1],
+            cell.profile,
+            label=label,
+            index=index,
+            scale=1 / cell.profile.total,
+            remainder=False,
         )
     for ax in axes:
         ax.set_ylim(1e-4, 1)
@@ -53,7 +67,10 @@ def main() -> None:
         ax.set_ylabel("share of the energy per octave")
         ax.legend(loc="upper left", fontsize=8)
     date = stored.provenance["date"][:10]
-    figure.suptitle(f"GPT-NeoX, 1.3 M parameters, trained on Python's standard library; measured {date}", fontsize=9)
+    figure.suptitle(
+        f"GPT-NeoX, 1.3 M parameters, trained on Python's standard library; measured {date}",
+        fontsize=9,
+    )
     figure.savefig(TARGET, metadata={"Software": None})
 
 

@@ -35,7 +35,15 @@ def resolve(torch: str) -> dict[str, str]:
     """Names and versions that a fresh resolve of the project with its extras installs."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--ignore-installed",
+        ]
         subprocess.run([*command, "--report", str(report), f"{ROOT}[{EXTRAS}]", torch], check=True)
         found = json.loads(report.read_text(encoding="utf-8"))
     entries = (item["metadata"] for item in found["install"])
@@ -47,7 +55,11 @@ def main() -> None:
     if len(sys.argv) != 2 or not re.fullmatch(r"torch==[0-9.]+", sys.argv[1]):
         raise SystemExit(f"usage: python tools/lock.py torch==X.Y.Z (got {sys.argv[1:]})")
     versions = resolve(sys.argv[1])
-    pins = [f"{name}=={version}" for name, version in sorted(versions.items()) if not LEFT_OUT.fullmatch(name)]
+    pins = [
+        f"{name}=={version}"
+        for name, version in sorted(versions.items())
+        if not LEFT_OUT.fullmatch(name)
+    ]
     (ROOT / "requirements.txt").write_text(HEAD + "\n".join(pins) + "\n", encoding="utf-8")
     print(f"requirements.txt: {len(pins)} packages")
 

@@ -35,7 +35,9 @@ IMAGE_SUFFIXES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
 STATUS = {"✅": "✓ ran", "❌": "✗ failed"}
 WORDS = 24  # characters; an interval with its value is shorter
 FEW_LINES = 4
-SHORTEST_ALT = 10  # characters; "a figure" or a file name says nothing to a reader who cannot see it
+SHORTEST_ALT = (
+    10  # characters; "a figure" or a file name says nothing to a reader who cannot see it
+)
 
 
 class ClaimView(nodes.General, nodes.Element):
@@ -48,7 +50,9 @@ class _ClaimDirective(SphinxDirective):
     kind = ""
 
     def run(self) -> list[nodes.Node]:
-        node = ClaimView("", kind=self.kind, ids_wanted=" ".join(self.arguments).split(), **_plain(self.options))
+        node = ClaimView(
+            "", kind=self.kind, ids_wanted=" ".join(self.arguments).split(), **_plain(self.options)
+        )
         self.set_source_info(node)
         pages(self.env).setdefault(self.env.docname, []).extend(node["ids_wanted"])
         return [node]
@@ -94,7 +98,9 @@ def _purge(_app: Sphinx, env: BuildEnvironment, docname: str) -> None:
     pages(env).pop(docname, None)
 
 
-def _merge(_app: Sphinx, env: BuildEnvironment, docnames: Iterable[str], other: BuildEnvironment) -> None:
+def _merge(
+    _app: Sphinx, env: BuildEnvironment, docnames: Iterable[str], other: BuildEnvironment
+) -> None:
     pages(env).update({name: ids for name, ids in pages(other).items() if name in set(docnames)})
 
 
@@ -113,21 +119,33 @@ def check_claims(app: Sphinx, env: BuildEnvironment) -> list[str]:
                 "evidence",
             )
         if claim.id not in pages(env).get(chapter, []):
-            _warn(f"claim {claim.id!r} belongs to this chapter but its claim-box does not name it", chapter, "box")
+            _warn(
+                f"claim {claim.id!r} belongs to this chapter but its claim-box does not name it",
+                chapter,
+                "box",
+            )
     for page, ids in pages(env).items():
         for claim_id in ids:
             if claim_id not in ledger:
                 _warn(f"claim-box names {claim_id!r}, which is not in the ledger", page, "box")
             elif companion_views.docname(ledger[claim_id]) != page:
-                _warn(f"claim-box names {claim_id!r}, whose chapter is {ledger[claim_id].chapter!r}", page, "box")
+                _warn(
+                    f"claim-box names {claim_id!r}, whose chapter is {ledger[claim_id].chapter!r}",
+                    page,
+                    "box",
+                )
     equations = env.get_domain("math").data["has_equations"]
-    equations.update(dict.fromkeys(pages(env), True))  # statements carry mathematics that Sphinx has not seen yet
+    equations.update(
+        dict.fromkeys(pages(env), True)
+    )  # statements carry mathematics that Sphinx has not seen yet
     return sorted(pages(env))
 
 
 def fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Replace every placeholder by the claims as they stand at the end of this build's notebooks."""
-    link = companion_views.Linker(app.builder, docname, app.env.found_docs, claims_page=_claims_page(app.env))
+    link = companion_views.Linker(
+        app.builder, docname, app.env.found_docs, claims_page=_claims_page(app.env)
+    )
     for node in list(doctree.findall(ClaimView)):
         ledger = claims.load()
         if node["kind"] == "box":
@@ -135,10 +153,16 @@ def fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             node.replace_self(companion_views.box(chosen, link))
         elif node["kind"] == "scoreboard":
             named = node.get("paper")
-            chosen = [c for c in ledger if (c.paper != claims.OWN if named is None else c.paper == named)]
+            chosen = [
+                c for c in ledger if (c.paper != claims.OWN if named is None else c.paper == named)
+            ]
             node.replace_self(companion_views.scoreboard(chosen))
         else:
-            chosen = [c for c in ledger if node.get("paper", c.paper) == c.paper and _in_room(c, node.get("room"))]
+            chosen = [
+                c
+                for c in ledger
+                if node.get("paper", c.paper) == c.paper and _in_room(c, node.get("room"))
+            ]
             node.replace_self(companion_views.page(chosen, link))
 
 
@@ -150,7 +174,9 @@ def spell_status(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 def fit(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Let sentences in a table's cells, and a few long printed lines, break; numbers and printed tables stay whole."""
-    for output in doctree.findall(lambda node: "cell_output" in getattr(node, "attributes", {}).get("classes", [])):
+    for output in doctree.findall(
+        lambda node: "cell_output" in getattr(node, "attributes", {}).get("classes", [])
+    ):
         for cell in output.findall(nodes.entry):
             if len(cell.astext()) > WORDS:
                 cell["classes"].append("words")
@@ -200,4 +226,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     companion_fresh.setup(app)
     companion_names.setup(app)
     companion_reader.setup(app)
-    return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
+    return {
+        "version": "1",
+        "env_version": 1,
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -66,7 +66,9 @@ def code_fingerprint(root: Path) -> str:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:
         torch = "none"
-    return digest(paths, root, os.environ.get("GRSD_SCALE", "cpu"), platform.python_version(), torch)
+    return digest(
+        paths, root, os.environ.get("GRSD_SCALE", "cpu"), platform.python_version(), torch
+    )
 
 
 def chapter_fingerprint(path: Path) -> str:
@@ -95,7 +97,12 @@ def before(app: Sphinx, config: Config) -> None:
     chapters, again = _chapters(root, state.get("chapters", {}))
     _forget(cache, [root / f"{chapter}.md" for chapter in again])
     app.companion_again = again  # type: ignore[attr-defined]
-    app.companion_state = {"code": code, "evidence": str(evidence), "pages": pages, "chapters": chapters}  # type: ignore[attr-defined]
+    app.companion_state = {
+        "code": code,
+        "evidence": str(evidence),
+        "pages": pages,
+        "chapters": chapters,
+    }  # type: ignore[attr-defined]
     (home / STATE).write_text(json.dumps(app.companion_state | {"finished": False}, indent=1))  # type: ignore[attr-defined]
 
 
@@ -147,7 +154,9 @@ def _forget(cache: Path, notebooks: list[Path]) -> None:
             store.remove_cache(record.pk)
 
 
-def reread(app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+def reread(
+    app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
+) -> list[str]:
     """Chapters to read, and therefore to run, again."""
     return [name for name in app.companion_again if name in env.found_docs]  # type: ignore[attr-defined]
 

@@ -26,17 +26,25 @@ class CommandsDirective(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         sections = []
         for name, text in helps(main, "grsd"):
-            section = nodes.section(ids=[nodes.make_id(name)], names=[nodes.fully_normalize_name(name)])
+            section = nodes.section(
+                ids=[nodes.make_id(name)], names=[nodes.fully_normalize_name(name)]
+            )
             section += nodes.title(name, name)
             section += nodes.literal_block(text, text, language="text")
             sections.append(section)
         return sections
 
 
-def helps(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[tuple[str, str]]:
+def helps(
+    command: click.Command, name: str, parent: click.Context | None = None
+) -> Iterator[tuple[str, str]]:
     """Yield (command line, help) of a command and of all below it."""
     context = click.Context(
-        command, info_name=name.rpartition(" ")[2], parent=parent, terminal_width=WIDTH, max_content_width=WIDTH
+        command,
+        info_name=name.rpartition(" ")[2],
+        parent=parent,
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
     )
     yield name, command.get_help(context)
     if isinstance(command, click.Group):
@@ -46,12 +54,16 @@ def helps(command: click.Command, name: str, parent: click.Context | None = None
                 yield from helps(found, f"{name} {below}", context)
 
 
-def without_substitutions(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+def without_substitutions(
+    _app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]
+) -> None:
     """Write bars so that they stay bars."""
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
-def one_by_one(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+def one_by_one(
+    _app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]
+) -> None:
     """Give each of several attributes that share a line of a docstring a field of its own; Sphinx knows one name a field."""
     found: list[str] = []
     for line in lines:
@@ -60,7 +72,9 @@ def one_by_one(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, l
             found.append(line)
         else:
             *names, last = field[2].split(", ")
-            found += [f":{field[1]} {name}:{field[3] if field[1] == 'vartype' else ''}" for name in names]
+            found += [
+                f":{field[1]} {name}:{field[3] if field[1] == 'vartype' else ''}" for name in names
+            ]
             found.append(f":{field[1]} {last}:{field[3]}")
     lines[:] = found
 
@@ -68,4 +82,6 @@ def one_by_one(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, l
 def setup(app: Sphinx) -> None:
     app.add_directive("commands", CommandsDirective)
     for handler in (one_by_one, without_substitutions):
-        app.connect("autodoc-process-docstring", handler, priority=900)  # after napoleon has read the sections
+        app.connect(
+            "autodoc-process-docstring", handler, priority=900
+        )  # after napoleon has read the sections

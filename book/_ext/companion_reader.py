@@ -24,7 +24,9 @@ from sphinx_tojupyter.writers.jupyter import JupyterWriter
 from sphinx_tojupyter.writers.translate_all import JupyterTranslator
 
 PUBLISHED = "gh-pages"  # the branch that publish.yml writes: pages at its root, notebooks under `notebooks/`
-BOOTSTRAP = 'REPOSITORY = ""'  # first statement of a chapter's setup cell; filled in by `publishable`
+BOOTSTRAP = (
+    'REPOSITORY = ""'  # first statement of a chapter's setup cell; filled in by `publishable`
+)
 
 _GITHUB = re.compile(
     r"^(?:(?:https?|ssh|git)://(?:[^/@]*@)?github\.com(?::\d+)?/|(?:[^/@]+@)?github\.com:|)"
@@ -66,7 +68,9 @@ def parse(address: str) -> Repository | None:
 def git(root: Path, *arguments: str) -> str:
     """Output of a git command in the checkout; empty when it fails or git is absent."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -80,7 +84,9 @@ def repository(root: Path) -> Repository | None:
     chosen = os.environ.get("GRSD_REPOSITORY")
     if chosen is not None:
         if chosen.strip() and parse(chosen) is None:
-            raise ValueError(f"GRSD_REPOSITORY is {chosen!r}; expected owner/name or an address at github.com")
+            raise ValueError(
+                f"GRSD_REPOSITORY is {chosen!r}; expected owner/name or an address at github.com"
+            )
         return parse(chosen) if chosen.strip() else None
     remote = git(root, "remote", "get-url", "origin")
     return parse(remote) if "github.com" in remote else None
@@ -101,10 +107,16 @@ def configure(app: Sphinx, config: Config) -> None:
         }
 
 
-def buttons(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+def buttons(
+    app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any
+) -> None:
     """Replace the theme's launch group (it points at the source file) by one button to the published notebook."""
     mine = app.companion_repository  # type: ignore[attr-defined]
-    kept = [button for button in context.get("header_buttons", []) if button.get("label") != "launch-buttons"]
+    kept = [
+        button
+        for button in context.get("header_buttons", [])
+        if button.get("label") != "launch-buttons"
+    ]
     if mine and "kernelspec" in app.env.metadata.get(pagename, {}):
         kept.insert(
             0,
@@ -162,7 +174,9 @@ class ReaderTranslator(JupyterTranslator):
         super().visit_image(node)
         alt = " ".join(str(node.get("alt", "")).split()).replace("]", ")").replace("[", "(")
         if self.markdown_lines:
-            self.markdown_lines[-1] = re.sub(r"^!\[[^\]]*\]", lambda _: f"![{alt}]", self.markdown_lines[-1])
+            self.markdown_lines[-1] = re.sub(
+                r"^!\[[^\]]*\]", lambda _: f"![{alt}]", self.markdown_lines[-1]
+            )
 
     def visit_container(self, node: nodes.container) -> None:
         if "cell_output" in node["classes"]:
@@ -172,7 +186,9 @@ class ReaderTranslator(JupyterTranslator):
 
     def _caption(self, figure: nodes.figure) -> None:
         numbers = self.builder.env.toc_fignumbers.get(self.builder.docname, {}).get("figure", {})
-        number = next((".".join(map(str, numbers[key])) for key in figure["ids"] if key in numbers), "")
+        number = next(
+            (".".join(map(str, numbers[key])) for key in figure["ids"] if key in numbers), ""
+        )
         for caption in figure.findall(nodes.caption):
             self.markdown_lines.append(f"**Figure {number}.** " if number else "**Figure.** ")
             for child in caption.children:

@@ -43,7 +43,11 @@ class Linker:
 
     def chapter(self, claim: claims.Claim) -> nodes.Node:
         target, name = docname(claim), claim.chapter
-        return self._to(target, "", nodes.Text(name)) if target in self.found else nodes.literal(name, name)
+        return (
+            self._to(target, "", nodes.Text(name))
+            if target in self.found
+            else nodes.literal(name, name)
+        )
 
     def claim(self, claim_id: str) -> nodes.Node:
         text = nodes.literal(claim_id, claim_id)
@@ -128,14 +132,21 @@ def _measured(measured: claims.Measured, bound: claims.Measured | None) -> list[
     for name, value in measured.items():
         compared = f" (compared with {number(bounds[name])})" if name in bounds else ""
         items += nodes.list_item("", _line(f"{name}: {number(value)}{compared}"))
-    rest = {name: value for name, value in bounds.items() if name not in measured} if bounds else bound
+    rest = (
+        {name: value for name, value in bounds.items() if name not in measured} if bounds else bound
+    )
     out: list[nodes.Node] = [_named("Measured in this build", ""), items]
-    return [*out, _named("Compared with", nodes.Text(number(rest)))] if rest not in (None, {}) else out
+    return (
+        [*out, _named("Compared with", nodes.Text(number(rest)))] if rest not in (None, {}) else out
+    )
 
 
 def _settled(claim: claims.Claim) -> list[nodes.Node]:
     holds = "What holds instead" if claim.verdict in ("corrected", "refuted") else "Precisely"
-    fields = ((holds, claim.corrected), ("Needs" if claim.verdict != "untested" else "Why", claim.assumption))
+    fields = (
+        (holds, claim.corrected),
+        ("Needs" if claim.verdict != "untested" else "Why", claim.assumption),
+    )
     return [_named(name, text) for name, text in fields if text]
 
 
@@ -180,12 +191,20 @@ LONG = 6  # claims; about a screen
 
 def box(chosen: Sequence[claims.Claim], link: Linker) -> nodes.admonition:
     """The opening of a chapter: what it settles, and how; a long list scrolls, so that the question stays in sight."""
-    out = nodes.admonition(classes=["claim-box", "claim-box-long"] if len(chosen) > LONG else ["claim-box"])
+    out = nodes.admonition(
+        classes=["claim-box", "claim-box-long"] if len(chosen) > LONG else ["claim-box"]
+    )
     out += nodes.title("", "Claims settled in this chapter")
     for claim in chosen:
         where = nodes.Text(f" · {arxiv(claim.paper)}, {claim.locator}")
         entry = nodes.container(classes=["claim-entry"])
-        entry += _line(badge(claim.verdict), nodes.Text(" "), link.claim(claim.id), where, classes=["claim-head"])
+        entry += _line(
+            badge(claim.verdict),
+            nodes.Text(" "),
+            link.claim(claim.id),
+            where,
+            classes=["claim-head"],
+        )
         entry += _named("Stated", claim.statement)
         entry.extend(_settled(claim))
         out += entry
@@ -208,15 +227,25 @@ def scoreboard(ledger: Sequence[claims.Claim]) -> nodes.table:
     rows: list[list[nodes.Node]] = []
     for verdict in verdicts:
         mine = [c for c in ledger if c.verdict == verdict]
-        counts = [sum(c.paper == paper for c in mine) for paper in papers] + ([len(mine)] if len(papers) > 1 else [])
-        said = nodes.paragraph("", "", badge(verdict), nodes.Text(" "), *inline(claims.VERDICTS[verdict][2]))
+        counts = [sum(c.paper == paper for c in mine) for paper in papers] + (
+            [len(mine)] if len(papers) > 1 else []
+        )
+        said = nodes.paragraph(
+            "", "", badge(verdict), nodes.Text(" "), *inline(claims.VERDICTS[verdict][2])
+        )
         rows.append([said, *(nodes.paragraph("", str(count)) for count in counts)])
-    total = [sum(c.paper == paper for c in ledger) for paper in papers] + ([len(ledger)] if len(papers) > 1 else [])
+    total = [sum(c.paper == paper for c in ledger) for paper in papers] + (
+        [len(ledger)] if len(papers) > 1 else []
+    )
     rows.append([_line("All"), *(nodes.paragraph("", str(count)) for count in total)])
-    return _table([nodes.paragraph("", text) for text in head], rows, widths=[60] + [14] * (len(head) - 1))
+    return _table(
+        [nodes.paragraph("", text) for text in head], rows, widths=[60] + [14] * (len(head) - 1)
+    )
 
 
-def _table(head: Sequence[nodes.Node], rows: Sequence[Sequence[nodes.Node]], widths: Sequence[int]) -> nodes.table:
+def _table(
+    head: Sequence[nodes.Node], rows: Sequence[Sequence[nodes.Node]], widths: Sequence[int]
+) -> nodes.table:
     group = nodes.tgroup(cols=len(head))
     group.extend(nodes.colspec(colwidth=width) for width in widths)
     for section, content in ((nodes.thead(), [head]), (nodes.tbody(), rows)):

@@ -5,7 +5,15 @@ sentence and exit code 2. Heavy imports happen inside the commands, so that `grs
 One module holds one family of commands; importing it adds them to `main`.
 """
 
-from grsd.cli import diagnostics, environment, ledger, measurements, parametrization, profiles, training
+from grsd.cli import (
+    diagnostics,
+    environment,
+    ledger,
+    measurements,
+    parametrization,
+    profiles,
+    training,
+)
 from grsd.cli.common import main
 
 __all__ = [

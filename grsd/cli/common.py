@@ -51,7 +51,9 @@ def _said(error: BaseException) -> str:
     )
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
 @click.version_option(__version__, prog_name="grsd")
 def main(debug: bool) -> None:
@@ -63,7 +65,9 @@ def main(debug: bool) -> None:
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(
+        command
+    )
 
 
 def emit(value: Any) -> None:
@@ -75,7 +79,7 @@ def say(text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    from grsd.lab.reports import table as lines_of
+    from grsd.lab.runs.summary import table as lines_of
 
     for line in lines_of(columns, rows):
         click.echo(line)
@@ -86,7 +90,13 @@ def bar(label: str, quiet: bool = False) -> Iterator[Callable[[int, int, str], N
     """A progress bar on an interactive stderr, shown at step 0 or after a second; otherwise nothing."""
     from tqdm import tqdm
 
-    shown: Any = tqdm(desc=label, file=sys.stderr, disable=quiet or not sys.stderr.isatty(), delay=1.0, leave=False)
+    shown: Any = tqdm(
+        desc=label,
+        file=sys.stderr,
+        disable=quiet or not sys.stderr.isatty(),
+        delay=1.0,
+        leave=False,
+    )
 
     def update(done: int, total: int, note: str) -> None:
         shown.total = total
@@ -133,4 +143,6 @@ def check_png(png: str | None) -> None:
 
 def _check_writable(option: str, path: Path) -> None:
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ValueError(f"{option} {path} cannot be written: no permission; name a file in another folder")
+        raise ValueError(
+            f"{option} {path} cannot be written: no permission; name a file in another folder"
+        )

@@ -19,14 +19,31 @@ Examples:
 
 @main.command(epilog=EPILOG)
 @click.argument("model")
-@click.option("--revision", "revisions", multiple=True, help="Checkpoint, e.g. step512; repeat, or 'all' [the last].")
-@click.option("--corpus", default="embedded", show_default=True, help="embedded[:VOCAB], text files, or hub:NAME[...].")
 @click.option(
-    "--split", type=click.Choice(["train", "heldout", "all"]), help="Part of the corpus [heldout if embedded]."
+    "--revision",
+    "revisions",
+    multiple=True,
+    help="Checkpoint, e.g. step512; repeat, or 'all' [the last].",
+)
+@click.option(
+    "--corpus",
+    default="embedded",
+    show_default=True,
+    help="embedded[:VOCAB], text files, or hub:NAME[...].",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "heldout", "all"]),
+    help="Part of the corpus [heldout if embedded].",
 )
 @click.option("--batch-size", default=2, show_default=True, help="Sequences; every token is a row.")
 @click.option("--length", default=32, show_default=True, help="Tokens per sequence.")
-@click.option("--rate", default=1.0, show_default=True, help="Time of one training step, e.g. its learning rate.")
+@click.option(
+    "--rate",
+    default=1.0,
+    show_default=True,
+    help="Time of one training step, e.g. its learning rate.",
+)
 @click.option(
     "--along",
     type=click.Choice(["flow", "path"]),
@@ -49,21 +66,32 @@ Examples:
     help="Form T x T matrices (D4 to D6) up to so many rows.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the batch and the random vectors."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the batch and the random vectors.",
 )
 @click.option("--dtype", default="float64", show_default=True, help="float64, float32 or bfloat16.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--png", type=click.Path(dir_okay=False), help="Draw the report into this file.")
 @json_option
 def conditions(
-    model: str, revisions: tuple[str, ...], device: str, probes: int, png: str | None, as_json: bool, **options: Any
+    model: str,
+    revisions: tuple[str, ...],
+    device: str,
+    probes: int,
+    png: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure the four conditions of "When Does Learning Renormalize?" on MODEL, at one checkpoint or along several.
 
     MODEL is named as for `grsd shells`. The table says, for each diagnostic, what was found at the first and at the last
     checkpoint and what the condition wants; notes below it say what could not be measured and why.
     """
-    from grsd.lab import checkpoints, hub
+    from grsd.lab.checkpoints import hub
+    from grsd.lab.runs import conditions
 
     check_png(png)
     where = device_of(device)
@@ -71,7 +99,9 @@ def conditions(
     prepare(model, revisions, where)
     asked = hub.available(model) if "all" in revisions else list(revisions)
     with bar("conditions") as update:
-        found = checkpoints.conditions_of(model, asked, device=where, probes=probes or None, progress=update, **options)
+        found = conditions.conditions_of(
+            model, asked, device=where, probes=probes or None, progress=update, **options
+        )
     if png:
         from matplotlib.figure import Figure
 

@@ -47,12 +47,16 @@ def doctor(as_json: bool) -> None:
 
         report["torch"] = torch.__version__
         report["threads"] = torch.get_num_threads()
-        cuda = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        cuda = [
+            f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
+        ]
         report["devices"] = ["cpu", *cuda]
     suites_folder = cache / "suites"
     if suites_folder.is_dir():
         report["suites"] = {
-            p.name: len(list(p.glob("step*/config.json"))) for p in sorted(suites_folder.iterdir()) if p.is_dir()
+            p.name: len(list(p.glob("step*/config.json")))
+            for p in sorted(suites_folder.iterdir())
+            if p.is_dir()
         }
     if as_json:
         emit(report)
@@ -61,13 +65,17 @@ def doctor(as_json: bool) -> None:
         rows = {
             "grsd": report["grsd"],
             "python": report["python"],
-            "torch": f"{report['torch']}, {report['threads']} threads" if report["torch"] else "missing",
+            "torch": f"{report['torch']}, {report['threads']} threads"
+            if report["torch"]
+            else "missing",
             "devices": ", ".join(report["devices"]) or "none",
             "scale": f"{report['scale']} (GRSD_SCALE)",
             "cache": f"{place['folder']} ({place['free_gb']} GB free{'' if place['writable'] else ', CANNOT BE WRITTEN: set GRSD_CACHE'})",
             "suites": ", ".join(f"{k} ({n} checkpoints)" for k, n in report["suites"].items())
             or "none yet: grsd suite",
-            "hub corpora": f"datasets {optional['datasets']}" if optional["datasets"] else "no: pip install datasets",
+            "hub corpora": f"datasets {optional['datasets']}"
+            if optional["datasets"]
+            else "no: pip install datasets",
             "book": f"jupyter-book {optional['jupyter-book']}"
             if optional["jupyter-book"]
             else "no: make book installs it",

@@ -23,7 +23,9 @@ class Sizes(click.ParamType):
 
     name = "N,N,..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
         try:
@@ -35,22 +37,46 @@ class Sizes(click.ParamType):
 @main.command("mup-check", epilog=EPILOG)
 @click.argument("model")
 @click.option(
-    "--widths", type=Sizes(), default="64,128,256", show_default=True, help="Hidden sizes, at the base's depth."
+    "--widths",
+    type=Sizes(),
+    default="64,128,256",
+    show_default=True,
+    help="Hidden sizes, at the base's depth.",
 )
 @click.option(
-    "--depths", type=Sizes(), default="2,4,8", show_default=True, help="Numbers of blocks, at the base's width."
+    "--depths",
+    type=Sizes(),
+    default="2,4,8",
+    show_default=True,
+    help="Numbers of blocks, at the base's width.",
 )
 @click.option(
-    "--base", type=Sizes(), default="64,2", show_default=True, help="WIDTH,DEPTH that the learning rate is for."
+    "--base",
+    type=Sizes(),
+    default="64,2",
+    show_default=True,
+    help="WIDTH,DEPTH that the learning rate is for.",
 )
 @click.option(
-    "--optimizer", default="muon_kimi", show_default=True, help="Of the hidden matrices; an unknown name lists all."
+    "--optimizer",
+    default="muon_kimi",
+    show_default=True,
+    help="Of the hidden matrices; an unknown name lists all.",
 )
-@click.option("--other", default="adamw", show_default=True, help="Of what a matrix optimizer cannot take.")
+@click.option(
+    "--other", default="adamw", show_default=True, help="Of what a matrix optimizer cannot take."
+)
 @click.option("--lr", default=2.0**-6, show_default=True, help="Base learning rate.")
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="Updates of every model.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=4, show_default=True, help="Updates of every model."
+)
 @click.option("--seeds", default=2, show_default=True, help="Initial weights of every size.")
-@click.option("--layers", default=2, show_default=True, help="k, layers of a residual branch: 1, or 2 for more.")
+@click.option(
+    "--layers",
+    default=2,
+    show_default=True,
+    help="k, layers of a residual branch: 1, or 2 for more.",
+)
 @click.option("--batch-size", default=8, show_default=True, help="Sequences in the batch.")
 @click.option("--length", default=64, show_default=True, help="Bytes of a sequence.")
 @click.option("--sp", is_flag=True, help="Standard parametrization instead: the control.")
@@ -79,20 +105,26 @@ def mup_check(
     llama. The text is Python's own help, byte by byte. Findings name the role, the norm and the condition that it breaks.
     """
     from grsd import mup
-    from grsd.lab import scaled
+    from grsd.lab.nets import stock
 
     if len(base) != 2:
         raise ValueError(f"--base {','.join(map(str, base))}: expected WIDTH,DEPTH")
     if length < 1 or batch_size < 1 or seeds < 1:
-        raise ValueError(f"--length {length}, --batch-size {batch_size} and --seeds {seeds} must be positive")
+        raise ValueError(
+            f"--length {length}, --batch-size {batch_size} and --seeds {seeds} must be positive"
+        )
     if len(set(widths)) < 2 and len(set(depths)) < 2:
-        raise ValueError(f"two widths or two depths are needed to compare, got --widths {widths} and --depths {depths}")
-    factory = scaled.factory(scaled.configuration(model), positions=length)
+        raise ValueError(
+            f"two widths or two depths are needed to compare, got --widths {widths} and --depths {depths}"
+        )
+    factory = stock.factory(stock.configuration(model), positions=length)
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))
-    plan = mup.plan(largest, base=factory(base[0], base[1]), optimizer=optimizer, other=other, k=layers)
+    plan = mup.plan(
+        largest, base=factory(base[0], base[1]), optimizer=optimizer, other=other, k=layers
+    )
     found = mup.coord_check(
         factory,
-        scaled.next_byte(batch_size, length),
+        stock.next_byte(batch_size, length),
         widths=widths,
         depths=depths,
         base=(base[0], base[1]),
@@ -107,16 +139,30 @@ def mup_check(
     if as_json:
         slopes, first = (
             # two points give a slope and no interval: null
-            {axis: [v if math.isfinite(v) else None for v in (s.value, s.low, s.high)] for axis, s in fitted.items()}
+            {
+                axis: [v if math.isfinite(v) else None for v in (s.value, s.low, s.high)]
+                for axis, s in fitted.items()
+            }
             for fitted in (found.slopes, found.first)
         )
         findings = [
-            {"role": f.role, "quantity": f.quantity, "axis": f.axis, "measured": f.measured.value, "wanted": f.wanted}
+            {
+                "role": f.role,
+                "quantity": f.quantity,
+                "axis": f.axis,
+                "measured": f.measured.value,
+                "wanted": f.wanted,
+            }
             | {"condition": f.condition}
             for f in found.findings
         ]
         emit(
-            {"model": model, "optimizer": optimizer, "parametrization": found.parametrization, "verdict": found.verdict}
+            {
+                "model": model,
+                "optimizer": optimizer,
+                "parametrization": found.parametrization,
+                "verdict": found.verdict,
+            }
             | {"slopes": slopes, "first": first, "findings": findings, "plan": plan.table()}
         )
     else:

@@ -24,7 +24,12 @@ Examples:
 
 @main.command(epilog=EPILOG)
 @click.argument("model")
-@click.option("--revision", "revisions", multiple=True, help="Checkpoint, e.g. step512; repeat, or 'all' [the last].")
+@click.option(
+    "--revision",
+    "revisions",
+    multiple=True,
+    help="Checkpoint, e.g. step512; repeat, or 'all' [the last].",
+)
 @click.option(
     "--corpus",
     default="embedded",
@@ -32,16 +37,31 @@ Examples:
     help="embedded[:VOCAB], text files, or hub:NAME[:config[:split]].",
 )
 @click.option(
-    "--split", type=click.Choice(["train", "heldout", "all"]), help="Part of the corpus [heldout if embedded]."
+    "--split",
+    type=click.Choice(["train", "heldout", "all"]),
+    help="Part of the corpus [heldout if embedded].",
 )
-@click.option("--steps", default=100, show_default=True, help="Lanczos steps, at most batch-size x length.")
-@click.option("--batches", default=5, show_default=True, help="Independent batches, for the spread.")
+@click.option(
+    "--steps", default=100, show_default=True, help="Lanczos steps, at most batch-size x length."
+)
+@click.option(
+    "--batches", default=5, show_default=True, help="Independent batches, for the spread."
+)
 @click.option("--batch-size", default=4, show_default=True, help="Sequences per batch.")
 @click.option("--length", default=128, show_default=True, help="Tokens per sequence.")
-@click.option("--start", "starts", multiple=True, help="error, ones, signs, random; repeat for several [error, ones].")
-@click.option("--targets", default="text", show_default=True, help="text, or shuffled (a null model).")
+@click.option(
+    "--start",
+    "starts",
+    multiple=True,
+    help="error, ones, signs, random; repeat for several [error, ones].",
+)
+@click.option(
+    "--targets", default="text", show_default=True, help="text, or shuffled (a null model)."
+)
 @click.option("--normalize", default="mean", show_default=True, help="mean: J J^T / T; sum: J J^T.")
-@click.option("--ratio", default=2.0, show_default=True, help="Width of a shell, as a ratio of eigenvalues.")
+@click.option(
+    "--ratio", default=2.0, show_default=True, help="Width of a shell, as a ratio of eigenvalues."
+)
 @click.option(
     "--range",
     "span",
@@ -52,7 +72,11 @@ Examples:
     help="Smallest and largest edge, as eigenvalues [spans all spectra].",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the batches and the random vectors."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the batches and the random vectors.",
 )
 @click.option("--dtype", default="float32", show_default=True, help="float32, float64 or bfloat16.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
@@ -61,10 +85,17 @@ Examples:
     metavar="SIZE",
     help="Memory beyond the weights for batches in lock-step, e.g. 4G [512M; most of a GPU]; 0: one at a time.",
 )
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Use batches that were measured before.")
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Use batches that were measured before.",
+)
 @click.option("--png", type=click.Path(dir_okay=False), help="Draw the profiles into this file.")
 @click.option(
-    "--output", type=click.Path(dir_okay=False), help="Write the result with its provenance to this .json file."
+    "--output",
+    type=click.Path(dir_okay=False),
+    help="Write the result with its provenance to this .json file.",
 )
 @json_option
 def shells(
@@ -92,11 +123,12 @@ def shells(
     through the network together as far as --memory lets them. Started by torchrun, the processes share batches and
     checkpoints (each its own GPU) and need one cache folder; the first of them prints.
     """
-    from grsd.lab import hub, measuring, ranks, reports, runs
+    from grsd.lab.checkpoints import hub
+    from grsd.lab.runs import RunSpec, processes, shell_run, spectra, summary
     from grsd.spectrum import LogShells
 
     target = output_id(output) if output else None
-    spec = runs.RunSpec(
+    spec = RunSpec(
         model,
         tuple(r for r in revisions if r != "all"),
         corpus,
@@ -109,23 +141,23 @@ def shells(
     given = LogShells.spanning(*span, ratio=ratio) if span else None
     if given is None:
         LogShells.spanning(1.0, 1.0, ratio=ratio)  # refuse a bad ratio before the work
-    budget = None if memory is None else measuring.bytes_of(memory)
-    world = ranks.Ranks.join()
+    budget = None if memory is None else spectra.bytes_of(memory)
+    world = processes.Ranks.join()
     world.from_first(lambda: prepare(model, revisions, spec.device))
     if "all" in revisions:
         every = tuple(hub.available(model))
-        spec = runs.RunSpec(**{**asdict(spec), "revisions": every})
+        spec = RunSpec(**{**asdict(spec), "revisions": every})
     with bar("shells", quiet=world.rank > 0) as update:
         update(0, max(1, len(spec.revisions)) * spec.batches, "first batch")
-        run = runs.shell_run(spec, resume=resume, progress=update, memory=budget, ranks=world)
+        run = shell_run(spec, resume=resume, progress=update, memory=budget, ranks=world)
     if world.rank > 0:
         return
     if run.group is not None:
         say(str(run.group))
     edges = given or run.common_shells(ratio)
-    data = reports.summary(run, edges)
+    data = summary.summary(run, edges)
     if png:
-        reports.draw(run, edges, png)
+        summary.draw(run, edges, png)
         say(f"wrote {png}")
     if output and target:
         extra = ["--ratio", str(ratio), *(["--range", str(span[0]), str(span[1])] if span else [])]
@@ -135,4 +167,4 @@ def shells(
     if as_json:
         emit(data)
     else:
-        click.echo(reports.text(data))
+        click.echo(summary.text(data))

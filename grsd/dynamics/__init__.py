@@ -2,7 +2,7 @@
 
 ``problem`` is a network on its data as functions of one parameter vector, ``flow`` moves it, ``modes`` reads one instant in the
 eigenbasis of M. ``balance`` says what changes the energy of a shell at an instant, ``crossings`` integrates that over time, ``drift`` bins
-what moves along the λ axis. ``transport`` is the continuum, with ``transport_solvers``; ``generalization`` is about test loss, and ``window``
+what moves along the λ axis. ``transport`` is the continuum, with ``transport_solvers``; ``generalization`` is about test loss, and ``mismatch_window``
 about the transport model's account of it.
 """
 
@@ -12,11 +12,11 @@ from grsd.dynamics import (
     drift,
     flow,
     generalization,
+    mismatch_window,
     modes,
     problem,
     transport,
     transport_solvers,
-    window,
 )
 
 __all__ = [
@@ -25,9 +25,9 @@ __all__ = [
     "drift",
     "flow",
     "generalization",
+    "mismatch_window",
     "modes",
     "problem",
     "transport",
     "transport_solvers",
-    "window",
 ]

@@ -20,7 +20,14 @@ from torch import Tensor
 from grsd.dynamics.modes import Modes
 from grsd.spectrum.shells import LogShells
 
-__all__ = ["Flux", "ShellBalance", "cumulative_flux", "resolvent_energy", "resolvent_flux", "shell_balance"]
+__all__ = [
+    "Flux",
+    "ShellBalance",
+    "cumulative_flux",
+    "resolvent_energy",
+    "resolvent_flux",
+    "shell_balance",
+]
 
 Array = NDArray[np.float64]
 
@@ -83,7 +90,9 @@ def shell_balance(found: Modes, shells: LogShells) -> ShellBalance:
     cell = _cells(found, shells)
     count = len(shells) + 3
     if not ((cell >= 2) & (cell < count - 1)).any():
-        low, high = found.eigenvalues[~found.kernel][[0, -1]] if (~found.kernel).any() else (0.0, 0.0)
+        low, high = (
+            found.eigenvalues[~found.kernel][[0, -1]] if (~found.kernel).any() else (0.0, 0.0)
+        )
         raise ValueError(
             f"no eigenvalue lies between the edges {shells.edges[0]:.4g} and {shells.edges[-1]:.4g}: the spectrum outside the "
             f"kernel runs from {low:.4g} to {high:.4g}. Choose edges there"
@@ -137,10 +146,14 @@ def cumulative_flux(exchange: ArrayLike) -> Array:
     f = np.asarray(exchange, dtype=np.float64)
     if f.ndim < 2 or f.shape[-1] != f.shape[-2]:
         raise ValueError(f"exchange has shape {f.shape}; expected one row and one column per cell")
-    return np.stack([f[..., : a + 1, a + 1 :].sum(axis=(-2, -1)) for a in range(f.shape[-1])], axis=-1)
+    return np.stack(
+        [f[..., : a + 1, a + 1 :].sum(axis=(-2, -1)) for a in range(f.shape[-1])], axis=-1
+    )
 
 
-def _resolvents(M: Tensor, error: Tensor, a: float, power: int) -> Iterator[tuple[float, complex, Tensor]]:
+def _resolvents(
+    M: Tensor, error: Tensor, a: float, power: int
+) -> Iterator[tuple[float, complex, Tensor]]:
     """Yield (weight, ω, (M − aωI)⁻¹e) for one root ω of ωᵖ = −1 of each conjugate pair; the weights add up to 1."""
     identity = torch.eye(len(error), dtype=M.dtype, device=M.device)
     for j in range((power + 1) // 2):
@@ -214,7 +227,12 @@ class Flux:
 
 
 def resolvent_flux(
-    M: Tensor | Array, rate: Tensor | Array, error: Tensor | Array, edges: ArrayLike, *, power: int = 1
+    M: Tensor | Array,
+    rate: Tensor | Array,
+    error: Tensor | Array,
+    edges: ArrayLike,
+    *,
+    power: int = 1,
 ) -> Flux:
     """Return the flux of energy through soft edges σ_a(λ) = λᵖ/(λᵖ + aᵖ), and the dissipation on either side.
 
@@ -246,7 +264,9 @@ def resolvent_flux(
     m, r, e = (torch.as_tensor(a) for a in (M, rate, error))
     _check(m, e, power)
     if r.shape != m.shape or r.dtype != m.dtype:
-        raise ValueError(f"rate is {r.dtype} of shape {tuple(r.shape)}; M is {m.dtype} of shape {tuple(m.shape)}")
+        raise ValueError(
+            f"rate is {r.dtype} of shape {tuple(r.shape)}; M is {m.dtype} of shape {tuple(m.shape)}"
+        )
     places, n = _edges(edges), len(e)
     pushed = m @ e
     dissipation = float(e @ pushed) / n
@@ -279,8 +299,12 @@ def _edges(edges: ArrayLike) -> Array:
 def _check(M: Tensor, error: Tensor, power: int) -> None:
     for name, a in (("M", M), ("error", error)):
         if a.dtype != torch.float64:
-            raise TypeError(f"{name} is {a.dtype}; balances close in float64 only, convert the model first")
+            raise TypeError(
+                f"{name} is {a.dtype}; balances close in float64 only, convert the model first"
+            )
     if error.ndim != 1 or M.shape != (len(error), len(error)):
-        raise ValueError(f"M has shape {tuple(M.shape)} and error {tuple(error.shape)}; expected (n, n) and (n,)")
+        raise ValueError(
+            f"M has shape {tuple(M.shape)} and error {tuple(error.shape)}; expected (n, n) and (n,)"
+        )
     if int(power) != power or power < 1:
         raise ValueError(f"power is {power!r}; expected a whole number from 1")

@@ -27,7 +27,9 @@ __all__ = ["Crossing", "IntegratedBalance", "Motion", "instants", "integrated_ba
 
 Array = NDArray[np.float64]
 Instants = tuple[Array, Array, Array]
-Motion = Callable[[Array], Instants]  # times (k,) ↦ M (k, n, n), Ṁ (k, n, n), e (k, n), of a network or written down
+Motion = Callable[
+    [Array], Instants
+]  # times (k,) ↦ M (k, n, n), Ṁ (k, n, n), e (k, n), of a network or written down
 
 
 class Crossing(NamedTuple):
@@ -89,7 +91,12 @@ class IntegratedBalance:
 
 
 def moving(
-    problem: Problem, stop: float, *, start: Vector | None = None, rtol: float = 1e-13, atol: float = 1e-15
+    problem: Problem,
+    stop: float,
+    *,
+    start: Vector | None = None,
+    rtol: float = 1e-13,
+    atol: float = 1e-15,
 ) -> Motion:
     """Follow gradient flow from time 0 to `stop`, and return times ↦ (M, Ṁ, e) with dense output between the steps.
 
@@ -193,7 +200,9 @@ def integrated_balance(
     """
     grid = np.asarray(times, dtype=np.float64)
     if grid.ndim != 1 or len(grid) < 2 or not np.isfinite(grid).all() or (np.diff(grid) <= 0).any():
-        raise ValueError(f"times must be two or more finite numbers in ascending order, got {grid!r}")
+        raise ValueError(
+            f"times must be two or more finite numbers in ascending order, got {grid!r}"
+        )
 
     def at(t: Array) -> list[Modes]:
         return [modes(*now) for now in zip(*motion(t), strict=True)]
@@ -205,10 +214,14 @@ def integrated_balance(
     looks = at(grid)
     ranks = {int(look.kernel.sum()) for look in looks}
     if len(ranks) > 1:
-        raise ValueError(f"the kernel of M has {sorted(ranks)} dimensions at different times; start or stop elsewhere")
+        raise ValueError(
+            f"the kernel of M has {sorted(ranks)} dimensions at different times; start or stop elsewhere"
+        )
     crossings = _crossings(at, looks, grid, shells)
     inside = [[c.time] for c in crossings if grid[0] < c.time < grid[-1]]
-    total = cubature(integrand, grid[:1], grid[-1:], rule="gk21", rtol=0.0, atol=tolerance, points=inside)
+    total = cubature(
+        integrand, grid[:1], grid[-1:], rule="gk21", rtol=0.0, atol=tolerance, points=inside
+    )
     count = len(shells) + 3
     return IntegratedBalance(
         shells=shells,
@@ -227,7 +240,9 @@ def _crossings(
     at: Callable[[Array], list[Modes]], looks: list[Modes], grid: Array, shells: LogShells
 ) -> tuple[Crossing, ...]:
     """Every passage of an eigenvalue over an edge: bracketed on the grid, then found by a vectorised root search."""
-    values = np.stack([look.eigenvalues for look in looks])[:, None, :] - shells.edges[None, :, None]  # (K, N+1, n)
+    values = (
+        np.stack([look.eigenvalues for look in looks])[:, None, :] - shells.edges[None, :, None]
+    )  # (K, N+1, n)
     slopes = np.stack([look.rates for look in looks])[:, None, :]
     values[:, :, looks[0].kernel] = -1.0
     over = values >= 0
@@ -241,7 +256,9 @@ def _crossings(
     passed = np.argwhere(over[1:] != over[:-1])
     spans = [(grid[k], grid[k + 1], number, u) for k, number, u in passed]
     nearing, leaving = slopes[:-1] * values[:-1] < 0, slopes[1:] * values[1:] > 0
-    visits = np.argwhere((over[1:] == over[:-1]) & nearing & leaving)  # towards the edge and away: was it passed twice?
+    visits = np.argwhere(
+        (over[1:] == over[:-1]) & nearing & leaving
+    )  # towards the edge and away: was it passed twice?
     if len(visits):
         k, number, u = visits.T
         turn = find_root(slope, (grid[k], grid[k + 1]), args=(u,)).x

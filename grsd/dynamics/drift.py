@@ -128,7 +128,12 @@ def _sharp_flux(found: Modes, a: np.ndarray) -> EdgeFlux:
     rate = half_square * found.rates / np.where(lam > found.floor, lam, np.inf)
     gaps = lam[:, None] - lam[None, :]
     far = np.abs(gaps) > found.floor
-    exchange = found.coefficients[:, None] * found.coefficients * found.matrix / np.where(far, gaps, np.inf)
+    exchange = (
+        found.coefficients[:, None]
+        * found.coefficients
+        * found.matrix
+        / np.where(far, gaps, np.inf)
+    )
     above = (lam[:, None] >= a).astype(np.float64)
     kato = np.einsum("ua,ua->a", above, exchange @ (1 - above))
     return EdgeFlux(energy, rate @ inside / math.log(2), kato)
@@ -155,14 +160,20 @@ class Drift:
         shape = (len(self.times), len(self.edges))
         for name in ("energy", "advective", "kato"):
             if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected (times, edges) = {shape}")
+                raise ValueError(
+                    f"{name} has shape {getattr(self, name).shape}, expected (times, edges) = {shape}"
+                )
 
     @classmethod
-    def of(cls, instants: Sequence[Modes], times: np.ndarray, edges: np.ndarray, order: float = 1) -> Drift:
+    def of(
+        cls, instants: Sequence[Modes], times: np.ndarray, edges: np.ndarray, order: float = 1
+    ) -> Drift:
         """Measure `edge_flux` at every instant."""
         rows = [edge_flux(found, edges, order) for found in instants]
         return cls(
-            np.asarray(times, float), np.asarray(edges, float), *(np.stack(part) for part in zip(*rows, strict=True))
+            np.asarray(times, float),
+            np.asarray(edges, float),
+            *(np.stack(part) for part in zip(*rows, strict=True)),
         )
 
     def flux(self, part: Part = "total") -> np.ndarray:
@@ -191,7 +202,9 @@ class Drift:
         ValueError
             If no time lies in the window.
         """
-        inside = (self.times >= after * (1 - 1e-9)) & (self.times <= until * (1 + 1e-9))  # a grid in log t rounds
+        inside = (self.times >= after * (1 - 1e-9)) & (
+            self.times <= until * (1 + 1e-9)
+        )  # a grid in log t rounds
         if not inside.any():
             raise ValueError(
                 f"no time lies in [{after}, {until}]; the times are {self.times[0]:.3g} … {self.times[-1]:.3g}"
@@ -201,7 +214,9 @@ class Drift:
         found: np.ndarray = share / share.sum()
         return found
 
-    def summary(self, part: Part = "total", after: float = 0.0, until: float = math.inf) -> dict[str, float]:
+    def summary(
+        self, part: Part = "total", after: float = 0.0, until: float = math.inf
+    ) -> dict[str, float]:
         """Return the weighted mean and spread (standard deviation over λ and t) of c, and the weight where c < 0."""
         w, c = self.weights(after, until), self.c(part)
         mean = float((w * c).sum())
@@ -219,7 +234,11 @@ class Drift:
         return float((w * a * b).sum()) / scale if scale > 0 else 0.0
 
     def power_law(
-        self, part: Part = "advective", after: float = 0.0, until: float = math.inf, least: float = 1e-3
+        self,
+        part: Part = "advective",
+        after: float = 0.0,
+        until: float = math.inf,
+        least: float = 1e-3,
     ) -> PowerLaw:
         """Fit log |v| = a log λ + b log t + const. over cells with v > 0 that hold at least `least` of their time's energy.
 
@@ -227,16 +246,22 @@ class Drift:
         refused with a ValueError.
         """
         w, v = self.weights(after, until), self.c(part) * self.edges / self.times[:, None]
-        share = self.energy / np.maximum(self.energy.sum(axis=1, keepdims=True), np.finfo(float).tiny)
+        share = self.energy / np.maximum(
+            self.energy.sum(axis=1, keepdims=True), np.finfo(float).tiny
+        )
         chosen = (w > 0) & (share >= least) & (v > 0)
         if chosen.sum() < 6:
-            raise ValueError(f"only {int(chosen.sum())} cells have v > 0 and energy; widen the window or lower `least`")
+            raise ValueError(
+                f"only {int(chosen.sum())} cells have v > 0 and energy; widen the window or lower `least`"
+            )
         t, lam = np.meshgrid(np.log(self.times), np.log(self.edges), indexing="ij")
         design = np.stack([lam[chosen], t[chosen], np.ones(chosen.sum())], axis=1)
         goal = np.log(v[chosen])
         solution = np.linalg.lstsq(design, goal, rcond=None)[0]
         rest = goal - design @ solution
-        r2 = 1 - float(rest @ rest) / max(float(((goal - goal.mean()) ** 2).sum()), np.finfo(float).tiny)
+        r2 = 1 - float(rest @ rest) / max(
+            float(((goal - goal.mean()) ** 2).sum()), np.finfo(float).tiny
+        )
         return PowerLaw(float(solution[0]), float(solution[1]), r2, float(w[chosen].sum()))
 
 
@@ -254,7 +279,9 @@ def trend(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> I
     """Return the slope of a least-squares line with its 95 % interval (`sd` is the residuals'); at least three points."""
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 3 or np.ptp(a) == 0:
-        raise ValueError(f"a trend needs three or more points at different places, got x = {a.tolist()}")
+        raise ValueError(
+            f"a trend needs three or more points at different places, got x = {a.tolist()}"
+        )
     line: Any = stats.linregress(a, b)
     reach = float(stats.t.ppf(0.975, len(a) - 2)) * float(line.stderr)
     slope = float(line.slope)
@@ -288,7 +315,9 @@ def constant_drift_loss(
     return corrected, printed
 
 
-def realizability(times: np.ndarray, losses: np.ndarray, eigenvalues: np.ndarray, speed: float) -> float:
+def realizability(
+    times: np.ndarray, losses: np.ndarray, eigenvalues: np.ndarray, speed: float
+) -> float:
     """Return the largest |√λ_u(t) − √λ_u(s)| / (B √((t − s)(L(s) − L(t)))) over modes and pairs of times; ≤ 1 if B holds.
 
     Parameters
@@ -308,7 +337,9 @@ def realizability(times: np.ndarray, losses: np.ndarray, eigenvalues: np.ndarray
     t, loss = np.asarray(times, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     sigma = np.sqrt(np.maximum(np.asarray(eigenvalues, dtype=np.float64), 0.0))
     if sigma.ndim != 2 or sigma.shape[0] != len(t) or loss.shape != t.shape:
-        raise ValueError(f"times {t.shape}, losses {loss.shape} and eigenvalues {sigma.shape} do not fit together")
+        raise ValueError(
+            f"times {t.shape}, losses {loss.shape} and eigenvalues {sigma.shape} do not fit together"
+        )
     if not speed > 0:
         raise ValueError(f"speed is {speed}; B must be positive")
     worst = 0.0

@@ -17,7 +17,17 @@ from scipy.integrate import quad, solve_ivp
 
 from grsd.dynamics.problem import Problem, Vector
 
-__all__ = ["Path", "Problem", "Vector", "around", "central", "descend", "effective_time", "integrate", "orbit_gap"]
+__all__ = [
+    "Path",
+    "Problem",
+    "Vector",
+    "around",
+    "central",
+    "descend",
+    "effective_time",
+    "integrate",
+    "orbit_gap",
+]
 
 Schedule = Callable[[float], float]
 
@@ -94,7 +104,12 @@ def integrate(
     """
     grid = np.asarray(times, dtype=np.float64)
     steps = np.diff(grid)
-    if grid.ndim != 1 or len(grid) < 2 or not np.isfinite(grid).all() or not (np.all(steps > 0) or np.all(steps < 0)):
+    if (
+        grid.ndim != 1
+        or len(grid) < 2
+        or not np.isfinite(grid).all()
+        or not (np.all(steps > 0) or np.all(steps < 0))
+    ):
         raise ValueError(f"times must be two or more finite numbers in strict order, got {grid!r}")
     begin = problem.theta if start is None else problem._theta(start)
     first = np.append(begin.detach().cpu().numpy(), 0.0)
@@ -111,7 +126,9 @@ def integrate(
                 if problem.kinks
                 else "an explicit method needs about 2 λ_max t of them; take shorter times, or raise limit"
             )
-            raise ValueError(f"{method} used {limit} evaluations to get from t = {grid[0]:.4g} to {t:.6g}: {why}")
+            raise ValueError(
+                f"{method} used {limit} evaluations to get from t = {grid[0]:.4g} to {t:.6g}: {why}"
+            )
         v = problem.velocity(state[:-1], step).cpu().numpy()
         factor = 1.0 if schedule is None else float(schedule(t))
         return np.append(factor * v, factor * (v @ v))
@@ -120,7 +137,13 @@ def integrate(
         nonlocal calls
         calls = 0
         done = solve_ivp(
-            rate, (grid[0], grid[-1]), first, method=method, t_eval=grid, rtol=loosen * rtol, atol=loosen * atol
+            rate,
+            (grid[0], grid[-1]),
+            first,
+            method=method,
+            t_eval=grid,
+            rtol=loosen * rtol,
+            atol=loosen * atol,
         )
         if not done.success or not np.isfinite(done.y).all():
             raise ValueError(f"{method} stopped at t = {done.t[-1]:.4g}: {done.message}")
@@ -135,7 +158,9 @@ def integrate(
         error = float(np.linalg.norm(run(100.0)[:, :-1] - thetas, axis=1).max())
     identity = float("nan")
     if step == 0:
-        identity = float(np.abs(losses - losses[0] + spent).max() / max(losses[0], np.finfo(float).tiny))
+        identity = float(
+            np.abs(losses - losses[0] + spent).max() / max(losses[0], np.finfo(float).tiny)
+        )
     return Path(grid, thetas, losses, error, problem, identity)
 
 
@@ -191,7 +216,9 @@ def descend(
             continue
         loss = problem.loss(theta)
         if not loss <= 1e3 * initial:
-            top = eta * float(torch.linalg.eigvalsh(problem.kernel(problem.theta if start is None else start))[-1])
+            top = eta * float(
+                torch.linalg.eigvalsh(problem.kernel(problem.theta if start is None else start))[-1]
+            )
             limit = 2 * (1 + momentum)
             raise ValueError(
                 f"the loss went from {initial:.3g} to {loss:.3g} in {k + 1} steps: ηλ_max = {top:.3g} at the start, and a step "

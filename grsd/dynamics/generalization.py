@@ -1,6 +1,6 @@
 """Test loss: its exact rate for any network, models with fixed features solved exactly, and the mismatch of two samples.
 
-The transport model of the test loss is in :mod:`grsd.dynamics.window`. Conventions are those of :mod:`grsd.dynamics.flow`;
+The transport model of the test loss is in :mod:`grsd.dynamics.mismatch_window`. Conventions are those of :mod:`grsd.dynamics.flow`;
 a training sample has n points, a test sample m.
 """
 
@@ -31,9 +31,13 @@ Array = Tensor | np.ndarray
 def _array(a: Array, name: str, ndim: int) -> np.ndarray:
     found = np.asarray(a.detach().cpu().numpy() if isinstance(a, Tensor) else a)
     if found.dtype != np.float64:
-        raise TypeError(f"{name} is {found.dtype}; test-loss identities are computed in float64, convert it first")
+        raise TypeError(
+            f"{name} is {found.dtype}; test-loss identities are computed in float64, convert it first"
+        )
     if found.ndim != ndim:
-        raise ValueError(f"{name} has shape {found.shape}; expected {ndim} dimension{'s' * (ndim > 1)}")
+        raise ValueError(
+            f"{name} has shape {found.shape}; expected {ndim} dimension{'s' * (ndim > 1)}"
+        )
     if not found.size:
         raise ValueError(f"{name} has shape {found.shape}: it is empty, and no mean over it exists")
     if not np.isfinite(found).all():
@@ -84,7 +88,9 @@ def joint(train: Problem, test: Problem, theta: Vector) -> tuple[np.ndarray, np.
     n, m = train.samples, test.samples
     operator = np.zeros((n + m, n + m))
     operator[:n, :n], operator[n:, :n] = k_tr / n, k_te / n
-    return operator, np.concatenate([train.error(theta).cpu().numpy(), test.error(theta).cpu().numpy()])
+    return operator, np.concatenate(
+        [train.error(theta).cpu().numpy(), test.error(theta).cpu().numpy()]
+    )
 
 
 # --- Fixed features: gradient flow in closed form -------------------------------------------------
@@ -115,12 +121,14 @@ class FixedFeatures:
     test_error: np.ndarray
 
     def __post_init__(self) -> None:
-        for name, ndim in (("train_features", 2), ("train_error", 1), ("test_features", 2), ("test_error", 1)):
-            object.__setattr__(self, name, _array(getattr(self, name), name, ndim))
-        for one, other in (
-            ("train_features", "train_error"),
-            ("test_features", "test_error"),
+        for name, ndim in (
+            ("train_features", 2),
+            ("train_error", 1),
+            ("test_features", 2),
+            ("test_error", 1),
         ):
+            object.__setattr__(self, name, _array(getattr(self, name), name, ndim))
+        for one, other in (("train_features", "train_error"), ("test_features", "test_error")):
             rows, entries = len(getattr(self, one)), len(getattr(self, other))
             if rows != entries:
                 raise ValueError(
@@ -145,7 +153,9 @@ class FixedFeatures:
     def _svd(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         n, p = self.train_features.shape
         u, s, vt = np.linalg.svd(self.train_features / np.sqrt(n), full_matrices=False)
-        keep = s > max(n, p) * np.finfo(float).eps * s[0]  # below it a singular value is rounding: ker M
+        keep = (
+            s > max(n, p) * np.finfo(float).eps * s[0]
+        )  # below it a singular value is rounding: ker M
         return u[:, keep], s[keep], vt[keep]
 
     @property
@@ -214,7 +224,9 @@ def rise(losses: np.ndarray) -> float:
     """Return the largest L(t)/L(s) over s ≤ t: 1 for a curve that never rises."""
     curve = _array(losses, "losses", 1)
     if not (curve > 0).all():
-        raise ValueError(f"losses must be positive to have a ratio; the smallest is {curve.min():.3g}")
+        raise ValueError(
+            f"losses must be positive to have a ratio; the smallest is {curve.min():.3g}"
+        )
     return float((curve / np.minimum.accumulate(curve)).max())
 
 
@@ -253,7 +265,9 @@ def mismatch(train_values: Array, test_values: Array) -> np.ndarray:
     """
     a, b = _array(train_values, "train_values", 2), _array(test_values, "test_values", 2)
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"{a.shape[1]} functions on the training samples and {b.shape[1]} on the test samples")
+        raise ValueError(
+            f"{a.shape[1]} functions on the training samples and {b.shape[1]} on the test samples"
+        )
     found: np.ndarray = b.T @ b / len(b) - a.T @ a / len(a)
     return found
 
@@ -278,15 +292,23 @@ def shell_weight(
     weight : (B,) float64, zero where a bin is empty
     counts : (B,) int, modes in each bin
     """
-    x, d, e = _array(eigenvalues, "eigenvalues", 1), _array(diagonal, "diagonal", 1), _array(edges, "edges", 1)
+    x, d, e = (
+        _array(eigenvalues, "eigenvalues", 1),
+        _array(diagonal, "diagonal", 1),
+        _array(edges, "edges", 1),
+    )
     if len(x) != len(d):
-        raise ValueError(f"{len(x)} eigenvalues and {len(d)} diagonal entries; there must be one for each mode")
+        raise ValueError(
+            f"{len(x)} eigenvalues and {len(d)} diagonal entries; there must be one for each mode"
+        )
     if len(e) < 2 or not (np.diff(e) > 0).all():
         raise ValueError(f"edges must be two or more ascending numbers, got {e!r}")
     where = np.searchsorted(e, x, side="right") - 1
     inside = (where >= 0) & (where < len(e) - 1)
     if not inside.any():
-        raise ValueError(f"no eigenvalue lies in [{e[0]:.4g}, {e[-1]:.4g}); they span {x.min():.4g} to {x.max():.4g}")
+        raise ValueError(
+            f"no eigenvalue lies in [{e[0]:.4g}, {e[-1]:.4g}); they span {x.min():.4g} to {x.max():.4g}"
+        )
     counts = np.bincount(where[inside], minlength=len(e) - 1)
     sums = np.bincount(where[inside], weights=d[inside], minlength=len(e) - 1)
     return (sums / np.diff(e) if printed else 2 * sums / np.maximum(counts, 1)), counts

@@ -25,7 +25,9 @@ Array = Tensor | np.ndarray
 def _array(a: Array, name: str, shape: tuple[int, ...]) -> np.ndarray:
     found: np.ndarray = np.asarray(a.detach().cpu().numpy() if isinstance(a, Tensor) else a)
     if found.dtype != np.float64:
-        raise TypeError(f"{name} is {found.dtype}; modes are computed in float64, convert the model or the array first")
+        raise TypeError(
+            f"{name} is {found.dtype}; modes are computed in float64, convert the model or the array first"
+        )
     if found.shape != shape:
         raise ValueError(f"{name} has shape {found.shape}, expected {shape}")
     if not np.isfinite(found).all():
@@ -97,7 +99,9 @@ class Modes:
     @property
     def coefficient_rates(self) -> np.ndarray:
         """ġ, (n,), by the mode equation ġ_u = −λ_u g_u − Σ_v Ω_{v→u} g_v."""
-        found: np.ndarray = -self.eigenvalues * self.coefficients - self.coupling @ self.coefficients
+        found: np.ndarray = (
+            -self.eigenvalues * self.coefficients - self.coupling @ self.coefficients
+        )
         return found
 
 
@@ -130,9 +134,15 @@ def modes(M: Array, rate: Array, error: Array, *, floor: float | None = None) ->
     a, b = _array(M, "M", (n, n)), _array(rate, "rate", (n, n))
     for name, m in (("M", a), ("rate", b)):
         if np.abs(m - m.T).max() > 1e-10 * max(np.abs(m).max(), np.finfo(float).tiny):
-            raise ValueError(f"{name} is not symmetric: the largest |a − aᵀ| is {np.abs(m - m.T).max():.3g}")
+            raise ValueError(
+                f"{name} is not symmetric: the largest |a − aᵀ| is {np.abs(m - m.T).max():.3g}"
+            )
     eigenvalues, columns = np.linalg.eigh((a + a.T) / 2)
-    least = n * np.finfo(float).eps * max(float(np.abs(eigenvalues).max()), 0.0) if floor is None else floor
+    least = (
+        n * np.finfo(float).eps * max(float(np.abs(eigenvalues).max()), 0.0)
+        if floor is None
+        else floor
+    )
     if eigenvalues[0] < -max(least, 1e-12 * float(np.abs(eigenvalues).max())):
         raise ValueError(f"M has the eigenvalue {eigenvalues[0]:.3g}: J Jᵀ has none below 0")
     matrix = columns.T @ ((b + b.T) / 2) @ columns
@@ -153,7 +163,9 @@ def instant(problem: Problem, theta: Vector) -> tuple[np.ndarray, np.ndarray, np
 
 
 def divided(
-    found: Modes, function: Callable[[np.ndarray], np.ndarray], derivative: Callable[[np.ndarray], np.ndarray]
+    found: Modes,
+    function: Callable[[np.ndarray], np.ndarray],
+    derivative: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
     """Return d/dt of function(M(t)) as an (n, n) matrix in the eigenbasis, by Daleckii and Krein, without gaps.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grsd.spectrum.ntk import refuse_dropout
+from grsd.spectrum.operator.ntk import refuse_dropout
 
 __all__ = ["Problem", "Vector", "kinks_of"]
 
@@ -90,7 +90,9 @@ class Problem:
         targets = targets.detach().to(self.theta.device, torch.float64)
         n = len(self.inputs)
         if targets.shape not in ((n,), (n, 1)):
-            raise ValueError(f"targets have shape {tuple(targets.shape)}; expected one number for each of {n} inputs")
+            raise ValueError(
+                f"targets have shape {tuple(targets.shape)}; expected one number for each of {n} inputs"
+            )
         self.targets = targets.reshape(n)
         self.samples = n
         self._curvature_checked = False
@@ -110,15 +112,21 @@ class Problem:
         if not (torch.isfinite(found).all() and torch.isfinite(self.targets).all()):
             raise ValueError("outputs or targets are not finite; check the model and the data")
         if not found.requires_grad:
-            raise ValueError("the outputs carry no gradient: was the model's forward run under no_grad or detached?")
+            raise ValueError(
+                "the outputs carry no gradient: was the model's forward run under no_grad or detached?"
+            )
         kinks = kinks_of(found)
         # One random cotangent tells whether row i depends on sample i alone, which makes J n times cheaper.
-        u = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(theta.device)
+        u = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
+            theta.device
+        )
         (whole,) = torch.autograd.grad(found.reshape(n), theta, u)
         self._rowwise = True
         try:
             rows = self.jacobian(self.theta).T @ u
-            self._rowwise = bool(torch.allclose(rows, whole, rtol=1e-9, atol=1e-12 * float(whole.abs().max())))
+            self._rowwise = bool(
+                torch.allclose(rows, whole, rtol=1e-9, atol=1e-12 * float(whole.abs().max()))
+            )
         except (
             RuntimeError,
             ValueError,
@@ -129,7 +137,10 @@ class Problem:
 
     def _forward(self, theta: Tensor, inputs: Tensor) -> Tensor:
         parts = torch.split(theta, [shape.numel() for shape in self._shapes.values()])
-        parameters = {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        parameters = {
+            name: part.view(shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward mode
             out: Tensor = functional_call(self._model, parameters, (inputs,))
         return out
@@ -140,7 +151,9 @@ class Problem:
     def _theta(self, theta: Vector) -> Tensor:
         found = torch.as_tensor(theta, dtype=torch.float64, device=self.theta.device)
         if found.shape != self.theta.shape:
-            raise ValueError(f"θ has shape {tuple(found.shape)}; this network has {tuple(self.theta.shape)}")
+            raise ValueError(
+                f"θ has shape {tuple(found.shape)}; this network has {tuple(self.theta.shape)}"
+            )
         return found
 
     def output(self, theta: Vector) -> Tensor:
@@ -190,7 +203,9 @@ class Problem:
         j = self.jacobian(theta)
         return _symmetric(j @ j.T) / self.samples
 
-    def kernel_rate(self, theta: Vector, direction: Vector | None = None, *, piecewise: bool = False) -> Tensor:
+    def kernel_rate(
+        self, theta: Vector, direction: Vector | None = None, *, piecewise: bool = False
+    ) -> Tensor:
         """Return Ṁ = (J̇ Jᵀ + J J̇ᵀ)/n along θ̇ (or `direction`), (n, n), by autodiff of the Jacobian.
 
         Exact up to rounding: no difference quotient enters. Cost: about three Jacobians.
@@ -234,7 +249,9 @@ class Problem:
                 slope: Tensor = grad(lambda at: vjp(self._output, at)[1](u)[0] @ along)(theta)
                 return slope
 
-            found: Tensor = vmap(row)(torch.eye(self.samples, dtype=torch.float64, device=theta.device))
+            found: Tensor = vmap(row)(
+                torch.eye(self.samples, dtype=torch.float64, device=theta.device)
+            )
             return found
 
         def one(at: Tensor, x: Tensor) -> Tensor:
@@ -251,7 +268,9 @@ class Problem:
         """Compare uᵀJ̇ with a difference quotient, once per problem: some operations have wrong second derivatives."""
         if self._curvature_checked:
             return
-        u = torch.randn(self.samples, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(theta.device)
+        u = torch.randn(
+            self.samples, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        ).to(theta.device)
 
         def pulled(at: Tensor) -> Tensor:
             found: Tensor = vjp(self._output, at)[1](u)[0]
@@ -264,7 +283,9 @@ class Problem:
             wide / 8,
             wide / 64,
         ):  # deep networks bend within the wide step; a wrong derivative is wrong at every step
-            near, far = (pulled(theta + k * h * along) - pulled(theta - k * h * along) for k in (1, 2))
+            near, far = (
+                pulled(theta + k * h * along) - pulled(theta - k * h * along) for k in (1, 2)
+            )
             expected = (8 * near - far) / (12 * h)
             # the quotient's own error: h⁴ times a fifth derivative, and 1e-16/h of the gradient
             scale = float(expected.abs().max()) + 1e-9 * size / h
@@ -321,7 +342,9 @@ class _Linearized(Problem):
             e = e + step / 2 * self._j0 @ (self._j0.T @ e) / self.samples
         return self._j0.T @ e / self.samples
 
-    def kernel_rate(self, theta: Vector, direction: Vector | None = None, *, piecewise: bool = False) -> Tensor:
+    def kernel_rate(
+        self, theta: Vector, direction: Vector | None = None, *, piecewise: bool = False
+    ) -> Tensor:
         return self._j0.new_zeros(self.samples, self.samples)
 
     def on(self, inputs: Tensor, targets: Tensor) -> Problem:

@@ -55,7 +55,9 @@ def loss_exponent(c0: float, p: float) -> LossExponent:
     c0, p = _finite(c0, "c0"), _finite(p, "p")
     if c0 <= -1.0:
         what = "falls like (log t)^(−p−1)" if c0 == -1.0 else "tends to a positive constant"
-        raise ValueError(f"c0 = {c0}: the loss {what}, so it has no exponent in t; a power law needs c0 > −1")
+        raise ValueError(
+            f"c0 = {c0}: the loss {what}, so it has no exponent in t; a power law needs c0 > −1"
+        )
     if p <= -1.0:
         raise ValueError(
             f"p = {p}: the energy lies at λ → 0, where nothing dissipates, and the loss has no exponent; use p > −1"
@@ -82,7 +84,9 @@ class PowerSpectrum:
     def __post_init__(self) -> None:
         _finite(self.p, "p")
         if not 0.0 <= self.low < self.high:
-            raise ValueError(f"the window [{self.low}, {self.high}] holds no mass; give 0 ≤ low < high")
+            raise ValueError(
+                f"the window [{self.low}, {self.high}] holds no mass; give 0 ≤ low < high"
+            )
         if not self.soft > 0.0:
             raise ValueError(f"soft = {self.soft}; give a positive scale, or inf for no cutoff")
         if self.p <= -1.0 and not (self.low > 0.0 and self.high < math.inf):
@@ -119,12 +123,16 @@ class PowerSpectrum:
         safe = np.where(a > 0.0, a, 1.0)
         below, above = gammainc(s, safe * lo), gammainc(s, safe * hi)
         # far out both are 1 to rounding; there the complements keep their digits
-        regular = np.where(safe * lo > s, gammaincc(s, safe * lo) - gammaincc(s, safe * hi), above - below)
+        regular = np.where(
+            safe * lo > s, gammaincc(s, safe * lo) - gammaincc(s, safe * hi), above - below
+        )
         found: Array = np.where(a > 0.0, gamma(s) * regular / safe**s, (hi**s - lo**s) / s)
         return found
 
 
-def quadrature(function: Spectrum, low: float, high: float, *, panels: int = 120, order: int = 12) -> float:
+def quadrature(
+    function: Spectrum, low: float, high: float, *, panels: int = 120, order: int = 12
+) -> float:
     """Return ∫ function(λ) dλ over [low, high] by Gauss–Legendre on equal panels of log λ.
 
     For integrands that are smooth in log λ over many decades. Cost: panels × order evaluations in one call.
@@ -173,7 +181,9 @@ def printed_density(lam: ArrayLike, t: ArrayLike, c0: float, eps0: Spectrum) -> 
     """
     points, (times, _) = _eigenvalues(lam), _times(t, None)
     if _finite(c0, "c0") == -1.0:
-        raise ValueError("c0 = −1: equations (11) and (13) divide by 1 + c0; `density` covers this case")
+        raise ValueError(
+            "c0 = −1: equations (11) and (13) divide by 1 + c0; `density` covers this case"
+        )
     found: Array = eps0(points * times**-c0) * np.exp(-2.0 * points * times / (1.0 + c0))
     return found
 
@@ -204,11 +214,15 @@ def frontier(t: ArrayLike, c0: float, p: float, t0: float = 1.0) -> Array:
     if _finite(p, "p") <= -1.0:
         raise ValueError(f"p = {p}: λε decreases everywhere and has no maximum; use p > −1")
     if np.any(times == t0):
-        raise ValueError(f"t = t0 = {t0}: nothing has dissipated yet, so there is no frontier; use t > t0")
+        raise ValueError(
+            f"t = t0 = {t0}: nothing has dissipated yet, so there is no frontier; use t > t0"
+        )
     return (p + 1.0) * (times / t0) ** c0 / effective_clock(times, c0, t0)
 
 
-def shell_energy(edges: ArrayLike, t: float, c0: float, eps0: PowerSpectrum, t0: float = 1.0) -> Array:
+def shell_energy(
+    edges: ArrayLike, t: float, c0: float, eps0: PowerSpectrum, t0: float = 1.0
+) -> Array:
     """Return the energies (n,) of the shells between ascending edges (n+1,) at time t, exactly.
 
     Each is a difference of incomplete Γ functions: for ε0 = u^p, (t/t0)^(−c0(p+1)) κ^(−p−1) [Γ(p+1, κλ_α) − Γ(p+1, κλ_{α+1})], with
@@ -253,7 +267,9 @@ class CovariantDrift:
     def _values(function: Callable[[Array], ArrayLike], x: Array, name: str) -> Array:
         found = np.broadcast_to(np.asarray(function(x), float), x.shape)
         if not np.isfinite(found).all():
-            raise ValueError(f"the drift's {name} is not finite at x = λt = {x[~np.isfinite(found)][0]:.3g}")
+            raise ValueError(
+                f"the drift's {name} is not finite at x = λt = {x[~np.isfinite(found)][0]:.3g}"
+            )
         return found
 
 
@@ -269,7 +285,12 @@ def self_similar(drift: CovariantDrift, p: float, x: ArrayLike) -> Array:
         If p ≤ −1, or H ≤ −1 somewhere: there λt cannot grow past x and the solution does not reach beyond it.
     """
     points = np.asarray(x, float)
-    if points.ndim != 1 or points.size == 0 or np.any(points <= 0.0) or np.any(np.diff(points) <= 0.0):
+    if (
+        points.ndim != 1
+        or points.size == 0
+        or np.any(points <= 0.0)
+        or np.any(np.diff(points) <= 0.0)
+    ):
         raise ValueError(f"x = {x!r} must be ascending and positive")
     if not p > -1.0:
         raise ValueError(f"p = {p}: the solution has infinite energy at λ → 0; use p > −1")
@@ -297,7 +318,9 @@ def _panels(low: float, high: float, panels: int, order: int) -> tuple[Array, Ar
     nodes, weights = np.polynomial.legendre.leggauss(order)
     edges = np.linspace(low, high, panels + 1)
     half = 0.5 * np.diff(edges)[:, None]
-    return (0.5 * (edges[1:] + edges[:-1])[:, None] + half * nodes).ravel(), (half * weights).ravel()
+    return (0.5 * (edges[1:] + edges[:-1])[:, None] + half * nodes).ravel(), (
+        half * weights
+    ).ravel()
 
 
 def _finite(value: float, name: str) -> float:
@@ -318,5 +341,7 @@ def _times(t: ArrayLike, t0: float | None) -> tuple[Array, float]:
 def _eigenvalues(lam: ArrayLike) -> Array:
     points = np.asarray(lam, float)
     if not (np.isfinite(points).all() and np.all(points > 0.0)):
-        raise ValueError(f"λ = {lam!r}; eigenvalues must be positive and finite (λ = 0 is ker M and does not move)")
+        raise ValueError(
+            f"λ = {lam!r}; eigenvalues must be positive and finite (λ = 0 is ker M and does not move)"
+        )
     return points

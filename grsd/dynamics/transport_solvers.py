@@ -27,7 +27,10 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-WINDOW = (1e-14, 1e3)  # eigenvalues; wide enough for three decades of time from t0 = 1 and a cutoff near 1
+WINDOW = (
+    1e-14,
+    1e3,
+)  # eigenvalues; wide enough for three decades of time from t0 = 1 and a cutoff near 1
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,17 @@ def characteristics(
         return np.concatenate([rule.speed(x), change])
 
     tau = np.log(when)
-    done = solve_ivp(rate, (tau[0], tau[-1]), first, method="DOP853", t_eval=tau, rtol=rtol, atol=rtol)
+    done = solve_ivp(
+        rate, (tau[0], tau[-1]), first, method="DOP853", t_eval=tau, rtol=rtol, atol=rtol
+    )
     if not done.success:
-        raise ValueError(f"the characteristics could not be followed to t = {when[-1]}: {done.message}")
+        raise ValueError(
+            f"the characteristics could not be followed to t = {when[-1]}: {done.message}"
+        )
     logs = done.y.T
-    return Characteristics(when, np.exp(logs[:, : u.size]), np.where(start > 0.0, np.exp(logs[:, u.size :]), 0.0))
+    return Characteristics(
+        when, np.exp(logs[:, : u.size]), np.where(start > 0.0, np.exp(logs[:, u.size :]), 0.0)
+    )
 
 
 def particles(
@@ -207,7 +216,9 @@ def finite_volume(
     rule, when = _drift(drift), _checked(times)
     low, high = _window(window)
     if not 0.0 < cfl <= 0.5:
-        raise ValueError(f"cfl = {cfl}: a signal may cross at most half a cell per step; use 0 < cfl ≤ 0.5")
+        raise ValueError(
+            f"cfl = {cfl}: a signal may cross at most half a cell per step; use 0 < cfl ≤ 0.5"
+        )
     if cells < 8:
         raise ValueError(f"cells = {cells}; expected at least 8")
     s = np.linspace(math.log(low), math.log(high), cells + 1)
@@ -221,7 +232,9 @@ def finite_volume(
         padded = np.concatenate([[0.0, 0.0], values, [0.0, 0.0]])
         a, b = padded[1:-1] - padded[:-2], padded[2:] - padded[1:-1]
         alike = np.sign(a) * np.sign(b) > 0.0
-        tilt = np.where(alike, 2.0 * a * (b / np.where(alike, a + b, 1.0)), 0.0)  # van Leer; no product to underflow
+        tilt = np.where(
+            alike, 2.0 * a * (b / np.where(alike, a + b, 1.0)), 0.0
+        )  # van Leer; no product to underflow
         left, right = padded[1:-1] + 0.5 * tilt, padded[1:-1] - 0.5 * tilt
         return np.where(H > 0.0, H * left[:-1], H * right[1:])
 
@@ -268,8 +281,16 @@ def _drift(drift: CovariantDrift | float) -> CovariantDrift:
 
 def _checked(times: ArrayLike) -> Array:
     when = np.asarray(times, float)
-    if when.ndim != 1 or when.size < 2 or not np.isfinite(when).all() or when[0] <= 0.0 or np.any(np.diff(when) <= 0.0):
-        raise ValueError(f"times {times!r} must be ascending, positive and at least two; the first is t0")
+    if (
+        when.ndim != 1
+        or when.size < 2
+        or not np.isfinite(when).all()
+        or when[0] <= 0.0
+        or np.any(np.diff(when) <= 0.0)
+    ):
+        raise ValueError(
+            f"times {times!r} must be ascending, positive and at least two; the first is t0"
+        )
     return when
 
 
@@ -292,7 +313,9 @@ def _positive(eps0: Spectrum, u: Array) -> Array:
     if found.shape != u.shape or not np.isfinite(found).all() or np.any(found < 0.0):
         raise ValueError("ε0 must return one finite density ≥ 0 for every eigenvalue")
     if not np.any(found > 0.0):
-        raise ValueError(f"ε0 has no mass at the eigenvalues from {u[0]:.3g} to {u[-1]:.3g}; widen the window")
+        raise ValueError(
+            f"ε0 has no mass at the eigenvalues from {u[0]:.3g} to {u[-1]:.3g}; widen the window"
+        )
     return found
 
 

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from grsd.mup.norms import rms_norm, rms_operator_norm
 
-__all__ = ["Observed", "Step", "contributions", "observe", "stable_activation", "step", "submultiplicative"]
+__all__ = [
+    "Observed",
+    "Step",
+    "contributions",
+    "observe",
+    "stable_activation",
+    "step",
+    "submultiplicative",
+]
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,16 @@ class Observed:
     def alignment(self) -> float:
         """Return the mean over samples of ‖G a_i‖_R / (‖G‖_R ‖a_i‖_R), G the batch gradient: 1 for a batch of one (claim E.2)."""
         G = self.gradient()
-        return float((rms_norm(self.inputs @ G.T) / rms_norm(self.inputs)).mean()) / rms_operator_norm(G)
+        return float(
+            (rms_norm(self.inputs @ G.T) / rms_norm(self.inputs)).mean()
+        ) / rms_operator_norm(G)
 
     def batch_norm_ratio(self) -> float:
         """Return ‖mean of G_i‖_R over the mean of ‖G_i‖_R, in [0, 1]: 1 when all samples ask for the same (assumption F.3)."""
         n_out, n_in = self.weight.shape
-        singles = torch.linalg.vector_norm(self.deltas, dim=1) * torch.linalg.vector_norm(self.inputs, dim=1)
+        singles = torch.linalg.vector_norm(self.deltas, dim=1) * torch.linalg.vector_norm(
+            self.inputs, dim=1
+        )
         return rms_operator_norm(self.gradient()) / float(singles.mean() * (n_in / n_out) ** 0.5)
 
     def own_share(self) -> float:
@@ -94,7 +106,9 @@ class Step:
     cosine: float
 
 
-def observe(model: nn.Module, losses: Callable[[nn.Module], Tensor], layers: Iterable[str]) -> dict[str, Observed]:
+def observe(
+    model: nn.Module, losses: Callable[[nn.Module], Tensor], layers: Iterable[str]
+) -> dict[str, Observed]:
     """Run one forward and one backward pass, and return inputs and δ of some linear layers.
 
     Parameters
@@ -114,10 +128,15 @@ def observe(model: nn.Module, losses: Callable[[nn.Module], Tensor], layers: Ite
     for name, calls in found.items():
         layer = modules.get(name)
         if not isinstance(layer, nn.Linear):
-            raise ValueError(f"{name!r} is no nn.Linear of this model; it has {', '.join(_linear(modules))}")
+            raise ValueError(
+                f"{name!r} is no nn.Linear of this model; it has {', '.join(_linear(modules))}"
+            )
 
         def keep(
-            _: nn.Module, args: tuple[Tensor, ...], out: Tensor, calls: list[tuple[Tensor, Tensor]] = calls
+            _: nn.Module,
+            args: tuple[Tensor, ...],
+            out: Tensor,
+            calls: list[tuple[Tensor, Tensor]] = calls,
         ) -> None:
             out.retain_grad()
             calls.append((args[0].detach(), out))
@@ -130,11 +149,15 @@ def observe(model: nn.Module, losses: Callable[[nn.Module], Tensor], layers: Ite
         for handle in handles:
             handle.remove()
     if each.ndim != 1:
-        raise ValueError(f"losses must give one number a sample, shape (B,); it gave {tuple(each.shape)}")
+        raise ValueError(
+            f"losses must give one number a sample, shape (B,); it gave {tuple(each.shape)}"
+        )
     for name, calls in found.items():
         if len(calls) != 1 or calls[0][0].shape[:-1] != each.shape:
             shapes = [tuple(a.shape) for a, _ in calls]
-            raise ValueError(f"{name!r} was called with {shapes}; expected one call with ({len(each)}, n_in)")
+            raise ValueError(
+                f"{name!r} was called with {shapes}; expected one call with ({len(each)}, n_in)"
+            )
     outputs = [calls[0][1] for calls in found.values()]
     deltas = torch.autograd.grad(each.sum(), outputs)
     return {
@@ -164,12 +187,17 @@ def step(before: Tensor, after: Tensor) -> Step:
     if old == 0 or moved == 0:
         raise ValueError(f"‖W‖_R = {old} and ‖ΔW‖_R = {moved}; both must be positive")
     size = moved / old
-    cosine = float((before * change).sum() / (torch.linalg.vector_norm(before) * torch.linalg.vector_norm(change)))
+    cosine = float(
+        (before * change).sum()
+        / (torch.linalg.vector_norm(before) * torch.linalg.vector_norm(change))
+    )
     return Step(norm(after) / (old + moved), size, abs(1 - size) / (1 + size), cosine)
 
 
 def contributions(
-    model: nn.Module, changes: Sequence[Mapping[str, Tensor]], features: Callable[[nn.Module], Tensor]
+    model: nn.Module,
+    changes: Sequence[Mapping[str, Tensor]],
+    features: Callable[[nn.Module], Tensor],
 ) -> Tensor:
     """Return what each group of parameter changes alone does to the features, (groups, …): the terms of equation (36).
 

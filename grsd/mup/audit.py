@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from grsd.mup.coordcheck import Factory, Loss, Slope, fit_slope
-from grsd.mup.layout import tables
 from grsd.mup.norms import rms_norm, rms_operator_norm
 from grsd.mup.optimizers import assemble, pieces
-from grsd.mup.plan import Entry, Plan, plan
+from grsd.mup.planning import Entry, Plan, plan
+from grsd.mup.roles import tables
 from grsd.mup.rules import (
     HALF,
     MATRICES,
@@ -34,9 +34,17 @@ from grsd.mup.rules import (
     update_norm,
     weight_norm,
 )
-from grsd.spectrum.ntk import refuse_dropout
+from grsd.spectrum.operator.ntk import refuse_dropout
 
-__all__ = ["QUANTITIES", "Exponent", "Sizes", "UpdateAudit", "audit_update_norms", "measure_sizes", "summarize"]
+__all__ = [
+    "QUANTITIES",
+    "Exponent",
+    "Sizes",
+    "UpdateAudit",
+    "audit_update_norms",
+    "measure_sizes",
+    "summarize",
+]
 
 QUANTITIES = ("weight", "gradient", "update", "condition")
 """α‖W‖_R of the initial weights, root mean square of ∇W, ‖A‖_R of the first update ΔW = −ηA, and α η ‖A‖_R."""
@@ -154,7 +162,7 @@ def audit_update_norms(
         (optimizer, role) → Rule, in place of the table: a rule to be tried.
     blocks : int
         Residual blocks that are looked at, evenly spread, the first and the last among them.
-    roles : as `grsd.mup.plan`.
+    roles : as `grsd.mup.planning`.
 
     Returns
     -------
@@ -170,7 +178,9 @@ def audit_update_norms(
     Cost: one forward-plus-backward pass for each size and seed, and for each matrix and optimizer one step and one norm.
     """
     measured = []
-    for width, depth in dict.fromkeys([*((w, base[1]) for w in widths), *((base[0], d) for d in depths)]):
+    for width, depth in dict.fromkeys(
+        [*((w, base[1]) for w in widths), *((base[0], d) for d in depths)]
+    ):
         for seed in seeds:
             settings: dict[str, Any] = {
                 "base": base,
@@ -179,8 +189,12 @@ def audit_update_norms(
                 "blocks": blocks,
                 "roles": roles,
             }
-            measured.append(measure_sizes(factory, loss, width=width, depth=depth, seed=seed, **settings))
-    return summarize(measured, base=base, optimizers=optimizers, k=k, tolerance=tolerance, rules=rules)
+            measured.append(
+                measure_sizes(factory, loss, width=width, depth=depth, seed=seed, **settings)
+            )
+    return summarize(
+        measured, base=base, optimizers=optimizers, k=k, tolerance=tolerance, rules=rules
+    )
 
 
 def measure_sizes(
@@ -198,10 +212,14 @@ def measure_sizes(
 ) -> Sizes:
     """Return the norms of one model under μP's multipliers and variances. Arguments: `audit_update_norms`."""
     if min(width, depth, blocks, *base) < 1:
-        raise ValueError(f"need positive sizes, got width {width}, depth {depth}, base {base}, blocks {blocks}")
+        raise ValueError(
+            f"need positive sizes, got width {width}, depth {depth}, base {base}, blocks {blocks}"
+        )
     unknown = [name for name in optimizers if name not in OPTIMIZERS]
     if unknown:
-        raise ValueError(f"no rule for the optimizer {unknown[0]!r}; there are {', '.join(OPTIMIZERS)}")
+        raise ValueError(
+            f"no rule for the optimizer {unknown[0]!r}; there are {', '.join(OPTIMIZERS)}"
+        )
     start, model = factory(*base), factory(width, depth)
     refuse_dropout(start)
     made = plan(model, base=start, optimizer="adamw", k=k, roles=roles)
@@ -214,8 +232,14 @@ def measure_sizes(
             handle.remove()
     chosen, rows = _spread(made, blocks), tables(model)
     tensors = {e.name: (p.detach(), p.grad) for p, e in made._matched(model) if e.name in chosen}
-    held = [(e, *tensors[e.name]) for e in made.entries if e.name in chosen and tensors[e.name][1] is not None]
-    gradients = _means([(e.role, float(G.square().mean().sqrt())) for e, _, G in held if G is not None])
+    held = [
+        (e, *tensors[e.name])
+        for e in made.entries
+        if e.name in chosen and tensors[e.name][1] is not None
+    ]
+    gradients = _means(
+        [(e.role, float(G.square().mean().sqrt())) for e, _, G in held if G is not None]
+    )
     updates = {}
     for name in optimizers:
         takes = MATRICES if OPTIMIZERS[name].matrices_only else ROLES
@@ -223,7 +247,9 @@ def measure_sizes(
         of = [(e, W, G) for e, W, G in asked if bool(torch.isfinite(G).all())]
         lost = [(e.role, math.nan) for e, _, G in asked if not bool(torch.isfinite(G).all())]
         steps = zip(of, _step(name, of), strict=True)
-        updates[name] = _means([*((e.role, n) for (e, *_), A in steps for n in _norms(A, e, rows)), *lost])
+        updates[name] = _means(
+            [*((e.role, n) for (e, *_), A in steps for n in _norms(A, e, rows)), *lost]
+        )
     weights = _means([(e.role, n) for e, W, _ in held for n in _norms(W, e, rows)])
     return Sizes(width, depth, seed, weights, gradients, updates)
 
@@ -238,15 +264,22 @@ def summarize(
     rules: Mapping[tuple[str, str], Rule] | None = None,
 ) -> UpdateAudit:
     """Fit the exponents of sizes that were measured before. Arguments: `audit_update_norms`."""
-    axes = {"width": [s for s in measured if s.depth == base[1]], "depth": [s for s in measured if s.width == base[0]]}
+    axes = {
+        "width": [s for s in measured if s.depth == base[1]],
+        "depth": [s for s in measured if s.width == base[0]],
+    }
     found: list[Exponent] = []
 
-    def add(optimizer: str, role: str, quantity: str, wanted: Scale, value: Callable[[Sizes], float]) -> None:
+    def add(
+        optimizer: str, role: str, quantity: str, wanted: Scale, value: Callable[[Sizes], float]
+    ) -> None:
         for axis, target in (("width", wanted.n), ("depth", wanted.L)):
             slope = fit_slope([(float(getattr(s, axis)), value(s)) for s in axes[axis]])
             if slope is not None:
                 allowed = tolerance(role, quantity, axis) if callable(tolerance) else tolerance
-                found.append(Exponent(optimizer, role, quantity, axis, slope, float(target), allowed))
+                found.append(
+                    Exponent(optimizer, role, quantity, axis, slope, float(target), allowed)
+                )
 
     for role in ROLES:
         table = rule("adamw", role, k)
@@ -254,7 +287,13 @@ def summarize(
         rms = gradient_norm(role, k) / (out * into) ** HALF
         norm = table.multiplier * weight_norm(role, table.variance)
         at = _factor(table.multiplier, base)
-        add("", role, "weight", norm, lambda s, role=role, at=at: s.weights.get(role, math.nan) * at(s))  # type: ignore[misc]
+        add(
+            "",
+            role,
+            "weight",
+            norm,
+            lambda s, role=role, at=at: s.weights.get(role, math.nan) * at(s),
+        )  # type: ignore[misc]
         add("", role, "gradient", rms, lambda s, role=role: s.gradients.get(role, math.nan))  # type: ignore[misc]
     for name in optimizers:
         for role in MATRICES if OPTIMIZERS[name].matrices_only else ROLES:
@@ -264,7 +303,13 @@ def summarize(
             at = _factor(tried.multiplier * tried.lr, base)
             get = lambda s, name=name, role=role: s.updates[name].get(role, math.nan)  # noqa: E731
             add(name, role, "update", size, get)
-            add(name, role, "condition", right.multiplier * right.lr * size, lambda s, get=get, at=at: get(s) * at(s))  # type: ignore[misc]
+            add(
+                name,
+                role,
+                "condition",
+                right.multiplier * right.lr * size,
+                lambda s, get=get, at=at: get(s) * at(s),
+            )  # type: ignore[misc]
     return UpdateAudit(tuple(measured), tuple(found))
 
 
@@ -300,7 +345,9 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
     if name == "sso":
         opt.retract()
     before = [q.detach().clone() for q in copies]
-    if name.startswith("sophia"):  # the curvature of a Gauss-Newton step with one output: the squared gradient
+    if name.startswith(
+        "sophia"
+    ):  # the curvature of a Gauss-Newton step with one output: the squared gradient
         opt.step(hessian=[q.grad.square() for q in copies if q.grad is not None])
     else:
         opt.step()

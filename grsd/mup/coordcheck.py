@@ -16,21 +16,19 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from grsd.mup.layout import plain, stack_of, tables
 from grsd.mup.norms import rms_norm, rms_operator_norm
 from grsd.mup.optimizers import backward
-from grsd.mup.plan import Plan, plan
+from grsd.mup.planning import Plan, plan
+from grsd.mup.roles import plain, stack_of, tables
 from grsd.mup.rules import OPTIMIZERS, rule, update_norm, weight_norm
-from grsd.spectrum.ntk import refuse_dropout
+from grsd.spectrum.operator.ntk import refuse_dropout
 
 __all__ = ["CoordCheck", "Finding", "Run", "Slope", "coord_check", "fit_slope"]
 
 Factory = Callable[[int, int], nn.Module]
 Loss = Callable[[nn.Module], Tensor]
 Parametrization = Literal["mup", "sp"]
-FLAT = (
-    0.25  # |slope| up to which a check passes: what finite sizes leave of an exact 0 (audit of 2603.00541, section 5)
-)
+FLAT = 0.25  # |slope| up to which a check passes: what finite sizes leave of an exact 0 (audit of 2603.00541, section 5)
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,9 @@ class CoordCheck:
     def diagnosis(self) -> str:
         """The verdict in words: which layer, which norm, which condition."""
         lines = [f"{self.optimizer}, {self.parametrization}: {self.verdict}"]
-        lines += [f"  change of features against {axis}: {slope}" for axis, slope in self.slopes.items()]
+        lines += [
+            f"  change of features against {axis}: {slope}" for axis, slope in self.slopes.items()
+        ]
         lines += [f"  {finding}" for finding in self.findings]
         if self.verdict == "not flat" and not self.findings:
             lines.append(
@@ -158,7 +158,7 @@ def coord_check(
         model → scalar loss on a fixed batch.
     widths, depths : sizes; the base's own size may be among them. An axis with fewer than two sizes is not fitted.
     base : (width, depth) whose hyperparameters are given.
-    optimizer, other, k : as `grsd.mup.plan`.
+    optimizer, other, k : as `grsd.mup.planning`.
     lr : float, base learning rate.
     steps : int, optimizer steps.
     seeds : of the initial weights.
@@ -167,7 +167,7 @@ def coord_check(
     outputs : callable, optional
         model → output on the batch, by default not recorded apart from the loss.
     make_plan : callable, optional
-        (model, base model) → Plan, in place of `grsd.mup.plan`: for roles of your own, or a rule to be tested.
+        (model, base model) → Plan, in place of `grsd.mup.planning`: for roles of your own, or a rule to be tested.
 
     Raises
     ------
@@ -273,7 +273,9 @@ def _run(
             backward(now, opt)
             opt.step()
             if step == 0:
-                updates = _by_role(made, {name: p.detach() - before[name] for name, p in parameters.items()}, rows)
+                updates = _by_role(
+                    made, {name: p.detach() - before[name] for name, p in parameters.items()}, rows
+                )
     finally:
         handle.remove()
     return Run(*label, tuple(features), tuple(values), tuple(losses), weights, updates)
@@ -283,7 +285,9 @@ def _typical(x: Tensor) -> float:
     return float(rms_norm(x).square().mean().sqrt())
 
 
-def _by_role(made: Plan, tensors: dict[str, Tensor], rows: set[str], gaussian: bool = False) -> dict[str, float]:
+def _by_role(
+    made: Plan, tensors: dict[str, Tensor], rows: set[str], gaussian: bool = False
+) -> dict[str, float]:
     """Return α times the typical norm of every role; a table's (an embedding's) is that of its largest row, what a token can meet."""
     logs: dict[str, list[float]] = {}
     for e in made.entries:
@@ -306,7 +310,11 @@ def _by_role(made: Plan, tensors: dict[str, Tensor], rows: set[str], gaussian: b
 
 def fit_slope(points: list[tuple[float, float]]) -> Slope | None:
     """Least squares of log₂ y against log₂ x over all points that are finite and positive."""
-    x, y = (np.array(c, float) for c in zip(*points, strict=True)) if points else (np.array([]), np.array([]))
+    x, y = (
+        (np.array(c, float) for c in zip(*points, strict=True))
+        if points
+        else (np.array([]), np.array([]))
+    )
     good = np.isfinite(y) & (y > 0)
     if len(set(x[good])) < 2:
         return None
@@ -326,7 +334,10 @@ def _judge(
     steps: int,
     other: str,
 ) -> CoordCheck:
-    axes = {"width": [r for r in runs if r.depth == base[1]], "depth": [r for r in runs if r.width == base[0]]}
+    axes = {
+        "width": [r for r in runs if r.depth == base[1]],
+        "depth": [r for r in runs if r.width == base[0]],
+    }
 
     def along(axis: str, value: Callable[[Run], float]) -> Slope | None:
         return fit_slope([(float(getattr(r, axis)), value(r)) for r in axes[axis]])
@@ -338,19 +349,34 @@ def _judge(
     outs = both(lambda r: r.outputs[steps])
     broken = any(not math.isfinite(v) for r in runs for v in (*r.features, *r.losses))
     flat = all(abs(s.value) <= FLAT for s in slopes.values())
-    verdict = "diverged" if broken else "not fitted" if not slopes else "flat" if flat else "not flat"
+    verdict = (
+        "diverged" if broken else "not fitted" if not slopes else "flat" if flat else "not flat"
+    )
     findings = []
     for role in sorted({role for r in runs for role in r.updates}):
         which = optimizer if role == "hidden" or not OPTIMIZERS[optimizer].matrices_only else other
         wanted = rule(which, role, k)
         norm = wanted.multiplier * weight_norm(role, wanted.variance)
         change = wanted.multiplier * wanted.lr * update_norm(which, role, k)
-        for quantity, size, get in (("initial norm", norm, "weights"), ("update norm", change, "updates")):
+        for quantity, size, get in (
+            ("initial norm", norm, "weights"),
+            ("update norm", change, "updates"),
+        ):
             for axis, target in (("width", float(size.n)), ("depth", float(size.L))):
-                slope = along(axis, lambda r, get=get, role=role: getattr(r, get).get(role, math.nan))  # type: ignore[misc]
-                if slope is not None and abs(slope.value - target) > FLAT and not slope.low <= target <= slope.high:
-                    findings.append(Finding(role, quantity, axis, slope, target, _condition(role, quantity, k)))
-    return CoordCheck(runs, optimizer, parametrization, slopes, outs, first, verdict, tuple(findings))
+                slope = along(
+                    axis, lambda r, get=get, role=role: getattr(r, get).get(role, math.nan)
+                )  # type: ignore[misc]
+                if (
+                    slope is not None
+                    and abs(slope.value - target) > FLAT
+                    and not slope.low <= target <= slope.high
+                ):
+                    findings.append(
+                        Finding(role, quantity, axis, slope, target, _condition(role, quantity, k))
+                    )
+    return CoordCheck(
+        runs, optimizer, parametrization, slopes, outs, first, verdict, tuple(findings)
+    )
 
 
 def _condition(role: str, quantity: str, k: int) -> str:

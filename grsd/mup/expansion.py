@@ -55,10 +55,12 @@ class LinearStack:
     def plus(self, other: LinearStack) -> LinearStack:
         """Return the stack whose every tensor is the sum of the two."""
         blocks = tuple(
-            tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in zip(self.blocks, other.blocks, strict=True)
+            tuple(a + b for a, b in zip(x, y, strict=True))
+            for x, y in zip(self.blocks, other.blocks, strict=True)
         )
         biases = tuple(
-            tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in zip(self.biases, other.biases, strict=True)
+            tuple(a + b for a, b in zip(x, y, strict=True))
+            for x, y in zip(self.biases, other.biases, strict=True)
         )
         return LinearStack(self.start + other.start, blocks, self.alpha, biases)
 
@@ -110,7 +112,9 @@ class Expansion:
 
     def size(self, order: int) -> float:
         """Return ‖·‖_R of the sum of all terms of one order."""
-        return float(rms_norm(sum((t.values.sum(0) for t in self.of(order)), torch.zeros_like(self.start))))
+        return float(
+            rms_norm(sum((t.values.sum(0) for t in self.of(order)), torch.zeros_like(self.start)))
+        )
 
     @property
     def defect(self) -> float:
@@ -128,14 +132,20 @@ def expand(stack: LinearStack, step: LinearStack) -> Expansion:
     -----
     Cost: 2^k products of k matrices with a vector for each block, 2^{k+1} with biases, and 2k operator norms.
     """
-    if stack.layers != step.layers or len(stack.blocks) != len(step.blocks) or bool(stack.biases) != bool(step.biases):
+    if (
+        stack.layers != step.layers
+        or len(stack.blocks) != len(step.blocks)
+        or bool(stack.biases) != bool(step.biases)
+    ):
         raise ValueError("the step has other layers, blocks or biases than the stack")
     before, after, k = stack.features(), stack.plus(step).features(), stack.layers
     moved = after - before
     norms = [[[rms_operator_norm(W) for W in ws] for ws in s.blocks] for s in (stack, step)]
     found = []
     for source in range(k + 1 if stack.biases else 1):
-        free = range(max(source, 1), k + 1)  # factors: W₁ … W_k of features; bᵢ, W_{i+1} … W_k of a bias
+        free = range(
+            max(source, 1), k + 1
+        )  # factors: W₁ … W_k of features; bᵢ, W_{i+1} … W_k of a bias
         for order in range(len(free) + 1):
             for changed in itertools.combinations(free, order):
                 if source and not changed:
@@ -169,20 +179,34 @@ def random_stack(
 ) -> LinearStack:
     """Return a stack with ‖h₀‖_R = 1, entries of W of variance 1/width, and biases of ‖b‖_R about `bias` (None: no biases)."""
     if min(width, depth, layers) < 1 or not math.isfinite(alpha):
-        raise ValueError(f"need positive sizes and a finite α, got {width}, {depth}, {layers}, {alpha}")
+        raise ValueError(
+            f"need positive sizes and a finite α, got {width}, {depth}, {layers}, {alpha}"
+        )
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=dtype)
 
     start = draw(width)
-    blocks = tuple(tuple(draw(width, width) / math.sqrt(width) for _ in range(layers)) for _ in range(depth))
-    biases = () if bias is None else tuple(tuple(bias * draw(width) for _ in range(layers)) for _ in range(depth))
+    blocks = tuple(
+        tuple(draw(width, width) / math.sqrt(width) for _ in range(layers)) for _ in range(depth)
+    )
+    biases = (
+        ()
+        if bias is None
+        else tuple(tuple(bias * draw(width) for _ in range(layers)) for _ in range(depth))
+    )
     return LinearStack(start / rms_norm(start), blocks, alpha, biases)
 
 
 def descend(
-    stack: LinearStack, output: Tensor, *, weights: float, biases: float = 0.0, start: float = 0.0, steps: int = 1
+    stack: LinearStack,
+    output: Tensor,
+    *,
+    weights: float,
+    biases: float = 0.0,
+    start: float = 0.0,
+    steps: int = 1,
 ) -> LinearStack:
     """Return the sum of several `gradient_step`, each at the place that the last one led to."""
     total, now = None, stack
@@ -218,8 +242,15 @@ def gradient_step(
     G = torch.autograd.grad(value, leaves)
 
     def scaled(g: Tensor, size: float) -> Tensor:
-        norm = float(rms_norm(g)) if g.ndim == 1 else float(torch.linalg.matrix_norm(g))  # square, of rank one
+        norm = (
+            float(rms_norm(g)) if g.ndim == 1 else float(torch.linalg.matrix_norm(g))
+        )  # square, of rank one
         return g * (size / norm) if norm > 0 else torch.zeros_like(g)
 
     new = [scaled(g, weights) for g in G[1 : count + 1]]
-    return LinearStack(scaled(G[0], start), group(new), stack.alpha, group([scaled(g, biases) for g in G[count + 1 :]]))
+    return LinearStack(
+        scaled(G[0], start),
+        group(new),
+        stack.alpha,
+        group([scaled(g, biases) for g in G[count + 1 :]]),
+    )

@@ -25,12 +25,16 @@ def rms_norm(v: Tensor) -> Tensor:
         For a scalar or an empty last axis.
     """
     if v.ndim == 0 or v.shape[-1] == 0:
-        raise ValueError(f"the RMS norm needs a vector with at least one entry, got shape {tuple(v.shape)}")
+        raise ValueError(
+            f"the RMS norm needs a vector with at least one entry, got shape {tuple(v.shape)}"
+        )
     norm: Tensor = torch.linalg.vector_norm(v, dim=-1) / math.sqrt(v.shape[-1])
     return norm
 
 
-def spectral_norm(W: Tensor, *, tolerance: float = 1e-4, seed: int = 0, dense: int = DENSE) -> float:
+def spectral_norm(
+    W: Tensor, *, tolerance: float = 1e-4, seed: int = 0, dense: int = DENSE
+) -> float:
     """Return the largest singular value of a matrix.
 
     Parameters
@@ -58,7 +62,9 @@ def spectral_norm(W: Tensor, *, tolerance: float = 1e-4, seed: int = 0, dense: i
     Cost: n_in n_out min(n_in, n_out) operations, or two products with W a step; some tens of steps.
     """
     if W.ndim != 2 or W.numel() == 0:
-        raise ValueError(f"an operator norm needs a matrix with entries, got shape {tuple(W.shape)}")
+        raise ValueError(
+            f"an operator norm needs a matrix with entries, got shape {tuple(W.shape)}"
+        )
     if not bool(torch.isfinite(W).all()):
         raise ValueError(f"a matrix of shape {tuple(W.shape)} holds entries that are not finite")
     W = W.detach()
@@ -68,7 +74,9 @@ def spectral_norm(W: Tensor, *, tolerance: float = 1e-4, seed: int = 0, dense: i
     return _by_lanczos(W if W.shape[0] <= W.shape[1] else W.mT, tolerance, seed)
 
 
-def rms_operator_norm(W: Tensor, *, tolerance: float = 1e-4, seed: int = 0, dense: int = DENSE) -> float:
+def rms_operator_norm(
+    W: Tensor, *, tolerance: float = 1e-4, seed: int = 0, dense: int = DENSE
+) -> float:
     """Return ‖W‖_R = √(n_in/n_out) ‖W‖₂ = max ‖W v‖_R / ‖v‖_R for W of shape (n_out, n_in). Arguments: `spectral_norm`.
 
     Source: 2603.00541, section 2.2.

@@ -15,7 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["SSO", "Combined", "Muon", "Shampoo", "assemble", "backward", "newton_schulz", "pieces", "polar"]
+__all__ = [
+    "SSO",
+    "Combined",
+    "Muon",
+    "Shampoo",
+    "assemble",
+    "backward",
+    "newton_schulz",
+    "pieces",
+    "polar",
+]
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b, c of Jordan's iteration: singular values end between about 0.7 and 1.2."""
@@ -53,7 +63,13 @@ def newton_schulz(
         raise ValueError(f"orthogonalisation needs matrices, got shape {tuple(G.shape)}")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"the iteration needs a floating-point dtype, got {dtype}")
-    plain = torch.bfloat16 if G.is_cuda else torch.float64 if G.dtype == torch.float64 else torch.float32
+    plain = (
+        torch.bfloat16
+        if G.is_cuda
+        else torch.float64
+        if G.dtype == torch.float64
+        else torch.float32
+    )
     work = plain if dtype is None else dtype
     X = G.to(work)
     tall = X.shape[-2] > X.shape[-1]
@@ -86,7 +102,11 @@ def _by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def _factor(shape: torch.Size, scaling: Scaling) -> float:
     out, into = shape[-2:]
-    return {"bare": 1.0, "keller": math.sqrt(max(1.0, out / into)), "kimi": 0.2 * math.sqrt(max(out, into))}[scaling]
+    return {
+        "bare": 1.0,
+        "keller": math.sqrt(max(1.0, out / into)),
+        "kimi": 0.2 * math.sqrt(max(out, into)),
+    }[scaling]
 
 
 def pieces(p: Tensor, group: dict[str, Any]) -> list[Tensor]:
@@ -206,7 +226,11 @@ class Muon(_Matrix):
         super().__init__(params, defaults)
 
     def _update(self, G: Tensor, home: list[tuple[Tensor, int]], group: dict[str, Any]) -> Tensor:
-        direction = polar(G) if group["exact"] else newton_schulz(G, steps=group["steps"], dtype=group["dtype"])
+        direction = (
+            polar(G)
+            if group["exact"]
+            else newton_schulz(G, steps=group["steps"], dtype=group["dtype"])
+        )
         return direction * _factor(G.shape, group["scaling"])
 
 
@@ -236,7 +260,9 @@ class Shampoo(_Matrix):
         every: int = 1,
     ) -> None:
         if not 0 <= beta < 1 or not eps >= 0 or every < 1:
-            raise ValueError(f"need 0 ≤ beta < 1, eps ≥ 0 and every ≥ 1; got {beta}, {eps}, {every}")
+            raise ValueError(
+                f"need 0 ≤ beta < 1, eps ≥ 0 and every ≥ 1; got {beta}, {eps}, {every}"
+            )
         defaults = {
             "lr": lr,
             "beta": beta,
@@ -251,13 +277,17 @@ class Shampoo(_Matrix):
         sides: list[Tensor] = []
         for name, statistic in (("rows", G @ G.mT), ("columns", G.mT @ G)):
             for (p, part), now in zip(home, statistic.unbind(0), strict=True):
-                state = self.state[p].setdefault(f"{name}.{part}", {"mean": torch.zeros_like(now), "count": 0})
+                state = self.state[p].setdefault(
+                    f"{name}.{part}", {"mean": torch.zeros_like(now), "count": 0}
+                )
                 state["mean"].lerp_(now, 1 - group["beta"])
                 state["count"] += 1
             states = [self.state[p][f"{name}.{part}"] for p, part in home]
             if (states[0]["count"] - 1) % group["every"] == 0:
                 means = torch.stack([s["mean"] / (1 - group["beta"] ** s["count"]) for s in states])
-                for s, root in zip(states, _inverse_fourth_root(means, group["eps"]).unbind(0), strict=True):
+                for s, root in zip(
+                    states, _inverse_fourth_root(means, group["eps"]).unbind(0), strict=True
+                ):
                     s["root"] = root
             sides.append(torch.stack([s["root"] for s in states]))
         preconditioned: Tensor = sides[0] @ G @ sides[1]
@@ -324,7 +354,10 @@ class SSO(_Matrix):
             A = G + mu[:, None, None] * theta
             return polar(A) if group["exact"] else newton_schulz(A, steps=group["steps"])
 
-        low, high = G.new_full((len(G),), -2.0), G.new_full((len(G),), 2.0)  # ‖G‖ = 1: beyond, θ decides the sign
+        low, high = (
+            G.new_full((len(G),), -2.0),
+            G.new_full((len(G),), 2.0),
+        )  # ‖G‖ = 1: beyond, θ decides the sign
         mu = G.new_zeros(len(G))
         for _ in range(group["bisections"]):
             slope = (theta * direction(mu)).sum((-2, -1))  # grows with μ
@@ -337,7 +370,9 @@ class SSO(_Matrix):
         self.retract(used, group)
 
     @torch.no_grad()
-    def retract(self, used: Sequence[Tensor] | None = None, group: dict[str, Any] | None = None) -> None:
+    def retract(
+        self, used: Sequence[Tensor] | None = None, group: dict[str, Any] | None = None
+    ) -> None:
         """Put every matrix on its sphere; call it once before training when the weights are not on it."""
         if group is None:
             for each in self.param_groups:
@@ -407,30 +442,47 @@ def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         loss.backward(create_graph=curved)  # type: ignore[no-untyped-call]
 
 
-_KEPT = {"lion": "Lion", "soap": "SOAP", "soap_sqrt": "SOAP", "sophia": "SophiaH", "sophia_rho": "SophiaH"}
+_KEPT = {
+    "lion": "Lion",
+    "soap": "SOAP",
+    "soap_sqrt": "SOAP",
+    "sophia": "SophiaH",
+    "sophia_rho": "SophiaH",
+}
 RHO = 1e-2  # SophiaH's own default
 
 
 def assemble(
-    groups: dict[str, list[dict[str, Any]]], lr: float, options: dict[str, dict[str, Any]] | None = None
+    groups: dict[str, list[dict[str, Any]]],
+    lr: float,
+    options: dict[str, dict[str, Any]] | None = None,
 ) -> torch.optim.Optimizer:
     """Return one optimizer from the groups of `Plan.param_groups`; several are put into a `Combined`."""
     options = {name: dict(more) for name, more in (options or {}).items()}
     unknown = set(options) - set(groups)
     if unknown:
         raise ValueError(f"options name {sorted(unknown)[0]!r}; this plan uses {', '.join(groups)}")
-    built = [_build(name, [dict(g) for g in chosen], lr, options.get(name, {})) for name, chosen in groups.items()]
+    built = [
+        _build(name, [dict(g) for g in chosen], lr, options.get(name, {}))
+        for name, chosen in groups.items()
+    ]
     return built[0] if len(built) == 1 else Combined(built)
 
 
-def _build(name: str, groups: list[dict[str, Any]], lr: float, more: dict[str, Any]) -> torch.optim.Optimizer:
+def _build(
+    name: str, groups: list[dict[str, Any]], lr: float, more: dict[str, Any]
+) -> torch.optim.Optimizer:
     if name == "sgd":
         groups = [{k: v for k, v in g.items() if k != "eps"} for g in groups]
         return torch.optim.SGD(groups, lr=lr, **more)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, **more)
     if name.startswith("muon"):
-        return Muon(groups, lr=lr, **{"scaling": {"muon": "bare"}.get(name, name.removeprefix("muon_")), **more})
+        return Muon(
+            groups,
+            lr=lr,
+            **{"scaling": {"muon": "bare"}.get(name, name.removeprefix("muon_")), **more},
+        )
     if name == "shampoo":
         return Shampoo(groups, lr=lr, **more)
     if name == "sso":

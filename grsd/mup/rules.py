@@ -44,19 +44,25 @@ class Scale(NamedTuple):
     def at(self, r_n: float, r_L: float) -> float:
         """Return the factor for width ratio r_n and depth ratio r_L, both positive."""
         if not (r_n > 0 and r_L > 0 and math.isfinite(r_n) and math.isfinite(r_L)):
-            raise ValueError(f"width and depth ratios must be positive and finite, got r_n = {r_n}, r_L = {r_L}")
+            raise ValueError(
+                f"width and depth ratios must be positive and finite, got r_n = {r_n}, r_L = {r_L}"
+            )
         return math.pow(r_n, self.n) * math.pow(r_L, self.L)
 
     def __str__(self) -> str:
         powers = tuple(zip(("r_n", "r_L"), self, strict=True))
-        above, below = ([_power(x, sign * p) for x, p in powers if sign * p > 0] for sign in (1, -1))
+        above, below = (
+            [_power(x, sign * p) for x, p in powers if sign * p > 0] for sign in (1, -1)
+        )
         if not below:
             return " ".join(above) or "1"
         return f"{' '.join(above) or '1'}/{below[0] if len(below) == 1 else '(' + ' '.join(below) + ')'}"
 
 
 def _power(symbol: str, power: Fraction) -> str:
-    return {1: symbol, 2: f"{symbol}²", Fraction(1, 2): f"√{symbol}"}.get(power, f"{symbol}^{power}")
+    return {1: symbol, 2: f"{symbol}²", Fraction(1, 2): f"√{symbol}"}.get(
+        power, f"{symbol}^{power}"
+    )
 
 
 def scale(n: int | str = 0, L: int | str = 0) -> Scale:
@@ -213,7 +219,10 @@ def _parse(cell: str) -> Scale | None:
 
 def _table() -> dict[tuple[str, int], dict[Role, Rule]]:
     lines = [line.split() for line in _UPDATES.strip().splitlines()[1:]]
-    cells = {(name, int(k), of): dict(zip(ROLES, map(_parse, row), strict=True)) for name, k, of, *row in lines}
+    cells = {
+        (name, int(k), of): dict(zip(ROLES, map(_parse, row), strict=True))
+        for name, k, of, *row in lines
+    }
     found: dict[tuple[str, int], dict[Role, Rule]] = {}
     for name in OPTIMIZERS:
         for k in (1, 2):
@@ -243,7 +252,9 @@ def rule(optimizer: str, role: str, k: int = 2) -> Rule:
         An optimizer or role that the table does not have, k < 1, or an optimizer that takes matrices only for a bias.
     """
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"no rule for the optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
+        raise ValueError(
+            f"no rule for the optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}"
+        )
     if role not in ROLES:
         raise ValueError(f"no role {role!r}; there are {', '.join(ROLES)}")
     if k < 1:
@@ -302,7 +313,9 @@ def gradient_norm(role: str, k: int) -> Scale:
     features, back = scale("1/2"), scale(-1) * scale("1/2")
     return {
         "input": back,  # g xᵀ, with x of fixed size
-        "hidden": alpha * back * features,  # α (W⁽²⁾ᵀ g) hᵀ and α g (W⁽¹⁾h)ᵀ alike, since ‖W‖₂ = Θ(1)
+        "hidden": alpha
+        * back
+        * features,  # α (W⁽²⁾ᵀ g) hᵀ and α g (W⁽¹⁾h)ᵀ alike, since ‖W‖₂ = Θ(1)
         "output": scale(-1) * features,  # α_out ∂ℓ/∂f hᵀ
         "input_bias": back,
         "hidden_bias": alpha * back,
@@ -338,11 +351,15 @@ def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
     (Δ2). ε: the size of what it is added to. ρ: what keeps m/(ρh) fixed, when the curvature h is of the size of a squared gradient.
     """
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"no rule for the optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}")
+        raise ValueError(
+            f"no rule for the optimizer {optimizer!r}; there are {', '.join(OPTIMIZERS)}"
+        )
     known = OPTIMIZERS[optimizer]
     found: dict[Role, Rule] = {}
     for role in MATRICES if known.matrices_only else ROLES:
-        variance = scale(-1) if role == "hidden" else ONE  # ‖W‖_R = Θ(1), but for the output: Θ(n), its α takes it back
+        variance = (
+            scale(-1) if role == "hidden" else ONE
+        )  # ‖W‖_R = Θ(1), but for the output: Θ(n), its α takes it back
         inside = role in ("hidden", "hidden_bias")
         norm = weight_norm(role, variance)
         target = ONE if not inside else scale(0, -1) if k >= 2 else scale(0, "-1/2")

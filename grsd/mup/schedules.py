@@ -57,7 +57,9 @@ def cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> Callable[[int]
     floor : float in [0, 1], last rate as a share of the peak, not an absolute rate.
     """
     if not 0 <= warmup < steps or not 0 <= floor <= 1:
-        raise ValueError(f"need 0 ≤ warmup < steps and a floor in [0, 1], got {warmup}, {steps} and {floor}")
+        raise ValueError(
+            f"need 0 ≤ warmup < steps and a floor in [0, 1], got {warmup}, {steps} and {floor}"
+        )
 
     def factor(step: int) -> float:
         if step < warmup:

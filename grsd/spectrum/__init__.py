@@ -11,13 +11,13 @@ by the kernels of many independent batches at once, ``shards`` by one whose rows
 """
 
 from grsd.spectrum import fits, nulls
-from grsd.spectrum.krylov import Tridiagonal, lanczos
-from grsd.spectrum.layers import coherence
-from grsd.spectrum.lockstep import NTKBatches, lanczos_batches
-from grsd.spectrum.measure import SpectralMeasure
-from grsd.spectrum.ntk import NTK
+from grsd.spectrum.lanczos import lanczos
+from grsd.spectrum.measure import SpectralMeasure, Tridiagonal
 from grsd.spectrum.observables import ClassLogits, Observable, Outputs, TokenLogProb
-from grsd.spectrum.shards import NTKShards, micro_batches
+from grsd.spectrum.operator.batches import NTKBatches, lanczos_batches
+from grsd.spectrum.operator.layers import coherence
+from grsd.spectrum.operator.ntk import NTK
+from grsd.spectrum.operator.shards import NTKShards, micro_batches
 from grsd.spectrum.shells import (
     AveragedProfile,
     LogShells,

@@ -52,7 +52,9 @@ def piecewise(profile: ShellProfile | AveragedProfile, *, share: float = 1e-4) -
     def model(x: Array, s: Array) -> Array:
         a, b, c, log_kappa, place, log_width = x
         step = 1.0 / (1.0 + np.exp(-np.clip((s - place) / np.exp(log_width), -60, 60)))
-        found: Array = (1 - step) * (a + b * s) + step * (c - np.exp(np.clip(log_kappa + s, -60, 60)))
+        found: Array = (1 - step) * (a + b * s) + step * (
+            c - np.exp(np.clip(log_kappa + s, -60, 60))
+        )
         return found
 
     top = float(np.log(centers[int(np.argmax(_seen(profile, share)[1]))]))
@@ -63,7 +65,14 @@ def piecewise(profile: ShellProfile | AveragedProfile, *, share: float = 1e-4) -
         for width in (0.3, 1.0)
     ]
     names = ("a", "b", "c", "log_kappa", "frontier", "log_width")
-    return _fit("piecewise", names, profile, share, lambda x: model(x, np.log(profile.shells.centers)), starts)
+    return _fit(
+        "piecewise",
+        names,
+        profile,
+        share,
+        lambda x: model(x, np.log(profile.shells.centers)),
+        starts,
+    )
 
 
 def frozen(profile: ShellProfile | AveragedProfile, *, share: float = 1e-4) -> Fit:
@@ -72,13 +81,17 @@ def frozen(profile: ShellProfile | AveragedProfile, *, share: float = 1e-4) -> F
     top = float(centers[int(np.argmax(heights))])
 
     def model(x: Array) -> Array:
-        found: Array = x[0] + log_gamma_shells(profile.shells, float(np.exp(x[1])) - 1.0, float(np.exp(x[2])))
+        found: Array = x[0] + log_gamma_shells(
+            profile.shells, float(np.exp(x[1])) - 1.0, float(np.exp(x[2]))
+        )
         return found
 
     starts = []
     for exponent in (0.3, 1.0, 3.0):  # the peak of λ^(p+1) e^(−κλ) is at (p+1)/κ
         shape = log_gamma_shells(profile.shells, exponent - 1.0, exponent / top)
-        starts.append(np.array([heights.max() - shape.max(), np.log(exponent), np.log(exponent / top)]))
+        starts.append(
+            np.array([heights.max() - shape.max(), np.log(exponent), np.log(exponent / top)])
+        )
     return _fit("frozen", ("log_c", "log_p_plus_1", "log_kappa"), profile, share, model, starts)
 
 
@@ -108,8 +121,12 @@ def _fit(
     used = profile.energies > share * profile.energies.max()
     heights = np.log(profile.energies[used])
     if heights.size < len(names):
-        raise ValueError(f"{name}: {heights.size} shells hold energy, too few for {len(names)} parameters")
-    tries = [least_squares(lambda x: model(x)[used] - heights, start, max_nfev=4000) for start in starts]
+        raise ValueError(
+            f"{name}: {heights.size} shells hold energy, too few for {len(names)} parameters"
+        )
+    tries = [
+        least_squares(lambda x: model(x)[used] - heights, start, max_nfev=4000) for start in starts
+    ]
     best = min(tries, key=lambda t: float(t.cost))
     n, k = int(heights.size), len(names)
     square = max(2.0 * float(best.cost) / n, np.finfo(float).tiny)
@@ -117,4 +134,11 @@ def _fit(
     with np.errstate(under="ignore"):
         energies = np.exp(model(best.x))
     parameters = {key: float(value) for key, value in zip(names, best.x, strict=True)}
-    return Fit(name, parameters, energies, float(np.sqrt(square)), float(n * np.log(square) + 2 * k + small), n)
+    return Fit(
+        name,
+        parameters,
+        energies,
+        float(np.sqrt(square)),
+        float(n * np.log(square) + 2 * k + small),
+        n,
+    )

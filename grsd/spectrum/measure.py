@@ -1,25 +1,74 @@
 """The spectral measure of a vector: where on the λ axis its energy lies, and how sure one can be of it.
 
-Nodes and weights come from :mod:`grsd.spectrum.krylov` (Gauss quadrature) or from a dense eigendecomposition (exact).
+Nodes and weights come from :mod:`grsd.spectrum.lanczos` (Gauss quadrature) or from a dense eigendecomposition (exact).
 Binning into shells is in :mod:`grsd.spectrum.shells`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import eigh_tridiagonal, solve_banded
 
-if TYPE_CHECKING:
-    from grsd.spectrum.krylov import Tridiagonal
-    from grsd.spectrum.shells import LogShells, ShellProfile
+from grsd.spectrum.shells import LogShells, ShellProfile
 
 Array = NDArray[np.float64]
 FLOOR = 4.0  # products are right to about eps; nodes within 4 eps of zero, relative to the largest, are rounding
 RITZ = 1e7  # a Radau corner this large moves no node by more than 1e-7 of the spectrum: the edge is a Ritz value
+
+
+@dataclass(frozen=True)
+class Tridiagonal:
+    """The Lanczos matrix T_m with everything that is needed to read it.
+
+    Attributes
+    ----------
+    alphas : (m,) float64, diagonal.
+    betas : (m-1,) float64, off-diagonal, positive.
+    mass : float, ⟨start, start⟩ in the operator's inner product (1/n Σ for ``normalize="mean"``).
+    residual : float, β_m, the norm of what the last step left over; 0 when m = T.
+    eps : float, relative accuracy of a product.
+    reorthogonalized : bool, False for Algorithm 1 as printed.
+    exhausted : bool, True when the recurrence ended early because nothing above rounding was left.
+    """
+
+    alphas: NDArray[np.float64]
+    betas: NDArray[np.float64]
+    mass: float
+    residual: float
+    eps: float
+    reorthogonalized: bool = True
+    exhausted: bool = False
+
+    @property
+    def steps(self) -> int:
+        return int(self.alphas.size)
+
+    def measure(self) -> SpectralMeasure:
+        """Return the Gauss quadrature of the start vector's spectral measure: m nodes and weights."""
+        return SpectralMeasure.from_tridiagonal(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain lists and numbers; `from_json` gives the same object bit for bit."""
+        return {
+            "alphas": self.alphas.tolist(),
+            "betas": self.betas.tolist(),
+            "mass": self.mass,
+            "residual": self.residual,
+            "eps": self.eps,
+            "reorthogonalized": self.reorthogonalized,
+            "exhausted": self.exhausted,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Tridiagonal:
+        """Rebuild a Tridiagonal from `to_json`."""
+        arrays = {key: np.asarray(record[key], dtype=np.float64) for key in ("alphas", "betas")}
+        return cls(**{**record, **arrays})
 
 
 @dataclass(frozen=True)
@@ -43,14 +92,23 @@ class SpectralMeasure:
     def from_tridiagonal(cls, tridiagonal: Tridiagonal) -> SpectralMeasure:
         """Gauss quadrature: nodes are the Ritz values, weights mass · U₁ᵢ² (Golub and Welsch)."""
         nodes, first = _eigen_first(tridiagonal.alphas, tridiagonal.betas)
-        return cls(nodes, tridiagonal.mass * first, FLOOR * tridiagonal.eps * float(np.abs(nodes).max()), tridiagonal)
+        return cls(
+            nodes,
+            tridiagonal.mass * first,
+            FLOOR * tridiagonal.eps * float(np.abs(nodes).max()),
+            tridiagonal,
+        )
 
     @classmethod
-    def exact(cls, eigenvalues: ArrayLike, energies: ArrayLike, *, eps: float = 2.0**-52) -> SpectralMeasure:
+    def exact(
+        cls, eigenvalues: ArrayLike, energies: ArrayLike, *, eps: float = 2.0**-52
+    ) -> SpectralMeasure:
         """Return the measure of a dense eigendecomposition: eigenvalues (T,) and g_u² (T,) in the same inner product."""
         nodes, weights = np.asarray(eigenvalues, float), np.asarray(energies, float)
         if nodes.ndim != 1 or nodes.shape != weights.shape or nodes.size == 0:
-            raise ValueError(f"eigenvalues {nodes.shape} and energies {weights.shape} must be equal vectors")
+            raise ValueError(
+                f"eigenvalues {nodes.shape} and energies {weights.shape} must be equal vectors"
+            )
         if not (np.isfinite(nodes).all() and np.isfinite(weights).all() and (weights >= 0).all()):
             raise ValueError("eigenvalues and energies must be finite, and no energy negative")
         order = np.argsort(nodes)
@@ -102,7 +160,9 @@ class SpectralMeasure:
 
     def _radau(self, a: float, tri: Tridiagonal) -> tuple[float, float]:
         if a <= 0.0:  # M is positive semidefinite
-            return 0.0, float(self.weights[self.nodes <= self.floor].sum()) if a > -self.floor else 0.0
+            return 0.0, float(
+                self.weights[self.nodes <= self.floor].sum()
+            ) if a > -self.floor else 0.0
         extended = _with_node(tri, a)
         nodes, weights = self.nodes, self.weights
         under, up_to = nodes < a - self.floor, nodes <= a + self.floor
@@ -115,10 +175,31 @@ class SpectralMeasure:
         return float(weights[under].sum()), float(weights[up_to].sum())
 
     def shells(self, shells: LogShells) -> ShellProfile:
-        """Bin the energy ½ μ into logarithmic shells, with an interval for each; nothing outside them is dropped."""
-        from grsd.spectrum.shells import ShellProfile
+        """Bin the energy ½ μ into logarithmic shells, with an interval for each; nothing outside them is dropped.
 
-        return ShellProfile.of(self, shells)
+        The energies, `below`, `above` and `kernel` add up to half the mass.
+        """
+        edges, nodes, half = shells.edges, self.nodes, 0.5 * self.weights
+        kernel = nodes <= self.floor
+        index = np.where(kernel, -1, np.searchsorted(edges, nodes, side="right") - 1)
+        inside = [half[index == i] for i in range(len(shells))]
+        low, high = self.cdf_bounds(edges)
+        if (
+            self.tridiagonal is None and kernel.any()
+        ):  # kernel nodes are in no shell, whatever the edges
+            low = high = np.array([self.weights[(nodes < a) & ~kernel].sum() for a in edges])
+        return ShellProfile(
+            shells=shells,
+            energies=np.array([e.sum() for e in inside]),
+            lower=0.5 * np.maximum(low[1:] - high[:-1], 0.0),
+            upper=0.5 * np.maximum(high[1:] - low[:-1], 0.0),
+            below=float(half[~kernel & (nodes < edges[0])].sum()),
+            above=float(half[~kernel & (nodes >= edges[-1])].sum()),
+            kernel=float(half[kernel].sum()),
+            floor=self.floor,
+            minima=np.array([e.min() if e.size else np.nan for e in inside]),
+            counts=np.array([e.size for e in inside], float),
+        )
 
 
 def _eigen_first(diagonal: Array, off: Array) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from grsd.spectrum.krylov import Operator, lanczos
+from grsd.spectrum.lanczos import Operator, lanczos
 from grsd.spectrum.measure import SpectralMeasure
 from grsd.spectrum.observables import IGNORE
 from grsd.spectrum.shells import LogShells, ShellProfile
@@ -45,7 +45,9 @@ def shuffled(targets: Tensor, *, generator: torch.Generator) -> Tensor:
     return flat.reshape(targets.shape)
 
 
-def density_of_states(M: Operator, *, probes: int, steps: int, generator: torch.Generator) -> list[SpectralMeasure]:
+def density_of_states(
+    M: Operator, *, probes: int, steps: int, generator: torch.Generator
+) -> list[SpectralMeasure]:
     """Return `probes` measures of Gaussian start vectors, scaled so that each has mass T: weights count eigenvalues.
 
     The mean of their shell masses estimates the number n_α of eigenvalues per shell (stochastic Lanczos quadrature;
@@ -75,7 +77,9 @@ def frozen_kernel(measure: SpectralMeasure, time: float, shells: LogShells) -> S
     """
     if not (np.isfinite(time) and time >= 0):
         raise ValueError(f"time must be finite and not negative, got {time}")
-    damped = SpectralMeasure(measure.nodes, measure.weights * np.exp(-2.0 * measure.nodes * time), measure.floor)
+    damped = SpectralMeasure(
+        measure.nodes, measure.weights * np.exp(-2.0 * measure.nodes * time), measure.floor
+    )
     before, after = measure.shells(shells), damped.shells(shells)
     slow, fast = np.exp(-2.0 * shells.edges[:-1] * time), np.exp(-2.0 * shells.edges[1:] * time)
     return ShellProfile(
@@ -103,10 +107,15 @@ def fit_frozen_kernel(measure: SpectralMeasure, energy: float) -> float:
     start = 0.5 * measure.mass
     stays = 0.5 * float(measure.weights[measure.nodes <= measure.floor].sum())
     if not stays < energy <= start:
-        raise ValueError(f"a frozen kernel can only fall from {start:.6g} to above {stays:.6g}; asked for {energy:.6g}")
+        raise ValueError(
+            f"a frozen kernel can only fall from {start:.6g} to above {stays:.6g}; asked for {energy:.6g}"
+        )
 
     def excess(log_time: float) -> float:
-        return 0.5 * float(np.sum(measure.weights * np.exp(-2.0 * measure.nodes * np.exp(log_time)))) - energy
+        return (
+            0.5 * float(np.sum(measure.weights * np.exp(-2.0 * measure.nodes * np.exp(log_time))))
+            - energy
+        )
 
     positive = measure.nodes[measure.nodes > measure.floor]
     low, high = np.log(1e-12 / positive.max()), np.log(1e3 / positive.min())

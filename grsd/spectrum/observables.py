@@ -1,7 +1,7 @@
 """What f is: the rows whose Jacobian makes the operator, and the error that lives on them.
 
 An observable turns a model's output into T numbers, one per row of the Jacobian, and says which error vector
-belongs to them. The operator itself lives in :mod:`grsd.spectrum.ntk`.
+belongs to them. The operator itself lives in :mod:`grsd.spectrum.operator.ntk`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-IGNORE = -100  # target value of a token that is not counted (the convention of torch and transformers)
+IGNORE = (
+    -100
+)  # target value of a token that is not counted (the convention of torch and transformers)
 
 
 @runtime_checkable
@@ -50,7 +52,9 @@ def raw_output(output: Any) -> Tensor:
 
 def _check_targets(targets: Tensor, shape: torch.Size, what: str) -> None:
     if targets.shape != shape:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}; the {what} need {tuple(shape)}")
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}; the {what} need {tuple(shape)}"
+        )
 
 
 def _check_classes(targets: Tensor, classes: int) -> Tensor:
@@ -86,14 +90,18 @@ class Outputs:
 
     def rows(self, output: Tensor) -> Tensor:
         if output.ndim == 0:
-            raise ValueError("the model returned a single number without a batch axis; expected shape (n, ...)")
+            raise ValueError(
+                "the model returned a single number without a batch axis; expected shape (n, ...)"
+            )
         if self.targets is not None:
             _check_targets(self.targets, output.shape, "outputs")
         return output.reshape(-1)
 
     def error(self, rows: Tensor) -> Tensor:
         if self.targets is None:
-            raise ValueError("Outputs() was made without targets, so there is no error; pass Outputs(targets)")
+            raise ValueError(
+                "Outputs() was made without targets, so there is no error; pass Outputs(targets)"
+            )
         return self.targets.reshape(-1).to(rows) - rows
 
     def samples(self, rows: Tensor) -> int:
@@ -119,10 +127,14 @@ class ClassLogits:
 
     def rows(self, output: Tensor) -> Tensor:
         if output.ndim < 2:
-            raise ValueError(f"class logits need shape (..., classes), the model returned {tuple(output.shape)}")
+            raise ValueError(
+                f"class logits need shape (..., classes), the model returned {tuple(output.shape)}"
+            )
         _check_targets(self.targets, output.shape[:-1], "logits")
         if not bool(_check_classes(self.targets, output.shape[-1]).all()):
-            raise ValueError(f"ClassLogits counts every sample; drop those with target {IGNORE} first")
+            raise ValueError(
+                f"ClassLogits counts every sample; drop those with target {IGNORE} first"
+            )
         return output.reshape(-1)
 
     def error(self, rows: Tensor) -> Tensor:
@@ -153,7 +165,9 @@ class TokenLogProb:
 
     def rows(self, output: Tensor) -> Tensor:
         if output.ndim < 2:
-            raise ValueError(f"token logits need shape (batch, length, vocabulary), got {tuple(output.shape)}")
+            raise ValueError(
+                f"token logits need shape (batch, length, vocabulary), got {tuple(output.shape)}"
+            )
         _check_targets(self.targets, output.shape[:-1], "logits")
         counted = _check_classes(self.targets, output.shape[-1])
         if bool(counted.all()):  # no copy of the logits

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from grsd.spectrum.measure import SpectralMeasure
 
 Array = NDArray[np.float64]
 SHOULDER = 0.01  # what stands lower than this share of the peak is no second peak
@@ -81,7 +78,9 @@ class Binned:
         record: dict[str, Any] = {"edges": self.shells.edges.tolist()}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            record[field.name] = [None if np.isnan(x) else float(x) for x in value] if np.ndim(value) else value
+            record[field.name] = (
+                [None if np.isnan(x) else float(x) for x in value] if np.ndim(value) else value
+            )
         return record
 
     @classmethod
@@ -111,29 +110,6 @@ class ShellProfile(Binned):
     minima: Array
     counts: Array
 
-    @classmethod
-    def of(cls, measure: SpectralMeasure, shells: LogShells) -> ShellProfile:
-        """Bin ½ μ. The energies, `below`, `above` and `kernel` add up to half the mass."""
-        edges, nodes, half = shells.edges, measure.nodes, 0.5 * measure.weights
-        kernel = nodes <= measure.floor
-        index = np.where(kernel, -1, np.searchsorted(edges, nodes, side="right") - 1)
-        inside = [half[index == i] for i in range(len(shells))]
-        low, high = measure.cdf_bounds(edges)
-        if measure.tridiagonal is None and kernel.any():  # kernel nodes are in no shell, whatever the edges
-            low = high = np.array([measure.weights[(nodes < a) & ~kernel].sum() for a in edges])
-        return cls(
-            shells=shells,
-            energies=np.array([e.sum() for e in inside]),
-            lower=0.5 * np.maximum(low[1:] - high[:-1], 0.0),
-            upper=0.5 * np.maximum(high[1:] - low[:-1], 0.0),
-            below=float(half[~kernel & (nodes < edges[0])].sum()),
-            above=float(half[~kernel & (nodes >= edges[-1])].sum()),
-            kernel=float(half[kernel].sum()),
-            floor=measure.floor,
-            minima=np.array([e.min() if e.size else np.nan for e in inside]),
-            counts=np.array([e.size for e in inside], float),
-        )
-
 
 @dataclass(frozen=True)
 class AveragedProfile(Binned):
@@ -155,11 +131,19 @@ def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
     if not profiles:
         raise ValueError("no profile to average")
     edges = profiles[0].shells.edges
-    if any(p.shells.edges.shape != edges.shape or (p.shells.edges != edges).any() for p in profiles):
-        raise ValueError("profiles on different shells cannot be averaged; bin them with the same LogShells")
+    if any(
+        p.shells.edges.shape != edges.shape or (p.shells.edges != edges).any() for p in profiles
+    ):
+        raise ValueError(
+            "profiles on different shells cannot be averaged; bin them with the same LogShells"
+        )
     energies = np.stack([p.energies for p in profiles])
     count = len(profiles)
-    sem = energies.std(axis=0, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(len(profiles[0].shells))
+    sem = (
+        energies.std(axis=0, ddof=1) / np.sqrt(count)
+        if count > 1
+        else np.zeros(len(profiles[0].shells))
+    )
     return AveragedProfile(
         shells=profiles[0].shells,
         energies=energies.mean(axis=0),
@@ -204,11 +188,17 @@ def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
     """Return peak, frontier, unimodality and low-side slope of a profile, with its own intervals."""
     e, edges, centers = profile.energies, profile.shells.edges, profile.shells.centers
     if not e.sum() > 0:
-        raise ValueError("no energy in any shell: the edges miss the spectrum, see below, above and kernel")
+        raise ValueError(
+            "no energy in any shell: the edges miss the spectrum, see below, above and kernel"
+        )
     top = int(e.argmax())
     may = np.flatnonzero(profile.upper >= profile.lower.max())
     rising = np.flatnonzero(e[: top + 1] > 0)
-    slope = float(np.polyfit(np.log(centers[rising]), np.log(e[rising]), 1)[0]) if rising.size >= 3 else float("nan")
+    slope = (
+        float(np.polyfit(np.log(centers[rising]), np.log(e[rising]), 1)[0])
+        if rising.size >= 3
+        else float("nan")
+    )
     return ProfileStatistics(
         peak=float(centers[top]),
         peak_low=float(edges[may[0]]),

@@ -37,7 +37,9 @@ runs.write_text(runs.read_text() + "ran\\n" if runs.exists() else "ran\\n")
 """
 
 
-def chapter(recorded: list[str] = IDS, boxed: list[str] = IDS, measured: float = 0.125, extra: str = "") -> str:
+def chapter(
+    recorded: list[str] = IDS, boxed: list[str] = IDS, measured: float = 0.125, extra: str = ""
+) -> str:
     """Text of a chapter that shows `boxed` claims and records `recorded` ones."""
     cell = f"for name in {recorded!r}:\n    found = claims.record(name, measured={measured}, bound=1.0)"
     return (

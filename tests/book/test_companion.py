@@ -49,17 +49,26 @@ def test_the_pages_show_what_the_build_recorded_and_nothing_else_is_run_again(bo
     for claim in [claim for claim in claims.load() if claim.paper == "origin"]:
         symbol, word, _ = claims.VERDICTS[claim.verdict]
         text = card(page, claim.id)
-        assert symbol in text and word in text, "the verdict is shown by symbol and word, not by colour alone"
-        assert ("0.125" in text) == (claim.id in IDS), "only the claims of the chapter that ran have a number"
+        assert symbol in text and word in text, (
+            "the verdict is shown by symbol and word, not by colour alone"
+        )
+        assert ("0.125" in text) == (claim.id in IDS), (
+            "only the claims of the chapter that ran have a number"
+        )
     box = BeautifulSoup(book.html(f"book/{CHAPTER}"), "html.parser").find(class_="claim-box")
     assert box is not None and all(name in box.get_text() for name in IDS)
     board = BeautifulSoup(book.html("book/index"), "html.parser").find("table", class_="scoreboard")
     assert board is not None
-    rows = [[cell.get_text(" ", strip=True) for cell in row.find_all("td")] for row in board.find_all("tr")[1:-1]]
+    rows = [
+        [cell.get_text(" ", strip=True) for cell in row.find_all("td")]
+        for row in board.find_all("tr")[1:-1]
+    ]
     for verdict, (symbol, word, meaning) in claims.VERDICTS.items():
         count = sum(claim.verdict == verdict and claim.paper == "origin" for claim in claims.load())
         shown = [int(row[1]) for row in rows if row[0] == f"{symbol} {word} {meaning}"]
-        given = any(claim.verdict == verdict and claim.paper != claims.OWN for claim in claims.load())
+        given = any(
+            claim.verdict == verdict and claim.paper != claims.OWN for claim in claims.load()
+        )
         assert shown == ([count] if given else [])
     # a second build runs nothing, and still fills the pages
     assert book.runs == 1
@@ -69,21 +78,45 @@ def test_the_pages_show_what_the_build_recorded_and_nothing_else_is_run_again(bo
     assert "0.125" in card(book.html("book/claims"), IDS[0])
 
 
-def test_the_books_own_claims_have_a_scoreboard_of_their_own(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_books_own_claims_have_a_scoreboard_of_their_own(
+    book: Book, monkeypatch: pytest.MonkeyPatch
+) -> None:
     papers = [claim for claim in claims.load() if claim.paper != claims.OWN]
-    own = replace(papers[0], id="grsd.example", paper=claims.OWN, chapter="", verdict="untested", assumption="planted")
+    own = replace(
+        papers[0],
+        id="grsd.example",
+        paper=claims.OWN,
+        chapter="",
+        verdict="untested",
+        assumption="planted",
+    )
     monkeypatch.setattr(claims, "load", lambda: [*papers, own])
-    book.write("book/index.md", "# Front\n\n```{scoreboard}\n```\n\n```{scoreboard}\n:paper: grsd\n```\n")
+    book.write(
+        "book/index.md", "# Front\n\n```{scoreboard}\n```\n\n```{scoreboard}\n:paper: grsd\n```\n"
+    )
     book.build(**STATIC)
-    boards = BeautifulSoup(book.html("book/index"), "html.parser").find_all("table", class_="scoreboard")
-    totals = [[int(cell.get_text()) for cell in board.find_all("tr")[-1].find_all("td")[1:]] for board in boards]
+    boards = BeautifulSoup(book.html("book/index"), "html.parser").find_all(
+        "table", class_="scoreboard"
+    )
+    totals = [
+        [int(cell.get_text()) for cell in board.find_all("tr")[-1].find_all("td")[1:]]
+        for board in boards
+    ]
     assert totals[0][-1] == len(papers) and totals[1] == [1]
-    assert "this book" in boards[1].find("thead").get_text() and "this book" not in boards[0].get_text()
+    assert (
+        "this book" in boards[1].find("thead").get_text()
+        and "this book" not in boards[0].get_text()
+    )
 
 
 def test_mathematics_is_served_from_the_book_itself(book: Book) -> None:
     _, log = book.build(**STATIC)
-    sources = [tag["src"] for tag in BeautifulSoup(book.html("book/index"), "html.parser").find_all("script", src=True)]
+    sources = [
+        tag["src"]
+        for tag in BeautifulSoup(book.html("book/index"), "html.parser").find_all(
+            "script", src=True
+        )
+    ]
     assert any("mathjax/tex-chtml.js" in source for source in sources), log
     assert (book.root / "_build/html/_static/mathjax/tex-chtml.js").is_file()
     assert (book.root / "_build/html/_static/mathjax/input/tex/extensions/boldsymbol.js").is_file()
@@ -108,7 +141,9 @@ def test_mathematics_is_served_from_the_book_itself(book: Book) -> None:
         ("**not** so", ["strong", "Text"]),
     ],
 )
-def test_ledger_text_is_marked_up_and_adjoints_are_not_emphasis(text: str, kinds: list[str]) -> None:
+def test_ledger_text_is_marked_up_and_adjoints_are_not_emphasis(
+    text: str, kinds: list[str]
+) -> None:
     assert [type(node).__name__ for node in companion_views.inline(text)] == kinds
 
 
@@ -117,8 +152,16 @@ def test_ledger_text_is_marked_up_and_adjoints_are_not_emphasis(text: str, kinds
     [
         (3e-15, 1e-12, "Measured in this build: 3e-15; compared with 1e-12"),
         (3e-15, None, "Measured in this build: 3e-15"),
-        ({"gap": 0.5, "error": 2}, {"gap": 0.1}, "Measured in this build:  gap: 0.5 (compared with 0.1) error: 2"),
-        ({"gap": 0.5}, {"other": 1.0}, "Measured in this build:  gap: 0.5 Compared with: other = 1"),
+        (
+            {"gap": 0.5, "error": 2},
+            {"gap": 0.1},
+            "Measured in this build:  gap: 0.5 (compared with 0.1) error: 2",
+        ),
+        (
+            {"gap": 0.5},
+            {"other": 1.0},
+            "Measured in this build:  gap: 0.5 Compared with: other = 1",
+        ),
         ({"gap": 0.5}, "rounding", "Measured in this build:  gap: 0.5 Compared with: rounding"),
     ],
 )
@@ -134,7 +177,9 @@ def test_every_number_of_the_evidence_is_shown(
 
 def test_a_verdict_without_evidence_fails_the_build_and_keeps_failing(book: Book) -> None:
     book.write(f"book/{CHAPTER}.md", chapter(recorded=IDS[1:]))
-    for _ in range(2):  # the second build must not pass because pages that warned are not visited again
+    for _ in range(
+        2
+    ):  # the second build must not pass because pages that warned are not visited again
         status, log = book.build()
         assert status != 0
         assert f"claim {IDS[0]!r} has the verdict" in log
@@ -143,7 +188,9 @@ def test_a_verdict_without_evidence_fails_the_build_and_keeps_failing(book: Book
 
 
 def test_a_build_that_warned_warns_again(book: Book) -> None:
-    book.write("book/lone.md", "# Lone\n\n```{nowhere}\n```\n")  # Sphinx warns when it reads this, and it reads it once
+    book.write(
+        "book/lone.md", "# Lone\n\n```{nowhere}\n```\n"
+    )  # Sphinx warns when it reads this, and it reads it once
     book.write("_toc.yml", (book.root / "_toc.yml").read_text() + "  - file: book/lone.md\n")
     for _ in range(2):
         status, log = book.build()
@@ -175,7 +222,9 @@ def test_prose_may_change_without_a_run_and_code_may_not(book: Book) -> None:
     assert book.build()[0] == 0
     assert book.runs == 2
     assert "0.375" in card(book.html("book/claims"), IDS[0])
-    book.write(page, chapter())  # the cache of notebooks still knows this code, but its evidence is gone
+    book.write(
+        page, chapter()
+    )  # the cache of notebooks still knows this code, but its evidence is gone
     assert book.build()[0] == 0
     assert book.runs == 3
     assert "0.125" in card(book.html("book/claims"), IDS[0])
@@ -200,7 +249,9 @@ def test_evidence_that_this_build_did_not_make_does_not_count(book: Book) -> Non
     assert all(f"claim {name!r} has the verdict" in log for name in IDS)
 
 
-def test_the_scale_is_part_of_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scale_is_part_of_the_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "grsd").mkdir()
     (tmp_path / "grsd" / "module.py").write_text("value = 1\n")
     monkeypatch.setenv("GRSD_SCALE", "cpu")
@@ -218,12 +269,20 @@ def test_the_scale_is_part_of_the_fingerprint(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("boxed", "complaint"),
     [
-        ([*IDS, "origin.no-such-claim"], "claim-box names 'origin.no-such-claim', which is not in the ledger"),
+        (
+            [*IDS, "origin.no-such-claim"],
+            "claim-box names 'origin.no-such-claim', which is not in the ledger",
+        ),
         (IDS[1:], f"claim {IDS[0]!r} belongs to this chapter but its claim-box does not name it"),
-        ([*IDS, "origin.stochastic-lanczos"], "claim-box names 'origin.stochastic-lanczos', whose chapter is"),
+        (
+            [*IDS, "origin.stochastic-lanczos"],
+            "claim-box names 'origin.stochastic-lanczos', whose chapter is",
+        ),
     ],
 )
-def test_a_box_at_odds_with_the_ledger_is_reported(book: Book, boxed: list[str], complaint: str) -> None:
+def test_a_box_at_odds_with_the_ledger_is_reported(
+    book: Book, boxed: list[str], complaint: str
+) -> None:
     book.write(f"book/{CHAPTER}.md", chapter(boxed=boxed))
     status, log = book.build(**STATIC)
     assert status != 0
@@ -231,11 +290,15 @@ def test_a_box_at_odds_with_the_ledger_is_reported(book: Book, boxed: list[str],
 
 
 def test_images_need_words(book: Book) -> None:
-    book.write("book/_assets/dot.svg", '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
+    book.write(
+        "book/_assets/dot.svg", '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+    )
     page = f"book/{CHAPTER}.md"
     good = "  image:\n    alt: A line that rises from one to two."
     figure = "```{figure} ../_assets/dot.svg\n%s\nA caption.\n```\n"
-    book.write(page, chapter(extra=CODE % good + figure % ":alt: An empty square of nine pixels.\n"))
+    book.write(
+        page, chapter(extra=CODE % good + figure % ":alt: An empty square of nine pixels.\n")
+    )
     status, log = book.build()
     assert status == 0, log
     for harm in (CODE % "", figure % "", figure % ":alt: dot.svg\n", figure % ":alt: figure\n"):
@@ -245,10 +308,16 @@ def test_images_need_words(book: Book) -> None:
         assert log.count("has no alternative text") == 1, log
 
 
-def test_sentences_and_a_few_long_lines_may_break_and_numbers_and_printed_tables_may_not(book: Book) -> None:
+def test_sentences_and_a_few_long_lines_may_break_and_numbers_and_printed_tables_may_not(
+    book: Book,
+) -> None:
     words = "a sentence that is longer than an interval"
     show = "from grsd.figures import Table\nTable(['what', 'value', 'why'], [['gap', '-0.79 [-1.01, -0.72]', 'WORDS']])"
-    cells = [show.replace("WORDS", words), "print('x' * 300)", "for k in range(9):\n    print(f'{k:8d}' * 20)"]
+    cells = [
+        show.replace("WORDS", words),
+        "print('x' * 300)",
+        "for k in range(9):\n    print(f'{k:8d}' * 20)",
+    ]
     extra = "\n\n".join(f"```{{code-cell}} ipython3\n{cell}\n```" for cell in cells)
     book.write(f"book/{CHAPTER}.md", chapter(extra=extra))
     status, log = book.build()
@@ -298,7 +367,9 @@ def test_a_checkout_with_a_remote_has_its_own_buttons(book: Book) -> None:
     wanted = f"https://colab.research.google.com/github/someone/fork/blob/gh-pages/notebooks/book/{CHAPTER}.ipynb"
     assert wanted in found
     assert "https://github.com/someone/fork" in found
-    assert not any("colab" in link for link in links(book.html("book/index"))), "a page without code has nothing to run"
+    assert not any("colab" in link for link in links(book.html("book/index"))), (
+        "a page without code has nothing to run"
+    )
 
 
 @pytest.mark.parametrize("address", ["", "/srv/git/someone/fork", "someone/fork"])
@@ -313,7 +384,9 @@ def test_a_checkout_without_a_github_remote_has_none(book: Book, address: str) -
 def test_the_variable_overrides_the_remote(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
     remote(book.root, "git@github.com:someone/fork.git")
     monkeypatch.setenv("GRSD_REPOSITORY", "other/home")
-    assert str(companion_reader.repository(book.root)) == str(companion_reader.Repository("other", "home"))
+    assert str(companion_reader.repository(book.root)) == str(
+        companion_reader.Repository("other", "home")
+    )
     monkeypatch.setenv("GRSD_REPOSITORY", "")
     assert companion_reader.repository(book.root) is None
     monkeypatch.setenv("GRSD_REPOSITORY", "not an address")
@@ -350,7 +423,10 @@ def test_a_reader_notebook_knows_where_it_came_from(book: Book) -> None:
     book.write(f"book/{CHAPTER}.md", chapter(extra=TABLE + CODE % good))
     remote(book.root, "git@github.com:someone/fork.git")
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    subprocess.run(["git", "-C", str(book.root), *identity, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    subprocess.run(
+        ["git", "-C", str(book.root), *identity, "commit", "-q", "--allow-empty", "-m", "first"],
+        check=True,
+    )
     revision = companion_reader.git(book.root, "rev-parse", "HEAD")
     status, log = book.build("jupyter")
     assert status == 0, log
@@ -358,14 +434,18 @@ def test_a_reader_notebook_knows_where_it_came_from(book: Book) -> None:
     nbformat.validate(found)
     code = [cell for cell in found.cells if cell.cell_type == "code"]
     text = "\n".join(cell.source for cell in found.cells if cell.cell_type == "markdown")
-    assert code[0].source.startswith(f'REPOSITORY = "git+https://github.com/someone/fork@{revision}"')
+    assert code[0].source.startswith(
+        f'REPOSITORY = "git+https://github.com/someone/fork@{revision}"'
+    )
     assert "date" not in found.metadata and not any(cell.outputs for cell in code)
     assert "| `code` | $ x^2 $ and **bold** |" in text
     assert "**Theorem 1** (A name)" in text
     assert "**Exercise 1 (A task)**" in text
     assert "**Figure 1.** A small figure." in text
     assert "https://someone.github.io/fork/book/claims.html" in text
-    assert [line for line in text.splitlines() if line.startswith("# ")] == ["# A chapter"], "boxes are not headings"
+    assert [line for line in text.splitlines() if line.startswith("# ")] == ["# A chapter"], (
+        "boxes are not headings"
+    )
     first = (book.root / "_build/jupyter/book" / f"{CHAPTER}.ipynb").read_bytes()
     (book.root / f"book/{CHAPTER}.md").touch()
     book.build("jupyter")
@@ -380,11 +460,15 @@ def test_a_reader_notebook_without_a_remote_is_harmless(book: Book) -> None:
     sources = [cell.source for cell in notebook(book).cells]
     assert any(source.startswith('REPOSITORY = ""') for source in sources)
     assert not any(".ipynb)" in source for source in sources)
-    assert not (book.root / "_build/jupyter/book/index.ipynb").exists(), "a page without code is no notebook"
+    assert not (book.root / "_build/jupyter/book/index.ipynb").exists(), (
+        "a page without code is no notebook"
+    )
 
 
 def test_warnings_fail_the_notebook_build_too(book: Book) -> None:
-    book.write("book/index.md", "# Front\n\n{doc}`nowhere`\n")  # sphinx-tojupyter itself would exit with 0
+    book.write(
+        "book/index.md", "# Front\n\n{doc}`nowhere`\n"
+    )  # sphinx-tojupyter itself would exit with 0
     status, log = book.build("jupyter", **STATIC)
     assert status != 0
     assert "nowhere" in log

@@ -24,7 +24,9 @@ TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 LISTED = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in BOOK.rglob("*.md"))
 NAMES = [name for name in LISTED if name.startswith("book/names/")]  # the reference pages
-CHAPTERS = [name for name in LISTED if len(Path(name).parts) > 2 and name not in NAMES]  # book/<room>/<page>.md
+CHAPTERS = [
+    name for name in LISTED if len(Path(name).parts) > 2 and name not in NAMES
+]  # book/<room>/<page>.md
 BOOTSTRAP = [
     'REPOSITORY = ""  # a published copy of this notebook carries its own repository here',
     "import importlib.util, subprocess, sys",
@@ -35,7 +37,12 @@ BOOTSTRAP = [
 
 def normal(code: str) -> str:
     """Code without comments, blank lines and the line breaks of a formatter."""
-    return re.sub(r"\s+", "", re.sub(r"#[^\n]*", "", code)).replace(",)", ")").replace("import", ",").replace(",,", ",")
+    return (
+        re.sub(r"\s+", "", re.sub(r"#[^\n]*", "", code))
+        .replace(",)", ")")
+        .replace("import", ",")
+        .replace(",,", ",")
+    )
 
 
 def ledger_ids(chapter: str) -> list[str]:
@@ -52,11 +59,17 @@ def faults(text: str, wanted: list[str]) -> list[str]:
     if sorted(boxed) != sorted(wanted):
         found.append(f"claim box: {sorted(set(boxed) ^ set(wanted))} differ from the ledger")
     if not code or not normal(code[0].source).startswith(normal("\n".join(BOOTSTRAP))):
-        found.append("bootstrap: the first code cell does not open with the four lines of every chapter")
+        found.append(
+            "bootstrap: the first code cell does not open with the four lines of every chapter"
+        )
     elif "hide-cell" not in code[0].metadata.get("tags", []):
         found.append("bootstrap: the first code cell is not hidden")
     source = "\n".join(cell.source for cell in code)
-    visible = [cell.source for cell in code if not {"hide-cell", "hide-input"} & set(cell.metadata.get("tags", []))]
+    visible = [
+        cell.source
+        for cell in code
+        if not {"hide-cell", "hide-input"} & set(cell.metadata.get("tags", []))
+    ]
     if not any("assert " in cell for cell in visible):
         found.append("check: no visible assertion")
     if "claims.record(" not in source:
@@ -71,7 +84,11 @@ def faults(text: str, wanted: list[str]) -> list[str]:
     if not solutions or any("dropdown" not in options for options in solutions):
         found.append("exercise: a solution is missing or not folded")
     forbidden = {"skip-execution", "raises-exception", "remove-cell"}
-    found += [f"cell: tag {tag}" for cell in code for tag in forbidden & set(cell.metadata.get("tags", []))]
+    found += [
+        f"cell: tag {tag}"
+        for cell in code
+        for tag in forbidden & set(cell.metadata.get("tags", []))
+    ]
     found += ["cell: stored outputs" for cell in code if cell.get("outputs")]
     return found
 
@@ -130,7 +147,11 @@ def test_a_complete_chapter_has_no_fault() -> None:
         ('REPOSITORY = ""', 'REPOSITORY = "git+https://example.org/x"', "bootstrap"),
         (":tags: [hide-cell]\n", "", "bootstrap"),
         ("assert gap < bound\n", "", "check: no visible assertion"),
-        ('found = claims.record("origin.kl-identity", measured=gap, bound=bound)\n', "", "check: nothing is recorded"),
+        (
+            'found = claims.record("origin.kl-identity", measured=gap, bound=bound)\n',
+            "",
+            "check: nothing is recorded",
+        ),
         ("## What would change this verdict", "## Something else", "section"),
         ("## Summary", "", "section"),
         ("```{exercise}", "```{note}", "exercise: none"),
@@ -158,7 +179,9 @@ def test_every_chapter_of_the_ledger_is_in_the_book() -> None:
 
 
 def test_every_row_of_the_audit_of_the_first_paper_has_a_claim() -> None:
-    rows = {row for claim in claims.load() if claim.paper in ("origin", "grsd") for row in claim.audit}
+    rows = {
+        row for claim in claims.load() if claim.paper in ("origin", "grsd") for row in claim.audit
+    }
     assert {f"C{number}" for number in range(1, 69)} <= rows
 
 
@@ -171,7 +194,9 @@ S5.C.E1 S5.C.E2 S5.C.F1 S5.C.F2 S5.C.F3""".split()
 
 @pytest.mark.parametrize(("paper", "rows"), [("renorm", SECOND), ("mup", THIRD)])
 def test_every_row_of_the_other_audits_has_a_claim(paper: str, rows: list[str]) -> None:
-    found = {row for claim in claims.load() if claim.paper in (paper, "grsd") for row in claim.audit}
+    found = {
+        row for claim in claims.load() if claim.paper in (paper, "grsd") for row in claim.audit
+    }
     assert sorted(set(rows) - found) == []
 
 
@@ -181,11 +206,15 @@ def test_every_row_of_the_other_audits_has_a_claim(paper: str, rows: list[str]) 
 def dead_links(page: str, text: str) -> list[str]:
     """Relative links, images and ``{doc}`` roles that lead nowhere."""
     folder = (ROOT / page).parent
-    prose = re.sub(r"^(`{3,})(?:\{code-cell\}|python|sh|console|\{math\}).*?^\1", "", text, flags=re.M | re.S)
+    prose = re.sub(
+        r"^(`{3,})(?:\{code-cell\}|python|sh|console|\{math\}).*?^\1", "", text, flags=re.M | re.S
+    )
     prose = re.sub(r"(\${1,2})[^$]+\1", "", prose)  # V[x](s) is no link
     targets = [target for target in re.findall(r"\]\(([^)\s#]+)", prose) if "://" not in target]
     targets += re.findall(r"^`{3,}\{(?:figure|image)\} (\S+)", prose, re.M)
-    documents = [re.sub(r".*<(.+)>", r"\1", target) for target in re.findall(r"\{doc\}`([^`]+)`", prose)]
+    documents = [
+        re.sub(r".*<(.+)>", r"\1", target) for target in re.findall(r"\{doc\}`([^`]+)`", prose)
+    ]
     dead = [target for target in targets if not (folder / target).exists()]
     return dead + [name for name in documents if not (folder / f"{name}.md").is_file()]
 
@@ -223,18 +252,26 @@ def unknown_options(words: list[str]) -> list[str]:
         if words[0] not in command.commands:
             return [words[0]]
         command, words = command.commands[words[0]], words[1:]
-    known = {name for parameter in command.params for name in parameter.opts + parameter.secondary_opts} | {"--help"}
+    known = {
+        name for parameter in command.params for name in parameter.opts + parameter.secondary_opts
+    } | {"--help"}
     return [word for word in words if word.startswith("--") and word not in known]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_the_text_exist(page: str) -> None:
-    assert [fault for words in commands((ROOT / page).read_text()) for fault in unknown_options(words)] == []
+    assert [
+        fault for words in commands((ROOT / page).read_text()) for fault in unknown_options(words)
+    ] == []
 
 
 def test_an_unknown_command_is_found() -> None:
     text = "```console\n$ grsd shells MODEL --no-such-option 3\n$ grsd nothing\n$ make book\n$ grsd shells \\\n    --help\n```\n"
-    assert [unknown_options(words) for words in commands(text)] == [["--no-such-option"], ["nothing"], []]
+    assert [unknown_options(words) for words in commands(text)] == [
+        ["--no-such-option"],
+        ["nothing"],
+        [],
+    ]
 
 
 # --- Words and references ----------------------------------------------------------------------------------------------
@@ -248,20 +285,31 @@ def test_the_page_on_verdicts_explains_every_one_as_the_ledger_shows_it() -> Non
 
 
 def test_the_bibliography_is_complete_and_every_key_is_in_it() -> None:
-    entries = re.findall(r"^@\w+\{(\w+),(.*?)^(?=@|%|\Z)", (BOOK / "references.bib").read_text(), re.M | re.S)
+    entries = re.findall(
+        r"^@\w+\{(\w+),(.*?)^(?=@|%|\Z)", (BOOK / "references.bib").read_text(), re.M | re.S
+    )
     keys = [key for key, _ in entries]
     assert len(keys) == len(set(keys)) > 30
     for key, fields in entries:
         assert all(f"{name} = {{" in fields for name in ("author", "title", "year")), key
-        assert all(re.fullmatch(r"\d{4}\.\d{5}", number) for number in re.findall(r"eprint = \{([^}]+)\}", fields)), key
+        assert all(
+            re.fullmatch(r"\d{4}\.\d{5}", number)
+            for number in re.findall(r"eprint = \{([^}]+)\}", fields)
+        ), key
         year = re.search(r"year = \{(\d{4})[a-z]?\}", fields)
         assert year is not None and year[1] in key, f"{key}: the year in its key is another"
-    shown = [tuple(re.findall(r"(?:author|year) = \{([^}]+)\}", fields)[:2]) for _, fields in entries]
-    assert len(set(shown)) == len(shown), "two works are cited by the same authors and year: add a letter to the years"
+    shown = [
+        tuple(re.findall(r"(?:author|year) = \{([^}]+)\}", fields)[:2]) for _, fields in entries
+    ]
+    assert len(set(shown)) == len(shown), (
+        "two works are cited by the same authors and year: add a letter to the years"
+    )
     cited = {
         key
         for page in PAGES
         for found in re.findall(r"\{cite:\w+\}`([^`]+)`", (ROOT / page).read_text())
         for key in found.split(",")
     }
-    assert {key.strip() for key in cited} <= set(keys), sorted({key.strip() for key in cited} - set(keys))
+    assert {key.strip() for key in cited} <= set(keys), sorted(
+        {key.strip() for key in cited} - set(keys)
+    )

@@ -23,7 +23,9 @@ EPS = float(np.finfo(float).eps)
 class Wave(nn.Module):
     """f(x) = Σ_j a_j tanh(w_j x)/√h: small enough for dense checks, and it moves its kernel."""
 
-    def __init__(self, width: int, inputs: int, seed: int, activation: nn.Module | None = None) -> None:
+    def __init__(
+        self, width: int, inputs: int, seed: int, activation: nn.Module | None = None
+    ) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(seed)
         self.a = nn.Parameter(torch.randn(width, generator=g, dtype=torch.float64))
@@ -40,7 +42,9 @@ def problem(samples: int = 10, width: int = 8, seed: int = 0) -> Problem:
     return Problem(Wave(width, 2, seed), x, torch.sin(2 * x[:, 0]) + x[:, 0] * x[:, 1])
 
 
-def random_instant(n: int, seed: int, rank: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def random_instant(
+    n: int, seed: int, rank: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A PSD matrix with eigenvalues over three decades, a symmetric rate, an error."""
     rng = np.random.default_rng(seed)
     q = np.linalg.qr(rng.normal(size=(n, n)))[0]
@@ -73,7 +77,9 @@ def test_dissipation_and_exchange_are_the_sums_of_the_paper() -> None:
     edges = [-np.inf, *SHELLS.edges, np.inf]
     sets = [[u for u in range(9) if a <= lam[u] < b] for a, b in pairwise(edges)]
     for a, alpha in enumerate(sets, start=1):
-        assert found.dissipation[a] == pytest.approx(sum(lam[u] * g[u] ** 2 for u in alpha), rel=1e-13, abs=1e-16)
+        assert found.dissipation[a] == pytest.approx(
+            sum(lam[u] * g[u] ** 2 for u in alpha), rel=1e-13, abs=1e-16
+        )
         for b, beta in enumerate(sets, start=1):
             flux = -sum(g[v] * g[u] * omega[u, v] for u in alpha for v in beta)
             assert found.exchange[a, b] == pytest.approx(flux, rel=1e-10, abs=1e-11)
@@ -101,7 +107,10 @@ def test_any_antisymmetric_exchange_gives_a_net_flux_of_the_form_of_definition_4
     assert np.abs(np.diff(j, axis=-1) - f.sum(axis=-1)[..., 1:]).max() < 1e-13  # 49 terms of size 1
     assert np.abs(j[..., 0] - f.sum(axis=-1)[..., 0]).max() < 1e-13
     symmetric = np.abs(f)  # the null: no such form
-    assert np.abs(np.diff(cumulative_flux(symmetric), axis=-1) - symmetric.sum(axis=-1)[..., 1:]).max() > 0.1
+    assert (
+        np.abs(np.diff(cumulative_flux(symmetric), axis=-1) - symmetric.sum(axis=-1)[..., 1:]).max()
+        > 0.1
+    )
 
 
 def test_rate_is_the_derivative_between_two_crossings_and_leak_that_of_the_kernel() -> None:
@@ -112,7 +121,9 @@ def test_rate_is_the_derivative_between_two_crossings_and_leak_that_of_the_kerne
     weights = np.array([1 / 280, -4 / 105, 1 / 5, -4 / 5, 0, 4 / 5, -1 / 5, 4 / 105, -1 / 280]) / h
     looks = [modes(*now) for now in zip(*motion(t + h * steps), strict=True)]
     top = looks[4].eigenvalues
-    shells = LogShells(np.sqrt(top[[4, 6]] * top[[5, 7]]))  # between two eigenvalues, so that none crosses
+    shells = LogShells(
+        np.sqrt(top[[4, 6]] * top[[5, 7]])
+    )  # between two eigenvalues, so that none crosses
     balances = [shell_balance(look, shells) for look in looks]
     energies = np.stack([b.energies for b in balances])
     assert len({tuple(b.counts) for b in balances}) == 1
@@ -161,7 +172,9 @@ def test_crossings_of_the_diagonal_network_are_those_of_the_closed_form() -> Non
     assert np.abs(found.exchanged).max() < 1e-15  # Ω ≡ 0
     assert np.abs(found.residual).max() < 1e-12
     # the printed law lets no energy in: it misses what the closed form carries
-    into = sum(e for _, edge, e in expected if edge == 0.1) - sum(e for _, edge, e in expected if edge == 0.3)
+    into = sum(e for _, edge, e in expected if edge == 0.1) - sum(
+        e for _, edge, e in expected if edge == 0.3
+    )
     assert found.printed_residual[3] == pytest.approx(into, abs=1e-12)
 
 
@@ -178,7 +191,9 @@ def test_a_visit_between_two_looks_is_found() -> None:
     found = integrated_balance(motion, LogShells(np.array([0.1, 1.9, 4.0])), [0.0, 1.0])
     assert [c.upward for c in found.crossings] == [True, False]
     # 2 − 4(t − ½)² = 1.9 at t = ½ ± √0.1/2
-    assert [c.time for c in found.crossings] == pytest.approx([0.5 - 0.1**0.5 / 2, 0.5 + 0.1**0.5 / 2], abs=1e-12)
+    assert [c.time for c in found.crossings] == pytest.approx(
+        [0.5 - 0.1**0.5 / 2, 0.5 + 0.1**0.5 / 2], abs=1e-12
+    )
     assert np.abs(found.residual).max() < 1e-12
 
 
@@ -197,7 +212,9 @@ def test_the_full_law_closes_on_a_network_and_the_printed_one_does_not(
     assert len(found.crossings) >= 4
     assert np.abs(found.residual).max() < 1e-11
     assert np.abs(found.printed_residual).max() > 1e-2
-    assert found.after.sum() - found.before.sum() == pytest.approx(-found.dissipated.sum(), abs=1e-12)
+    assert found.after.sum() - found.before.sum() == pytest.approx(
+        -found.dissipated.sum(), abs=1e-12
+    )
     # carried energy is handed on, neither made nor lost
     assert abs(found.carried.sum()) < 1e-15
 
@@ -249,13 +266,20 @@ def test_three_routes_to_the_rate_of_a_soft_energy_agree(power: int) -> None:
     M, rate, error = random_instant(12, 5)
     edges = np.geomspace(1e-3, 1.0, 7)
     m, r, e = (torch.tensor(a) for a in (M, rate, error))
-    left = jvp(lambda x, y: resolvent_energy(x, y, edges, power=power), (m, e), (r, -m @ e))[1].numpy()
-    flux, split = resolvent_flux(m, r, e, edges, power=power), edge_flux(modes(M, rate, error), edges, power)
+    left = jvp(lambda x, y: resolvent_energy(x, y, edges, power=power), (m, e), (r, -m @ e))[
+        1
+    ].numpy()
+    flux, split = (
+        resolvent_flux(m, r, e, edges, power=power),
+        edge_flux(modes(M, rate, error), edges, power),
+    )
     scale = np.abs(left).max()
     # condition λ_max/a of at most 1e3, times p roots: 1e3 · 8 · 2e-16, with room for n = 12 sums
     assert np.abs(left - (flux.total - flux.dissipation_above)).max() < 1e-11 * scale
     assert np.abs(flux.total - split.advective - split.kato).max() < 1e-11 * scale
-    assert np.abs(split.kato - flux.dissipation_above - left).max() > 1e-2 * scale  # without the crossing term
+    assert (
+        np.abs(split.kato - flux.dissipation_above - left).max() > 1e-2 * scale
+    )  # without the crossing term
 
 
 def test_matrix_powers_lose_the_digits_that_rotated_resolvents_keep() -> None:
@@ -286,10 +310,14 @@ def test_soft_flux_is_the_rate_of_the_energy_below_an_edge() -> None:
     motion = moving(net, 1.0)
     h, edges = 1e-2, np.array([0.01, 0.1, 1.0])
     weights = np.array([1 / 280, -4 / 105, 1 / 5, -4 / 5, 0, 4 / 5, -1 / 5, 4 / 105, -1 / 280]) / h
-    looks = [resolvent_flux(*now, edges) for now in zip(*motion(0.5 + h * np.arange(-4, 5)), strict=True)]
+    looks = [
+        resolvent_flux(*now, edges) for now in zip(*motion(0.5 + h * np.arange(-4, 5)), strict=True)
+    ]
     difference = weights @ np.stack([look.below for look in looks])
     assert np.abs(difference - (-looks[4].total - looks[4].dissipation_below)).max() < 1e-10
-    assert np.abs(difference - (looks[4].total - looks[4].dissipation_below)).max() > 1e-3  # the other sign
+    assert (
+        np.abs(difference - (looks[4].total - looks[4].dissipation_below)).max() > 1e-3
+    )  # the other sign
 
 
 SQUARE = torch.eye(3, dtype=torch.float64)
@@ -300,9 +328,21 @@ ONES = torch.ones(3, dtype=torch.float64)
     ("call", "error", "words"),
     [
         (lambda: resolvent_energy(SQUARE.float(), ONES, [1.0]), TypeError, "M is torch.float32"),
-        (lambda: resolvent_energy(SQUARE, ONES.float(), [1.0]), TypeError, "error is torch.float32"),
-        (lambda: resolvent_energy(SQUARE, ONES[:2], [1.0]), ValueError, r"error \(2,\); expected \(n, n\)"),
-        (lambda: resolvent_energy(SQUARE, ONES, [2.0, 1.0]), ValueError, r"ascending, got \[2.0, 1.0\]"),
+        (
+            lambda: resolvent_energy(SQUARE, ONES.float(), [1.0]),
+            TypeError,
+            "error is torch.float32",
+        ),
+        (
+            lambda: resolvent_energy(SQUARE, ONES[:2], [1.0]),
+            ValueError,
+            r"error \(2,\); expected \(n, n\)",
+        ),
+        (
+            lambda: resolvent_energy(SQUARE, ONES, [2.0, 1.0]),
+            ValueError,
+            r"ascending, got \[2.0, 1.0\]",
+        ),
         (lambda: resolvent_energy(SQUARE, ONES, [0.0]), ValueError, "positive"),
         (lambda: resolvent_energy(SQUARE, ONES, []), ValueError, "ascending"),
         (lambda: resolvent_energy(SQUARE, ONES, [1.0], power=0), ValueError, "power is 0"),

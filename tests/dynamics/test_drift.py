@@ -19,7 +19,7 @@ from grsd.dynamics.flow import Problem, around, central, integrate
 from grsd.dynamics.modes import Modes, instant, modes
 from grsd.dynamics.transport import PowerSpectrum, loss, loss_exponent
 from grsd.dynamics.transport_solvers import fitted_exponent
-from grsd.lab.models import mlp
+from grsd.lab.nets.models import mlp
 
 ORDERS = [1, 2, 4, 8]
 PROBE = np.array([1e-3, 1e-2, 0.1])
@@ -66,7 +66,9 @@ def test_both_fluxes_close_the_balance_against_differences_along_the_flow(
     lost = (chi(at) * at.eigenvalues[:, None] * at.coefficients[:, None] ** 2).sum(axis=0)
     slope = central(np.array(above), step)
     # eighth-order differences at this step: truncation below 1e-12, and rounding 1e-15/0.02 of energies near 0.1
-    np.testing.assert_allclose(flux.advective + flux.kato - lost, slope, atol=1e-9 * np.abs(slope).max())
+    np.testing.assert_allclose(
+        flux.advective + flux.kato - lost, slope, atol=1e-9 * np.abs(slope).max()
+    )
     for one in (flux.advective, flux.kato):  # neither alone closes it
         assert np.abs(one - lost - slope).max() > 1e-2 * np.abs(slope).max()
 
@@ -80,7 +82,9 @@ def test_total_flux_is_that_of_linear_solves(order: int) -> None:
             edge_flux(modes(M, rate, e), PROBE, order)
         return
     flux = edge_flux(modes(M, rate, e), PROBE, order)
-    np.testing.assert_allclose(flux.advective + flux.kato, solved, rtol=1e-9)  # condition of (M/a)^4, 1e3·1e-16·room
+    np.testing.assert_allclose(
+        flux.advective + flux.kato, solved, rtol=1e-9
+    )  # condition of (M/a)^4, 1e3·1e-16·room
 
 
 @pytest.mark.parametrize("order", [*ORDERS, math.inf])
@@ -89,7 +93,9 @@ def test_modes_that_follow_the_linear_drift_give_c0_and_no_kato_flux(order: floa
     lam = np.geomspace(1e-4, 1, 40)
     q = np.linalg.qr(np.random.default_rng(1).standard_normal((40, 40)))[0]
     M = (q * lam) @ q.T
-    d = Drift.of([modes(M, c0 / t * M, q.sum(axis=1))], np.array([t]), np.geomspace(1e-3, 1e-1, 7), order)
+    d = Drift.of(
+        [modes(M, c0 / t * M, q.sum(axis=1))], np.array([t]), np.geomspace(1e-3, 1e-1, 7), order
+    )
     # rounding of q diag q^T, divided by the smallest eigenvalue that matters (1e-3)
     np.testing.assert_allclose(d.c("advective"), c0, rtol=1e-10)
     np.testing.assert_allclose(d.c("kato"), 0, atol=1e-9)
@@ -102,14 +108,20 @@ def test_turning_eigenvectors_give_a_kato_flux_and_no_advection() -> None:
     for order in (1.0, math.inf):
         flux = edge_flux(modes(M, rate, e), [0.1], order)
         assert flux.advective[0] == 0 and flux.kato[0] > 0.1
-        back = edge_flux(modes(M, rate, e * [1, -1]), [0.1], order)  # the same energies, the opposite flux
-        assert back.kato[0] == pytest.approx(-flux.kato[0]) and back.energy[0] == pytest.approx(flux.energy[0])
+        back = edge_flux(
+            modes(M, rate, e * [1, -1]), [0.1], order
+        )  # the same energies, the opposite flux
+        assert back.kato[0] == pytest.approx(-flux.kato[0]) and back.energy[0] == pytest.approx(
+            flux.energy[0]
+        )
 
 
 def test_sharp_edges_blow_up_at_an_avoided_crossing_and_soft_ones_do_not() -> None:
     def kato(delta: float, order: float) -> float:
         M = np.array([[1.0, delta / 2], [delta / 2, 1.0]])
-        return float(edge_flux(modes(M, np.diag([1.0, -1.0]), np.array([0.8, 0.6])), [1.0], order).kato[0])
+        return float(
+            edge_flux(modes(M, np.diag([1.0, -1.0]), np.array([0.8, 0.6])), [1.0], order).kato[0]
+        )
 
     assert kato(1e-3, math.inf) / kato(1e-2, math.inf) == pytest.approx(10, rel=1e-6)
     assert kato(1e-3, 1) == pytest.approx(kato(1e-2, 1), rel=1e-4)
@@ -133,14 +145,20 @@ def test_statistics_of_a_planted_field() -> None:
     assert (law.a, law.b) == (pytest.approx(0.8), pytest.approx(-0.6))
     assert law.r2 == pytest.approx(1) and law.selected == pytest.approx(1)
     assert d.summary("total")["mean"] == pytest.approx(0.5 * d.summary("advective")["mean"])
-    assert d.summary("kato")["negative"] == pytest.approx(1) and d.correlation() == pytest.approx(-1)
+    assert d.summary("kato")["negative"] == pytest.approx(1) and d.correlation() == pytest.approx(
+        -1
+    )
     assert d.weights(after=100).sum() == pytest.approx(1) and not d.weights(after=100)[0].any()
     flux = flux.copy()
     flux[:, ::2] *= -1  # downward cells leave the fit, and the fit says so
-    assert Drift(times, edges, energy, flux, 0 * flux).power_law("advective").selected == pytest.approx(5 / 11)
+    assert Drift(times, edges, energy, flux, 0 * flux).power_law(
+        "advective"
+    ).selected == pytest.approx(5 / 11)
 
 
-def test_constant_drift_agrees_with_the_closed_form_of_the_continuum_and_the_printed_one_does_not() -> None:
+def test_constant_drift_agrees_with_the_closed_form_of_the_continuum_and_the_printed_one_does_not() -> (
+    None
+):
     p, c0 = -0.3, 0.6
     u = np.geomspace(1e-16, 1e3, 36001)
     cell = np.diff(u)
@@ -165,17 +183,28 @@ def test_realizability_holds_along_a_flow_and_catches_what_no_network_can_do(net
         spectra.append(np.linalg.eigvalsh(net.kernel(theta).numpy()))
         v = net.velocity(theta)
         j, moved = (net.jacobian(torch.as_tensor(theta) + x * v) for x in (0.0, 1e-5))
-        speeds.append(float(torch.linalg.matrix_norm((moved - j) / 1e-5, 2)) / math.sqrt(12) / float(v.norm()))
-    ratio = realizability(times, path.losses, np.array(spectra), 1.05 * max(speeds))  # 5 %: the grid misses the maximum
+        speeds.append(
+            float(torch.linalg.matrix_norm((moved - j) / 1e-5, 2)) / math.sqrt(12) / float(v.norm())
+        )
+    ratio = realizability(
+        times, path.losses, np.array(spectra), 1.05 * max(speeds)
+    )  # 5 %: the grid misses the maximum
     assert 0 < ratio <= 1
-    assert realizability(times, path.losses, np.array(spectra), max(speeds) * ratio / 2) > 1  # B too small
-    planted = spectra[-1] * (1 + times[:, None])  # eigenvalues that keep growing while the loss stands still
+    assert (
+        realizability(times, path.losses, np.array(spectra), max(speeds) * ratio / 2) > 1
+    )  # B too small
+    planted = spectra[-1] * (
+        1 + times[:, None]
+    )  # eigenvalues that keep growing while the loss stands still
     assert realizability(times, path.losses, planted, max(speeds)) > 1
 
 
 def test_intervals_cover_and_trends_find_a_slope() -> None:
     r = np.random.default_rng(0)
-    covered = sum(found.low <= 0 <= found.high for found in (interval(r.standard_normal(6)) for _ in range(2000)))
+    covered = sum(
+        found.low <= 0 <= found.high
+        for found in (interval(r.standard_normal(6)) for _ in range(2000))
+    )
     assert abs(covered / 2000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)  # four standard errors
     x = np.repeat(np.arange(4.0), 6)
     covered = 0

@@ -8,9 +8,18 @@ import torch
 from scipy.linalg import expm
 from torch import Tensor, nn
 
-from grsd.dynamics.flow import Path, Problem, around, central, descend, effective_time, integrate, orbit_gap
-from grsd.lab.architectures import res_mlp
-from grsd.lab.models import mlp
+from grsd.dynamics.flow import (
+    Path,
+    Problem,
+    around,
+    central,
+    descend,
+    effective_time,
+    integrate,
+    orbit_gap,
+)
+from grsd.lab.nets.architectures import res_mlp
+from grsd.lab.nets.models import mlp
 
 
 def data(n: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -42,7 +51,9 @@ class LayerNormByHand(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c = x - x.mean(-1, keepdim=True)
-        return c * torch.rsqrt(c.square().mean(-1, keepdim=True) + self.eps) * self.weight + self.bias
+        return (
+            c * torch.rsqrt(c.square().mean(-1, keepdim=True) + self.eps) * self.weight + self.bias
+        )
 
 
 class WrongCurvature(torch.autograd.Function):
@@ -86,7 +97,10 @@ def normed() -> tuple[nn.Module, nn.Module]:
 def quotient(problem: Problem) -> Tensor:
     """Ṁ by a fourth-order difference of the kernel along θ̇; its error is about 1e-11."""
     v, h = problem.velocity(problem.theta), 1e-3
-    near, far = (problem.kernel(problem.theta + k * h * v) - problem.kernel(problem.theta - k * h * v) for k in (1, 2))
+    near, far = (
+        problem.kernel(problem.theta + k * h * v) - problem.kernel(problem.theta - k * h * v)
+        for k in (1, 2)
+    )
     return (8 * near - far) / (12 * h)
 
 
@@ -101,7 +115,9 @@ def test_the_kernel_rate_is_the_derivative_of_the_kernel(model: str) -> None:
 
 def test_a_layer_norm_and_its_formula_have_one_rate() -> None:
     one, other = (Problem(net, *data()) for net in normed())
-    torch.testing.assert_close(one.kernel_rate(one.theta), other.kernel_rate(other.theta), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        one.kernel_rate(one.theta), other.kernel_rate(other.theta), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_a_wrong_second_derivative_is_noticed() -> None:
@@ -116,9 +132,15 @@ def test_a_deep_network_is_not_taken_for_a_wrong_second_derivative() -> None:
     x, y = (torch.randn(64, *shape, generator=g, dtype=torch.float64) for shape in ((8,), ()))
     net = res_mlp(inputs=8, width=16, depth=100, layers=1, activation="tanh", epsilon=0.3, seed=0)
     problem = Problem(net, x, y)
-    v, h = problem.velocity(problem.theta), 1e-7  # rounding: 1e-16/1e-7 of M; curvature: h⁴ of a fast network
+    v, h = (
+        problem.velocity(problem.theta),
+        1e-7,
+    )  # rounding: 1e-16/1e-7 of M; curvature: h⁴ of a fast network
     rate = problem.kernel_rate(problem.theta)
-    near, far = (problem.kernel(problem.theta + k * h * v) - problem.kernel(problem.theta - k * h * v) for k in (1, 2))
+    near, far = (
+        problem.kernel(problem.theta + k * h * v) - problem.kernel(problem.theta - k * h * v)
+        for k in (1, 2)
+    )
     assert float((rate - (8 * near - far) / (12 * h)).abs().max() / rate.abs().max()) < 1e-5
 
 
@@ -137,7 +159,10 @@ def test_the_model_is_left_alone_and_may_be_float32() -> None:
     before = [p.clone() for p in net.parameters()]
     problem = Problem(net, *data())
     integrate(problem, [0, 0.5], estimate=False)
-    assert all(p.dtype == torch.float32 and torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert all(
+        p.dtype == torch.float32 and torch.equal(p, q)
+        for p, q in zip(net.parameters(), before, strict=True)
+    )
     assert problem.output(problem.theta).dtype == torch.float64
 
 
@@ -159,7 +184,9 @@ def test_other_methods_reach_the_same_point() -> None:
     problem = tanh()
     end = integrate(problem, [0, 2], estimate=False).thetas[-1]
     for method in ("RK45", "LSODA"):
-        other = integrate(problem, [0, 2], method=method, rtol=1e-10, atol=1e-12, estimate=False).thetas[-1]
+        other = integrate(
+            problem, [0, 2], method=method, rtol=1e-10, atol=1e-12, estimate=False
+        ).thetas[-1]
         assert np.abs(other - end).max() < 1e-8
 
 
@@ -174,7 +201,9 @@ def test_a_schedule_is_a_change_of_time() -> None:
     problem, t = tanh(), np.array([0.0, 1.0, 2.0])
     tau = effective_time(lambda s: 1 / (1 + s), t)
     np.testing.assert_allclose(tau, np.log1p(t), atol=1e-12)
-    scheduled = integrate(problem, t, schedule=lambda s: 1 / (1 + s), rtol=1e-12, atol=1e-14, estimate=False)
+    scheduled = integrate(
+        problem, t, schedule=lambda s: 1 / (1 + s), rtol=1e-12, atol=1e-14, estimate=False
+    )
     plain = integrate(problem, tau, rtol=1e-12, atol=1e-14, estimate=False)
     assert np.abs(scheduled.thetas - plain.thetas).max() < 1e-9
     wrong = integrate(problem, t, rtol=1e-12, atol=1e-14, estimate=False)
@@ -215,7 +244,9 @@ def test_the_modified_velocity_of_the_linearization_agrees_with_autodiff() -> No
     torch.testing.assert_close(frozen.velocity(theta, 0.3), plain, rtol=1e-11, atol=1e-13)
     assert float(frozen.kernel_rate(theta).abs().max()) == 0
     other = frozen.on(*data(5, seed=3))
-    torch.testing.assert_close(other.jacobian(theta), problem.on(*data(5, seed=3)).jacobian(problem.theta))
+    torch.testing.assert_close(
+        other.jacobian(theta), problem.on(*data(5, seed=3)).jacobian(problem.theta)
+    )
 
 
 def test_divergence_names_the_step() -> None:
@@ -244,14 +275,23 @@ def test_the_stencil_is_of_order_eight_and_centred() -> None:
     problem = tanh()
     path = around(problem, problem.theta, 0.02)
     assert np.array_equal(path.thetas[4], problem.theta.numpy()) and np.all(np.diff(path.times) > 0)
-    np.testing.assert_allclose(central(path.thetas, 0.02), problem.velocity(problem.theta).numpy(), atol=1e-10)
+    np.testing.assert_allclose(
+        central(path.thetas, 0.02), problem.velocity(problem.theta).numpy(), atol=1e-10
+    )
 
 
 @pytest.mark.parametrize(
     ("layer", "name"),
-    [(nn.ReLU(), "relu"), (nn.Hardtanh(), "hardtanh"), (nn.LeakyReLU(), "leakyrelu"), (nn.ELU(), "elu")],
+    [
+        (nn.ReLU(), "relu"),
+        (nn.Hardtanh(), "hardtanh"),
+        (nn.LeakyReLU(), "leakyrelu"),
+        (nn.ELU(), "elu"),
+    ],
 )
-def test_kinks_are_found_and_refused_where_smoothness_is_needed(layer: nn.Module, name: str) -> None:
+def test_kinks_are_found_and_refused_where_smoothness_is_needed(
+    layer: nn.Module, name: str
+) -> None:
     problem = Problem(nn.Sequential(nn.Linear(3, 6), layer, nn.Linear(6, 1)), *data())
     assert problem.kinks == (name,)
     with pytest.raises(ValueError, match=name):
@@ -286,7 +326,10 @@ def frozen_weights() -> nn.Module:
         (lambda: Problem(mlp([3, 4, 1], seed=0), data()[0], data()[1][:5]), "targets have shape"),
         (lambda: Problem(nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1)), *data()), "eval"),
         (lambda: Problem(nn.Sequential(nn.Linear(3, 1), nn.Dropout()), *data()), "dropout"),
-        (lambda: Problem(mlp([3, 4, 1], seed=0), data()[0], data()[1] * float("nan")), "not finite"),
+        (
+            lambda: Problem(mlp([3, 4, 1], seed=0), data()[0], data()[1] * float("nan")),
+            "not finite",
+        ),
         (lambda: Problem(frozen_weights(), *data()), "nothing can move"),
         (lambda: tanh().loss(torch.zeros(3)), "this network has"),
         (lambda: integrate(tanh(), [0, 1, 1]), "strict order"),

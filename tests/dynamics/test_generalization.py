@@ -19,7 +19,7 @@ from grsd.dynamics.generalization import (
     shell_weight,
     turning_points,
 )
-from grsd.lab.models import mlp
+from grsd.lab.nets.models import mlp
 
 
 def problems(n: int = 12, m: int = 9) -> tuple[Problem, Problem]:
@@ -34,7 +34,10 @@ def features(seed: int = 0, n: int = 10, m: int = 7, p: int = 15) -> FixedFeatur
     rng = np.random.default_rng(seed)
     scale = np.geomspace(1, 0.03, p)
     return FixedFeatures(
-        rng.normal(size=(n, p)) * scale, rng.normal(size=n), rng.normal(size=(m, p)) * scale, rng.normal(size=m)
+        rng.normal(size=(n, p)) * scale,
+        rng.normal(size=n),
+        rng.normal(size=(m, p)) * scale,
+        rng.normal(size=m),
     )
 
 
@@ -48,7 +51,9 @@ def test_rate_is_minus_the_product_of_gradients_and_the_derivative_along_the_flo
         assert abs(rate + float(a @ b)) < 1e-13 * scale  # some hundred roundings
         nearby = around(train, theta, h := 0.004)  # (h λ_max)⁸ is far below rounding / h
         assert abs(central([test.loss(x) for x in nearby.thetas], h) - rate) < 1e-10 * scale
-        assert abs(rate - float(b @ b)) > 1e-3 * scale  # the reversed sign and the training rate would be seen
+        assert (
+            abs(rate - float(b @ b)) > 1e-3 * scale
+        )  # the reversed sign and the training rate would be seen
         signs.add(rate > 0)
     assert signs == {True, False}  # a falling and a rising instance
 
@@ -80,18 +85,32 @@ def test_fixed_features_equal_the_matrix_exponential_and_an_integrator() -> None
         assert model.test_losses(t)[0] == pytest.approx(0.5 * np.mean(e[10:] ** 2), abs=1e-12)
         rate = -np.mean(e[10:] * (operator @ e)[10:])
         assert model.test_rates(t)[0] == pytest.approx(rate, abs=1e-12)
-    done = solve_ivp(lambda t, e: -operator @ e, (0, 60), e0, method="DOP853", rtol=1e-12, atol=1e-13, t_eval=times)
-    assert np.allclose(0.5 * np.mean(done.y[10:] ** 2, axis=0), model.test_losses(times), atol=1e-10)
+    done = solve_ivp(
+        lambda t, e: -operator @ e,
+        (0, 60),
+        e0,
+        method="DOP853",
+        rtol=1e-12,
+        atol=1e-13,
+        t_eval=times,
+    )
+    assert np.allclose(
+        0.5 * np.mean(done.y[10:] ** 2, axis=0), model.test_losses(times), atol=1e-10
+    )
 
 
 def test_limit_is_the_solution_of_least_norm() -> None:
     model = features()
     least = np.linalg.lstsq(model.train_features, model.train_error, rcond=None)[0]
-    assert np.allclose(model.test_errors(np.inf)[0], model.test_error - model.test_features @ least, atol=1e-11)
+    assert np.allclose(
+        model.test_errors(np.inf)[0], model.test_error - model.test_features @ least, atol=1e-11
+    )
     assert np.allclose(model.residual, model.test_errors(np.inf)[0], atol=1e-12)
     tall = features(n=30, p=6)  # fewer features than samples: energy in ker M stays
     left = (
-        tall.train_error - tall.train_features @ np.linalg.lstsq(tall.train_features, tall.train_error, rcond=None)[0]
+        tall.train_error
+        - tall.train_features
+        @ np.linalg.lstsq(tall.train_features, tall.train_error, rcond=None)[0]
     )
     assert tall.train_losses(np.inf)[0] == pytest.approx(0.5 * np.mean(left**2), rel=1e-12)
 
@@ -101,7 +120,9 @@ def test_modes_are_one_function_on_two_samples() -> None:
     phi = model.train_modes
     assert np.allclose(phi.T @ phi / 10, np.eye(phi.shape[1]), atol=1e-13)
     cross = model.test_features @ model.train_features.T
-    assert np.allclose(cross @ phi / (10 * model.eigenvalues), model.test_modes, atol=1e-11)  # Nyström
+    assert np.allclose(
+        cross @ phi / (10 * model.eigenvalues), model.test_modes, atol=1e-11
+    )  # Nyström
     diagonal = np.diag(mismatch(phi, model.test_modes))
     assert np.allclose(diagonal, (model.test_modes**2).mean(axis=0) - 1, atol=1e-12)
     assert diagonal.min() >= -1 - 1e-12
@@ -113,10 +134,14 @@ def test_tangent_is_the_linearized_problem() -> None:
     frozen = train.linearized(train.theta)
     path = integrate(frozen, [0.0, 2.0, 20.0], rtol=1e-11, estimate=False)
     held = frozen.on(test.inputs, test.targets)
-    assert np.allclose([held.loss(x) for x in path.thetas], model.test_losses(path.times), atol=1e-8)
+    assert np.allclose(
+        [held.loss(x) for x in path.thetas], model.test_losses(path.times), atol=1e-8
+    )
     assert np.allclose(path.losses, model.train_losses(path.times), atol=1e-8)
     assert np.allclose(
-        kernel_between(test, train, train.theta), model.test_features @ model.train_features.T, atol=1e-12
+        kernel_between(test, train, train.theta),
+        model.test_features @ model.train_features.T,
+        atol=1e-12,
     )
 
 
@@ -127,8 +152,12 @@ def test_no_noise_and_no_motion_of_the_kernel_go_down_up_down() -> None:
     model = FixedFeatures(x, x @ target, z, z @ target)
     turns = turning_points(model.test_losses(np.r_[0, np.geomspace(1e-2, 1e5, 400)]))
     assert len(turns) == 4 and turns[-1] < 1e-12
-    assert turns[:3] == pytest.approx([0.58, 0.5, 0.82], abs=0.02)  # ½(a²+b²), ½b², ½(b²+ρ²b²) as s → 0
-    null = FixedFeatures(z, z @ target, z, z @ target)  # uncorrelated in training too: it only falls
+    assert turns[:3] == pytest.approx(
+        [0.58, 0.5, 0.82], abs=0.02
+    )  # ½(a²+b²), ½b², ½(b²+ρ²b²) as s → 0
+    null = FixedFeatures(
+        z, z @ target, z, z @ target
+    )  # uncorrelated in training too: it only falls
     assert rise(null.test_losses(np.r_[0, np.geomspace(1e-2, 1e4, 400)])) == 1.0
 
 
@@ -137,7 +166,9 @@ def test_mismatch_of_fixed_functions_has_the_variance_of_the_text() -> None:
     n, m, draws = 40, 80, 4000
 
     def wave(size: int) -> np.ndarray:
-        return np.asarray(np.sqrt(2) * np.cos(2 * np.pi * rng.random((size, 1)) * np.array([1, 7, 50])))
+        return np.asarray(
+            np.sqrt(2) * np.cos(2 * np.pi * rng.random((size, 1)) * np.array([1, 7, 50]))
+        )
 
     found = np.array([np.diag(mismatch(wave(n), wave(m))) for _ in range(draws)])
     expected = 0.5 * (1 / n + 1 / m)  # (Eψ⁴ − 1)(1/n + 1/m) with Eψ⁴ = 3/2
@@ -152,7 +183,9 @@ def test_weight_is_a_mean_and_splitting_modes_changes_nothing() -> None:
     twice = shell_weight(np.repeat(lam, 2), np.repeat(d, 2), np.array([0.0, 0.5, 1.0, 2.0]))[0]
     assert np.array_equal(twice, weight)
     printed = [
-        shell_weight(np.repeat(lam, k), np.repeat(d, k), np.array([0.0, 0.5, 1.0, 2.0]), printed=True)[0]
+        shell_weight(
+            np.repeat(lam, k), np.repeat(d, k), np.array([0.0, 0.5, 1.0, 2.0]), printed=True
+        )[0]
         for k in (1, 2)
     ]
     assert printed[0].tolist() == [6.0, -2.0, 0.0] and np.array_equal(printed[1], 2 * printed[0])
@@ -172,17 +205,30 @@ def test_turning_points_and_rise() -> None:
     ("change", "error", "message"),
     [
         ({"train_error": np.zeros(9)}, ValueError, "10 rows and train_error has 9 entries"),
-        ({"test_features": np.zeros((7, 14))}, ValueError, "15 features on the training samples and 14"),
-        ({"test_features": np.zeros((0, 15)), "test_error": np.zeros(0)}, ValueError, "it is empty"),
+        (
+            {"test_features": np.zeros((7, 14))},
+            ValueError,
+            "15 features on the training samples and 14",
+        ),
+        (
+            {"test_features": np.zeros((0, 15)), "test_error": np.zeros(0)},
+            ValueError,
+            "it is empty",
+        ),
         ({"test_error": np.full(7, np.nan)}, ValueError, "not finite"),
         ({"train_error": np.zeros(10, dtype=np.float32)}, TypeError, "float32"),
         ({"train_features": np.zeros(10)}, ValueError, "expected 2 dimensions"),
         ({"train_features": np.zeros((10, 15))}, ValueError, "all zero"),
     ],
 )
-def test_bad_samples_are_refused(change: dict[str, np.ndarray], error: type[Exception], message: str) -> None:
+def test_bad_samples_are_refused(
+    change: dict[str, np.ndarray], error: type[Exception], message: str
+) -> None:
     good = features()
-    parts = {name: getattr(good, name) for name in ("train_features", "train_error", "test_features", "test_error")}
+    parts = {
+        name: getattr(good, name)
+        for name in ("train_features", "train_error", "test_features", "test_error")
+    }
     with pytest.raises(error, match=message):
         FixedFeatures(**(parts | change))
 

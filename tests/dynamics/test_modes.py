@@ -8,7 +8,7 @@ import torch
 
 from grsd.dynamics.flow import Problem, around, central, integrate
 from grsd.dynamics.modes import Modes, divided, instant, modes, track
-from grsd.lab.models import mlp
+from grsd.lab.nets.models import mlp
 
 
 def problem(n: int = 12, widths: tuple[int, ...] = (3, 10, 1), seed: int = 0) -> Problem:
@@ -18,7 +18,9 @@ def problem(n: int = 12, widths: tuple[int, ...] = (3, 10, 1), seed: int = 0) ->
     return Problem(mlp(widths, seed=seed), x, y)
 
 
-def symmetric(n: int, seed: int, eigenvalues: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def symmetric(
+    n: int, seed: int, eigenvalues: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     q = np.linalg.qr(rng.standard_normal((n, n)))[0]
     a, rate = (q * eigenvalues) @ q.T, rng.standard_normal((n, n))
@@ -35,10 +37,17 @@ def test_rates_of_a_network_agree_with_differences_along_the_flow(seed: int) -> 
     theta = integrate(p, [0, 1.0], estimate=False).thetas[-1]
     m = modes(*instant(p, theta))
     best = np.full(4, np.inf)
-    for h in (0.02, 0.01):  # the error is the larger of h⁸ and rounding over h; close pairs want the smaller h
+    for h in (
+        0.02,
+        0.01,
+    ):  # the error is the larger of h⁸ and rounding over h; close pairs want the smaller h
         values, vectors, g = (central(x, h) for x in track(around(p, theta, h), m))
         turned = p.error(theta).numpy() @ vectors / p.samples
-        found = [relative(m.rates, values), relative(m.vector_rates, vectors), relative(m.coefficient_rates, g)]
+        found = [
+            relative(m.rates, values),
+            relative(m.vector_rates, vectors),
+            relative(m.coefficient_rates, g),
+        ]
         best = np.minimum(best, [*found, relative(-m.coupling @ m.coefficients, turned)])
         assert abs(relative(m.coupling @ m.coefficients, turned) - 2) < 1e-3  # the printed sign
     assert best.max() < 1e-8
@@ -49,7 +58,9 @@ def test_modes_are_orthonormal_in_the_measure_and_carry_the_loss() -> None:
     m = modes(*instant(p, p.theta))
     np.testing.assert_allclose(m.vectors.T @ m.vectors / p.samples, np.eye(p.samples), atol=1e-13)
     assert abs(0.5 * np.sum(m.coefficients**2) - p.loss(p.theta)) < 1e-14
-    np.testing.assert_allclose(p.kernel(p.theta).numpy() @ m.vectors, m.vectors * m.eigenvalues, atol=1e-12)
+    np.testing.assert_allclose(
+        p.kernel(p.theta).numpy() @ m.vectors, m.vectors * m.eigenvalues, atol=1e-12
+    )
     omega = m.coupling
     assert np.abs(omega + omega.T).max() < 1e-12 * np.abs(omega).max()
 
@@ -94,7 +105,9 @@ def test_divided_differences_agree_with_linear_solves_at_every_gap(gap: float) -
     M, rate, e = symmetric(10, 0, x)
     m, a = modes(M, rate, e), 0.1
     solve = np.linalg.inv(M + a * np.eye(10))
-    found = m.vectors @ divided(m, lambda x: x / (x + a), lambda x: a / (x + a) ** 2) @ m.vectors.T / 10
+    found = (
+        m.vectors @ divided(m, lambda x: x / (x + a), lambda x: a / (x + a) ** 2) @ m.vectors.T / 10
+    )
     np.testing.assert_allclose(found, a * solve @ rate @ solve, atol=1e-10)
 
 
@@ -105,7 +118,9 @@ def test_repeated_eigenvalues_are_refused_and_the_kernel_is_not() -> None:
     with pytest.raises(ValueError, match="single modes have no derivative"):
         _ = m.coupling
     low = modes(*symmetric(6, 1, np.array([0, 0, 0, 1, 2, 3.0])))
-    assert int(low.kernel.sum()) == 3 and len(low.repeated()) == 0 and np.isfinite(low.coupling).all()
+    assert (
+        int(low.kernel.sum()) == 3 and len(low.repeated()) == 0 and np.isfinite(low.coupling).all()
+    )
 
 
 def test_tracking_keeps_the_name_of_a_mode_through_a_crossing() -> None:
@@ -120,7 +135,9 @@ def test_tracking_keeps_the_name_of_a_mode_through_a_crossing() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return (x * self.a * self.b).sum(1)
 
-    p = Problem(Products(), torch.eye(2, dtype=torch.float64), torch.tensor([4.0, 1.0], dtype=torch.float64))
+    p = Problem(
+        Products(), torch.eye(2, dtype=torch.float64), torch.tensor([4.0, 1.0], dtype=torch.float64)
+    )
     path = integrate(p, np.linspace(0, 4, 40), estimate=False)
     found = track(path)
     first, second = (found.eigenvalues[:, k] for k in (0, 1))

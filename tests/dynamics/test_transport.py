@@ -12,7 +12,12 @@ from scipy.integrate import quad
 
 from grsd.dynamics import transport, transport_solvers
 from grsd.dynamics.transport import CovariantDrift, PowerSpectrum
-from grsd.dynamics.transport_solvers import characteristics, finite_volume, fitted_exponent, particles
+from grsd.dynamics.transport_solvers import (
+    characteristics,
+    finite_volume,
+    fitted_exponent,
+    particles,
+)
 
 TIMES = np.geomspace(1.0, 1000.0, 25)
 CASES = [(c0, p) for c0 in (-0.5, 0.0, 0.5, 1.0) for p in (-0.5, 0.0, 0.5, 1.0)]
@@ -31,7 +36,9 @@ def test_density_is_the_symbolic_solution_with_its_initial_data() -> None:
     c, p = sp.symbols("c p", real=True)
     u, s = lam * (t / t0) ** -c, t / t0
     solution = s**-c * u**p * sp.exp(-u / 3) * sp.exp(-u * 2 * t0 / (1 + c) * (s ** (1 + c) - 1))
-    residual = (sp.diff(solution, t) + sp.diff(c * lam / t * solution, lam) + 2 * lam * solution) / solution
+    residual = (
+        sp.diff(solution, t) + sp.diff(c * lam / t * solution, lam) + 2 * lam * solution
+    ) / solution
     assert sp.simplify(residual) == 0
     assert sp.simplify(solution.subs(t, t0) / (lam**p * sp.exp(-lam / 3))) == 1
     for c0, power, point in (
@@ -41,7 +48,9 @@ def test_density_is_the_symbolic_solution_with_its_initial_data() -> None:
     ):
         exact = float(solution.subs({c: c0, p: power, lam: point[0], t: point[1], t0: point[2]}))
         found = float(transport.density(point[0], point[1], c0, soft(power), point[2]))
-        assert found == pytest.approx(exact, rel=1e-11)  # 1/(1+c) at c = −0.999 costs three digits of sympy's float
+        assert found == pytest.approx(
+            exact, rel=1e-11
+        )  # 1/(1+c) at c = −0.999 costs three digits of sympy's float
 
 
 def test_printed_density_has_residual_c0_over_t() -> None:
@@ -54,7 +63,9 @@ def test_printed_density_has_residual_c0_over_t() -> None:
         return float((by_t + (flux[0] - flux[1]) / (2 * d * lam) + 2 * lam * f(lam, t)) / f(lam, t))
 
     for c0 in (-1.5, -0.5, 0.0, 0.5, 1.0):
-        printed = residual(lambda x, t, c0=c0: transport.printed_density(x, t, c0, soft(0.5)), c0, 0.3, 2.0)
+        printed = residual(
+            lambda x, t, c0=c0: transport.printed_density(x, t, c0, soft(0.5)), c0, 0.3, 2.0
+        )
         exact = residual(lambda x, t, c0=c0: transport.density(x, t, c0, soft(0.5)), c0, 0.3, 2.0)
         assert printed == pytest.approx(c0 / 2.0, abs=1e-8)
         assert exact == pytest.approx(0.0, abs=1e-8)
@@ -70,9 +81,16 @@ def test_clock_is_continuous_at_minus_one() -> None:
 @pytest.mark.parametrize("p", [-1.5, -1.0, -0.5, 0.0, 2.0])
 def test_laplace_transform_against_adaptive_quadrature(p: float) -> None:
     spectrum = PowerSpectrum(p, low=0.01, high=5.0, soft=2.0)
-    for rate, low, high in ((0.0, 0.0, math.inf), (3.0, 0.2, 4.0), (80.0, 0.5, 1.0), (1e-3, 0.0, 0.02)):
+    for rate, low, high in (
+        (0.0, 0.0, math.inf),
+        (3.0, 0.2, 4.0),
+        (80.0, 0.5, 1.0),
+        (1e-3, 0.0, 0.02),
+    ):
         lo, hi = max(low, 0.01), min(high, 5.0)
-        exact = quad(lambda u, r=rate: u**p * math.exp(-u * (r + 0.5)), lo, hi, epsrel=1e-13, epsabs=0)[0]
+        exact = quad(
+            lambda u, r=rate: u**p * math.exp(-u * (r + 0.5)), lo, hi, epsrel=1e-13, epsabs=0
+        )[0]
         assert float(spectrum.laplace(rate, low, high)) == pytest.approx(exact, rel=1e-10)
     assert float(spectrum.laplace(1.0, 6.0, 7.0)) == 0.0  # outside the window
 
@@ -81,7 +99,13 @@ def test_shell_energies_are_integrals_of_the_density_below_and_far_beyond_the_fr
     edges, t, c0, p = 2.0 ** np.arange(-12, 3), 40.0, 0.5, 0.5
     energies = transport.shell_energy(edges, t, c0, PowerSpectrum(p))
     exact = [
-        quad(lambda x: float(transport.density(x, t, c0, PowerSpectrum(p))), a, b, epsrel=1e-13, epsabs=0)[0]
+        quad(
+            lambda x: float(transport.density(x, t, c0, PowerSpectrum(p))),
+            a,
+            b,
+            epsrel=1e-13,
+            epsabs=0,
+        )[0]
         for a, b in pairwise(edges)
     ]
     assert energies == pytest.approx(exact, rel=1e-10)
@@ -99,15 +123,21 @@ def test_frontier_is_where_h_peaks_also_without_transport() -> None:
         for t in (3.0, 30.0):
             h = grid * transport.density(grid, t, c0, PowerSpectrum(0.5))
             spacing = math.log(grid[1] / grid[0])
-            assert math.log(grid[h.argmax()] / transport.frontier(t, c0, 0.5)) == pytest.approx(0.0, abs=spacing)
+            assert math.log(grid[h.argmax()] / transport.frontier(t, c0, 0.5)) == pytest.approx(
+                0.0, abs=spacing
+            )
             assert transport.frontier(1e6, c0, 0.5) == pytest.approx((1 + c0) * 1.5 / 2e6, rel=2e-3)
 
 
 def test_local_exponent_is_the_logarithmic_derivative() -> None:
     for c0, p in CASES:
         spectrum, t, d = soft(p), np.array([2.0, 60.0]), 1e-5
-        ratio = transport.loss(t * (1 + d), c0, spectrum) / transport.loss(t * (1 - d), c0, spectrum)
-        assert transport.local_exponent(t, c0, spectrum) == pytest.approx(-np.log(ratio) / (2 * d), rel=1e-8)
+        ratio = transport.loss(t * (1 + d), c0, spectrum) / transport.loss(
+            t * (1 - d), c0, spectrum
+        )
+        assert transport.local_exponent(t, c0, spectrum) == pytest.approx(
+            -np.log(ratio) / (2 * d), rel=1e-8
+        )
 
 
 def test_exponents_differ_by_c0_and_the_local_slope_tends_to_the_corrected_one() -> None:
@@ -122,25 +152,40 @@ def test_exponents_differ_by_c0_and_the_local_slope_tends_to_the_corrected_one()
 
 
 @pytest.mark.parametrize(("c0", "p"), CASES)
-def test_three_routes_give_the_exact_loss_and_reject_the_printed_exponent(c0: float, p: float) -> None:
+def test_three_routes_give_the_exact_loss_and_reject_the_printed_exponent(
+    c0: float, p: float
+) -> None:
     exact = transport.loss(TIMES, c0, soft(p))
     routes = {
-        "finite volume": (finite_volume(soft(p), c0, TIMES, cells=1600).loss, 5e-3),  # second order: see the test below
-        "particles": (particles(soft(p), c0, TIMES, count=4000).loss, 3e-3),  # width 0.01 strata, jittered
-        "characteristics": (characteristics(soft(p), c0, TIMES).loss, 2e-4),  # mass below 1e-14, for p = −½
+        "finite volume": (
+            finite_volume(soft(p), c0, TIMES, cells=1600).loss,
+            5e-3,
+        ),  # second order: see the test below
+        "particles": (
+            particles(soft(p), c0, TIMES, count=4000).loss,
+            3e-3,
+        ),  # width 0.01 strata, jittered
+        "characteristics": (
+            characteristics(soft(p), c0, TIMES).loss,
+            2e-4,
+        ),  # mass below 1e-14, for p = −½
     }
     offset = fitted_exponent(TIMES, exact, after=31.0) - transport.loss_exponent(c0, p).corrected
     for name, (loss, tolerance) in routes.items():
         assert loss == pytest.approx(exact, rel=tolerance), name
         fit = fitted_exponent(TIMES, loss, after=31.0)
-        assert fit - offset == pytest.approx(transport.loss_exponent(c0, p).corrected, abs=5e-3), name
+        assert fit - offset == pytest.approx(transport.loss_exponent(c0, p).corrected, abs=5e-3), (
+            name
+        )
         if c0 >= 0.0:
             assert fit == pytest.approx(transport.loss_exponent(c0, p).corrected, abs=0.03), name
         if c0 != 0.0:
             assert abs(fit - transport.loss_exponent(c0, p).printed) > 0.4, name
 
 
-def test_characteristics_follow_the_closed_density_and_without_the_divergence_the_printed_one() -> None:
+def test_characteristics_follow_the_closed_density_and_without_the_divergence_the_printed_one() -> (
+    None
+):
     run = characteristics(soft(0.5), 0.5, np.array([1.0, 3.0, 20.0]), count=200)
     for k, t in enumerate(run.times):
         exact = transport.density(run.positions[k], t, 0.5, soft(0.5))
@@ -158,7 +203,9 @@ def test_finite_volume_is_second_order_and_its_budget_closes() -> None:
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
     assert np.all(orders > 1.8)  # a limiter clips maxima, which costs a little of the second order
     for run in runs:
-        assert run.budget.max() < 1e-13  # sums of 800 cells over some 700 steps, each rounded at 1e-16
+        assert (
+            run.budget.max() < 1e-13
+        )  # sums of 800 cells over some 700 steps, each rounded at 1e-16
         assert run.energies.min() > -1e-200  # rounding of cells that e^(−2λt) has emptied
 
 
@@ -171,32 +218,44 @@ def test_transport_alone_conserves_energy_and_the_printed_solution_creates_it(c0
     lumps = particles(spectrum, c0, times, window=(1e-3, 1e-2), dissipation=False)
     assert lumps.loss == pytest.approx(lumps.loss[0], rel=1e-14)
     centre = np.sum(moved.energies * np.log(moved.centers), axis=1) / moved.loss
-    assert centre - centre[0] == pytest.approx(c0 * np.log(times), abs=5e-3)  # a fifth of a cell: the data jump
+    assert centre - centre[0] == pytest.approx(
+        c0 * np.log(times), abs=5e-3
+    )  # a fifth of a cell: the data jump
     mass = [  # of the prefactor of (13) alone
-        transport.quadrature(lambda x, t=t: spectrum(x * t**-c0), 1e-3 * t**c0, 1e-2 * t**c0) for t in times
+        transport.quadrature(lambda x, t=t: spectrum(x * t**-c0), 1e-3 * t**c0, 1e-2 * t**c0)
+        for t in times
     ]
     assert np.divide(mass, mass[0]) == pytest.approx(times**c0, rel=1e-10)
 
 
 def test_at_and_below_minus_one_the_loss_is_no_power_of_t() -> None:
-    for c0, expected in ((-1.0, (2 * math.log(1000.0) + 1.0) ** -1.0), (-1.5, 1 / (1 + 4 * (1 - 1000**-0.5)))):
+    for c0, expected in (
+        (-1.0, (2 * math.log(1000.0) + 1.0) ** -1.0),
+        (-1.5, 1 / (1 + 4 * (1 - 1000**-0.5))),
+    ):
         spectrum = PowerSpectrum(0.0, soft=1.0)
         assert float(transport.loss(1000.0, c0, spectrum)) == pytest.approx(expected, rel=1e-12)
         assert finite_volume(spectrum, c0, TIMES).loss[-1] == pytest.approx(expected, rel=2e-3)
-    assert float(transport.loss(1e12, -1.5, PowerSpectrum(0.0, soft=1.0))) == pytest.approx(0.2, rel=1e-5)
+    assert float(transport.loss(1e12, -1.5, PowerSpectrum(0.0, soft=1.0))) == pytest.approx(
+        0.2, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("p", [-0.5, 0.5])
 def test_a_non_linear_drift_has_the_exponent_of_its_value_at_zero(p: float) -> None:
     target = 1.5 * (p + 1)
     for run in (finite_volume, particles, characteristics):
-        assert fitted_exponent(TIMES, run(soft(p), RATIONAL, TIMES).loss, after=31.0) == pytest.approx(target, abs=0.02)
+        assert fitted_exponent(
+            TIMES, run(soft(p), RATIONAL, TIMES).loss, after=31.0
+        ) == pytest.approx(target, abs=0.02)
 
     def start(lam: np.ndarray) -> np.ndarray:
         return transport.self_similar(RATIONAL, p, lam)
 
     compensated = characteristics(start, RATIONAL, TIMES, window=(1e-14, 60.0)).loss * TIMES**target
-    assert compensated == pytest.approx(compensated[0], rel=2e-4)  # a power law from the first step on, no transient
+    assert compensated == pytest.approx(
+        compensated[0], rel=2e-4
+    )  # a power law from the first step on, no transient
 
 
 def test_self_similar_solution_for_a_constant_drift_is_the_known_one() -> None:
@@ -234,7 +293,12 @@ def test_self_similar_solution_for_a_constant_drift_is_the_known_one() -> None:
         (lambda: finite_volume(soft(0.0), 0.5, TIMES, cells=3), "cells = 3"),
         (lambda: finite_volume(soft(0.0), 0.5, TIMES[::-1]), "ascending"),
         (lambda: finite_volume(soft(0.0), 0.5, TIMES, window=(1.0, 1.0)), "holds no mass"),
-        (lambda: finite_volume(PowerSpectrum(0.0, low=1e-4, high=1e-3), 0.5, TIMES, window=(1.0, 2.0)), "no mass"),
+        (
+            lambda: finite_volume(
+                PowerSpectrum(0.0, low=1e-4, high=1e-3), 0.5, TIMES, window=(1.0, 2.0)
+            ),
+            "no mass",
+        ),
         (lambda: finite_volume(lambda u: -u, 0.5, TIMES), "density ≥ 0"),
         (lambda: characteristics(soft(0.0), math.inf, TIMES), "c0 = inf"),
         (
@@ -243,10 +307,16 @@ def test_self_similar_solution_for_a_constant_drift_is_the_known_one() -> None:
         ),
         (lambda: particles(soft(0.0), 0.5, TIMES, step=1.0), "step = 1.0"),
         (lambda: particles(soft(0.0), 0.5, TIMES, count=1), "count = 1"),
-        (lambda: particles(soft(0.0), CovariantDrift(lambda x: np.nan * x, lambda x: x), TIMES), "not finite"),
+        (
+            lambda: particles(soft(0.0), CovariantDrift(lambda x: np.nan * x, lambda x: x), TIMES),
+            "not finite",
+        ),
         (lambda: transport.self_similar(CovariantDrift.linear(-1.0), 0.5, [1.0]), "falls to −1"),
         (lambda: transport.self_similar(RATIONAL, -1.0, [1.0]), "infinite energy"),
-        (lambda: transport_solvers.fitted_exponent([1.0, 2.0], [1.0, 0.5]), "expected three or more"),
+        (
+            lambda: transport_solvers.fitted_exponent([1.0, 2.0], [1.0, 0.5]),
+            "expected three or more",
+        ),
     ],
 )
 def test_bad_input_is_refused_with_the_offending_value(call, words: str) -> None:

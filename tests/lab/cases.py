@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from grsd.lab import suites
+from grsd.lab.checkpoints import suites
 
 TINY = suites.Preset("tiny", hidden=16, layers=1, heads=2, vocab_size=300, lr=1e-2, positions=64)
 RECIPE: dict[str, Any] = {"steps": 5, "batch_size": 2, "length": 16}
@@ -20,6 +20,8 @@ def write_texts(folder: Path, count: int = 25) -> list[Path]:
     paths = []
     for index in range(count):
         path = folder / f"doc{index:02d}.txt"
-        path.write_text(f"{index} " + " ".join(draw.choice(words) for _ in range(120)), encoding="utf-8")
+        path.write_text(
+            f"{index} " + " ".join(draw.choice(words) for _ in range(120)), encoding="utf-8"
+        )
         paths.append(path)
     return paths

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grsd.lab import corpora, suites
+from grsd.lab.checkpoints import suites
+from grsd.lab.data import corpora
 from tests.lab.cases import RECIPE, TINY, write_texts
 
 

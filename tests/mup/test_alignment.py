@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from grsd.lab.architectures import res_mlp
+from grsd.lab.nets.architectures import res_mlp
 from grsd.mup.alignment import (
     Observed,
     contributions,
@@ -36,7 +36,10 @@ def test_observed_gradients_are_those_of_autograd() -> None:
     """Of the batch, and of one sample alone; a hook that scales the layer's output belongs to δ."""
     model, x, y = case()
     chosen = names(model)
-    for handle in (None, model.get_submodule(chosen[-1]).register_forward_hook(lambda m, a, out: 0.3 * out)):
+    for handle in (
+        None,
+        model.get_submodule(chosen[-1]).register_forward_hook(lambda m, a, out: 0.3 * out),
+    ):
 
         def losses(m: nn.Module) -> Tensor:
             return (m(x).reshape(-1) - y) ** 2
@@ -46,11 +49,15 @@ def test_observed_gradients_are_those_of_autograd() -> None:
         losses(model).mean().backward()
         for name in chosen:
             wanted = model.get_submodule(name).weight.grad
-            assert torch.allclose(found[name].gradient(), wanted, rtol=1e-12, atol=1e-13)  # sums of six products
+            assert torch.allclose(
+                found[name].gradient(), wanted, rtol=1e-12, atol=1e-13
+            )  # sums of six products
         model.zero_grad()
         losses(model)[2].backward()
         for name in chosen:
-            assert torch.allclose(found[name].one(2), model.get_submodule(name).weight.grad, rtol=1e-12, atol=1e-13)
+            assert torch.allclose(
+                found[name].one(2), model.get_submodule(name).weight.grad, rtol=1e-12, atol=1e-13
+            )
         if handle is not None:
             handle.remove()
 
@@ -58,12 +65,19 @@ def test_observed_gradients_are_those_of_autograd() -> None:
 def test_batch_of_one_is_aligned_and_equal_samples_add_up() -> None:
     G = torch.Generator().manual_seed(3)
     W = torch.randn(4, 6, generator=G, dtype=torch.float64)
-    a, d = torch.randn(1, 6, generator=G, dtype=torch.float64), torch.randn(1, 4, generator=G, dtype=torch.float64)
+    a, d = (
+        torch.randn(1, 6, generator=G, dtype=torch.float64),
+        torch.randn(1, 4, generator=G, dtype=torch.float64),
+    )
     alone = Observed(W, a, d)
     assert alone.alignment() == pytest.approx(1, abs=1e-12)
-    assert alone.batch_norm_ratio() == pytest.approx(1, abs=1e-12) and alone.own_share() == pytest.approx(1)
+    assert alone.batch_norm_ratio() == pytest.approx(
+        1, abs=1e-12
+    ) and alone.own_share() == pytest.approx(1)
     same = Observed(W, a.repeat(5, 1), d.repeat(5, 1))
-    assert same.batch_norm_ratio() == pytest.approx(1, abs=1e-12) and same.own_share() == pytest.approx(5)
+    assert same.batch_norm_ratio() == pytest.approx(
+        1, abs=1e-12
+    ) and same.own_share() == pytest.approx(5)
     # the violation: two samples that ask for opposite updates
     opposed = Observed(W, a.repeat(2, 1), torch.cat((d, -d)))
     assert opposed.batch_norm_ratio() < 1e-12
@@ -100,10 +114,14 @@ def test_tightness_of_random_and_of_planted_weights() -> None:
 def test_steps_and_their_floor() -> None:
     W = torch.eye(3, dtype=torch.float64)
     against = step(W, 0.4 * W)
-    assert (against.ratio, against.floor, against.cosine) == pytest.approx((0.4 / 1.6, 0.4 / 1.6, -1.0))
+    assert (against.ratio, against.floor, against.cosine) == pytest.approx(
+        (0.4 / 1.6, 0.4 / 1.6, -1.0)
+    )
     along = step(W, 1.5 * W)
     assert (along.ratio, along.size) == pytest.approx((1.0, 0.5))
-    tiny = step(W, W - 1e-5 * W)  # as opposed as can be, and yet near 1: the ratio cannot fail at this size
+    tiny = step(
+        W, W - 1e-5 * W
+    )  # as opposed as can be, and yet near 1: the ratio cannot fail at this size
     assert tiny.cosine == pytest.approx(-1) and tiny.ratio > 0.9999 and tiny.floor > 0.9999
     vector = step(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0]))
     assert vector.ratio == pytest.approx(3 / 9)
@@ -113,19 +131,26 @@ def test_contributions_add_up_for_small_changes_and_cancel_when_planted() -> Non
     model, x, _ = case()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     G = torch.Generator().manual_seed(6)
-    changes = [{name: 1e-6 * torch.randn(p.shape, generator=G, dtype=p.dtype)} for name, p in before.items()]
+    changes = [
+        {name: 1e-6 * torch.randn(p.shape, generator=G, dtype=p.dtype)}
+        for name, p in before.items()
+    ]
 
     def features(m: nn.Module) -> Tensor:
         return m(x)
 
     terms = contributions(model, changes, features)
-    everything = contributions(model, [{k: v for group in changes for k, v in group.items()}], features)[0]
+    everything = contributions(
+        model, [{k: v for group in changes for k, v in group.items()}], features
+    )[0]
     # second-order terms are 1e-6 of the first
     assert torch.linalg.norm(terms.sum(0) - everything) < 1e-4 * torch.linalg.norm(everything)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     head = list(before)[-1]
     opposed = contributions(
-        model, [{head: torch.ones_like(before[head])}, {head: -torch.ones_like(before[head])}], features
+        model,
+        [{head: torch.ones_like(before[head])}, {head: -torch.ones_like(before[head])}],
+        features,
     )
     assert torch.linalg.norm(opposed.sum(0)) < 1e-12 * torch.linalg.norm(opposed[0])
 

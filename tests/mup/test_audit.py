@@ -14,7 +14,7 @@ from grsd.mup import audit, audit_update_norms
 from grsd.mup.audit import UpdateAudit, measure_sizes, summarize
 from grsd.mup.rules import OPTIMIZERS, rule, scale
 
-from .test_plan import Block, gpt2
+from .test_planning import Block, gpt2
 
 X = torch.randn(1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -58,8 +58,24 @@ def loss(model: nn.Module) -> Tensor:
     return found
 
 
-SETTINGS: dict[str, Any] = {"widths": (32, 64, 128), "depths": (4, 8, 16), "base": (64, 4), "seeds": tuple(range(6))}
-NAMES = ("sgd", "adamw", "lion", "sophia", "muon", "muon_keller", "muon_kimi", "shampoo", "soap", "sso")
+SETTINGS: dict[str, Any] = {
+    "widths": (32, 64, 128),
+    "depths": (4, 8, 16),
+    "base": (64, 4),
+    "seeds": tuple(range(6)),
+}
+NAMES = (
+    "sgd",
+    "adamw",
+    "lion",
+    "sophia",
+    "muon",
+    "muon_keller",
+    "muon_kimi",
+    "shampoo",
+    "soap",
+    "sso",
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +94,9 @@ def test_exponents_are_the_predicted_ones(measured: UpdateAudit) -> None:
     gradient = [e for e in measured.exponents if e.quantity == "gradient" or e.optimizer == "sgd"]
     others = [e for e in measured.exponents if e not in gradient]
     assert all(e.holds for e in others), [str(e) for e in others if not e.holds]
-    assert all(abs(e.measured.value - e.wanted) < 0.25 for e in gradient), [str(e) for e in gradient]
+    assert all(abs(e.measured.value - e.wanted) < 0.25 for e in gradient), [
+        str(e) for e in gradient
+    ]
 
 
 def test_orthogonal_and_sign_updates_have_exact_sizes() -> None:
@@ -95,7 +113,9 @@ def test_orthogonal_and_sign_updates_have_exact_sizes() -> None:
                 assert found == pytest.approx(size**0.5, rel=1e-9)
     kimi = {r: 0.2 * 48**0.5 * seen.updates["muon"][r] for r in ("input", "hidden", "output")}
     assert seen.updates["muon_kimi"] == pytest.approx(kimi, rel=1e-9)
-    assert seen.updates["lion"]["input_bias"] == pytest.approx(seen.updates["adamw"]["input_bias"], rel=1e-6)
+    assert seen.updates["lion"]["input_bias"] == pytest.approx(
+        seen.updates["adamw"]["input_bias"], rel=1e-6
+    )
     assert seen.updates["shampoo"] == pytest.approx(
         seen.updates["muon"], rel=1e-3
     )  # rank one: a quarter power of rounding
@@ -107,8 +127,18 @@ def test_orthogonal_and_sign_updates_have_exact_sizes() -> None:
     [
         ("muon", "hidden", scale("-1/2"), "width"),  # Kimi's rule for the bare update
         ("muon_kimi", "hidden", scale(), "width"),  # the bare rule for Kimi's update
-        ("muon_keller", "input", scale("1/2"), "width"),  # torch.optim.Muon with the paper's row of table 3
-        ("adamw", "hidden", scale(-1, -1), "depth"),  # a depth factor that the condition does not ask for
+        (
+            "muon_keller",
+            "input",
+            scale("1/2"),
+            "width",
+        ),  # torch.optim.Muon with the paper's row of table 3
+        (
+            "adamw",
+            "hidden",
+            scale(-1, -1),
+            "depth",
+        ),  # a depth factor that the condition does not ask for
         ("sgd", "hidden", scale(), "depth"),  # table 4 without r_L
         ("sso", "output", scale(), "width"),
     ],
@@ -129,17 +159,25 @@ def test_a_wrong_derivation_is_flagged(measured: UpdateAudit) -> None:
     swapped = [replace(s, updates={"muon": s.updates["muon_kimi"]}) for s in measured.sizes]
     found = summarize(swapped, base=SETTINGS["base"], optimizers=["muon"])
     assert {(e.role, e.quantity, e.axis) for e in found.failures} == {
-        (role, quantity, "width") for role in ("input", "hidden", "output") for quantity in ("update", "condition")
+        (role, quantity, "width")
+        for role in ("input", "hidden", "output")
+        for quantity in ("update", "condition")
     }
 
 
 def test_one_layer_blocks_have_their_own_exponents() -> None:
     factory: Callable[[int, int], nn.Module] = lambda n, depth: Small(n, depth, 1)  # noqa: E731
-    found = audit_update_norms(factory, loss, optimizers=["sgd", "adamw", "muon"], k=1, tolerance=0.25, **SETTINGS)
+    found = audit_update_norms(
+        factory, loss, optimizers=["sgd", "adamw", "muon"], k=1, tolerance=0.25, **SETTINGS
+    )
     assert found.failures == () and found["", "hidden", "weight", "depth"].wanted == -0.5
     assert found["", "hidden", "gradient", "depth"].measured.value == pytest.approx(-0.5, abs=0.2)
-    as_two = summarize(found.sizes, base=(64, 4), optimizers=["sgd", "adamw", "muon"], tolerance=0.25)
-    assert ("hidden", "gradient", "depth") in {(e.role, e.quantity, e.axis) for e in as_two.failures}
+    as_two = summarize(
+        found.sizes, base=(64, 4), optimizers=["sgd", "adamw", "muon"], tolerance=0.25
+    )
+    assert ("hidden", "gradient", "depth") in {
+        (e.role, e.quantity, e.axis) for e in as_two.failures
+    }
 
 
 def test_a_stock_transformer_with_fused_and_transposed_weights_is_audited() -> None:
@@ -150,10 +188,18 @@ def test_a_stock_transformer_with_fused_and_transposed_weights_is_audited() -> N
         return found
 
     found = audit_update_norms(
-        gpt2, language, widths=(16, 32, 64), depths=(), base=(16, 2), optimizers=["muon", "adamw"], seeds=(0,)
+        gpt2,
+        language,
+        widths=(16, 32, 64),
+        depths=(),
+        base=(16, 2),
+        optimizers=["muon", "adamw"],
+        seeds=(0,),
     )
     # exact for U Vᵀ, whatever the model: the parts of Q, K, V are measured one by one
-    assert found["muon", "hidden", "update", "width"].measured.value == pytest.approx(0.0, abs=0.35)  # MLP shapes 4 : 1
+    assert found["muon", "hidden", "update", "width"].measured.value == pytest.approx(
+        0.0, abs=0.35
+    )  # MLP shapes 4 : 1
     sizes = [s.updates["muon"]["hidden"] for s in found.sizes]
     assert max(sizes) / min(sizes) < 1 + 1e-6
 
@@ -165,7 +211,13 @@ class Dropping(Small):
 
 
 def test_bad_input_is_refused() -> None:
-    settings: dict[str, Any] = {"width": 16, "depth": 2, "seed": 0, "base": (16, 2), "optimizers": ["sgd"]}
+    settings: dict[str, Any] = {
+        "width": 16,
+        "depth": 2,
+        "seed": 0,
+        "base": (16, 2),
+        "optimizers": ["sgd"],
+    }
     with pytest.raises(ValueError, match="dropout 'drop' is active"):
         measure_sizes(Dropping, loss, **settings)
     with pytest.raises(ValueError, match="no rule for the optimizer 'adam'"):
@@ -174,7 +226,9 @@ def test_bad_input_is_refused() -> None:
         measure_sizes(Small, loss, **{**settings, "width": 0})
     with pytest.raises(KeyError, match="the audit has no exponent"):
         summarize([], base=(16, 2), optimizers=[])["sgd", "hidden", "update", "width"]
-    seen = measure_sizes(Small, lambda m: loss(m) * float("nan"), **settings)  # a diverged model is data
+    seen = measure_sizes(
+        Small, lambda m: loss(m) * float("nan"), **settings
+    )  # a diverged model is data
     assert seen.updates["sgd"]["hidden"] != seen.updates["sgd"]["hidden"]
     assert set(OPTIMIZERS) >= set(NAMES)
 
@@ -210,7 +264,9 @@ def test_a_table_is_measured_by_its_rows() -> None:
         k=1,
         seeds=(0, 1),
     )
-    (weight,) = [e for e in found.exponents if (e.role, e.quantity, e.axis) == ("input", "weight", "width")]
+    (weight,) = [
+        e for e in found.exponents if (e.role, e.quantity, e.axis) == ("input", "weight", "width")
+    ]
     # the largest of 40 rows of √n-many numbers is within a few per cent of 1 at every width
     assert abs(weight.measured.value) < 0.05
     assert not [e for e in found.failures if e.role == "input" and e.quantity != "gradient"]

@@ -14,7 +14,7 @@ from grsd import mup
 from grsd.mup import Plan, coord_check
 from grsd.mup.coordcheck import CoordCheck, fit_slope
 
-from .test_plan import Residual, gpt2
+from .test_planning import Residual, gpt2
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(32, 5, generator=GENERATOR), torch.randn(32, 3, generator=GENERATOR)
@@ -26,11 +26,18 @@ def loss(model: nn.Module) -> Tensor:
 
 
 def check(optimizer: str, lr: float, **more: Any) -> CoordCheck:
-    settings: dict[str, Any] = {"widths": (64, 128, 256), "depths": (4, 8, 16), "base": (64, 4), "seeds": (0, 1)}
+    settings: dict[str, Any] = {
+        "widths": (64, 128, 256),
+        "depths": (4, 8, 16),
+        "base": (64, 4),
+        "seeds": (0, 1),
+    }
     return coord_check(Residual, loss, optimizer=optimizer, lr=lr, **{**settings, **more})
 
 
-@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 2**-8), ("muon_kimi", 2**-6), ("sgd", 0.1)])
+@pytest.mark.parametrize(
+    ("optimizer", "lr"), [("adamw", 2**-8), ("muon_kimi", 2**-6), ("sgd", 0.1)]
+)
 def test_mup_is_flat_and_sp_is_not(optimizer: str, lr: float) -> None:
     good = check(optimizer, lr)
     assert good.verdict == "flat" and good.findings == ()
@@ -42,7 +49,9 @@ def test_mup_is_flat_and_sp_is_not(optimizer: str, lr: float) -> None:
     assert "C1.2 is broken: the initial norm of hidden goes like depth^" in bad.diagnosis
 
 
-@pytest.mark.parametrize(("role", "condition"), [("hidden", "C2.2"), ("input", "C2.1"), ("output", "C2.1")])
+@pytest.mark.parametrize(
+    ("role", "condition"), [("hidden", "C2.2"), ("input", "C2.1"), ("output", "C2.1")]
+)
 def test_a_wrong_learning_rate_is_named(role: str, condition: str) -> None:
     def wrong(model: nn.Module, base: nn.Module) -> Plan:
         right = mup.plan(model, base=base, optimizer="adamw")
@@ -59,7 +68,9 @@ def test_a_wrong_learning_rate_is_named(role: str, condition: str) -> None:
 
 def test_a_diverged_run_is_data() -> None:
     found = check("sgd", 1e30, widths=(64, 128), depths=(), seeds=(0,))
-    assert found.verdict == "diverged" and any(not math.isfinite(v) for r in found.runs for v in r.losses)
+    assert found.verdict == "diverged" and any(
+        not math.isfinite(v) for r in found.runs for v in r.losses
+    )
 
 
 def test_slopes_of_known_laws_are_recovered_with_their_intervals() -> None:
@@ -74,7 +85,12 @@ def test_slopes_of_known_laws_are_recovered_with_their_intervals() -> None:
         inside += fitted.low <= 0.7 <= fitted.high
     assert abs(inside / 300 - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 300)
     exact = fit_slope([(2.0, 8.0), (4.0, 64.0), (8.0, math.nan)])
-    assert exact is not None and exact.value == pytest.approx(3.0) and exact.points == 2 and exact.high == math.inf
+    assert (
+        exact is not None
+        and exact.value == pytest.approx(3.0)
+        and exact.points == 2
+        and exact.high == math.inf
+    )
     assert fit_slope([(2.0, 8.0), (2.0, 9.0)]) is None
 
 
@@ -100,7 +116,9 @@ def test_a_stock_transformer_is_checked() -> None:
     for get in ("weights", "updates"):
         slope = fit_slope([(r.width, getattr(r, get)["input"]) for r in found.runs if r.depth == 2])
         assert slope is not None and abs(slope.value) < 0.25
-    assert set(found.slopes) == {"width", "depth"} and {"hidden", "input"} <= set(found.runs[0].updates)
+    assert set(found.slopes) == {"width", "depth"} and {"hidden", "input"} <= set(
+        found.runs[0].updates
+    )
 
 
 class Dropping(Residual):

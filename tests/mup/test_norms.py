@@ -11,7 +11,9 @@ import torch
 from grsd.mup.norms import random_norm, rms_norm, rms_operator_norm, spectral_norm
 
 
-def matrix(n_out: int, n_in: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def matrix(
+    n_out: int, n_in: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
     return torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
@@ -26,7 +28,9 @@ def test_the_operator_norm_is_the_largest_gain_of_rms_norms(shape: tuple[int, in
     best = torch.from_numpy(np.linalg.svd(W.numpy())[2][0])
     assert float(rms_norm(W @ best) / rms_norm(best)) == pytest.approx(found, rel=1e-12)  # attained
     others = matrix(200, shape[1], seed=1)
-    assert float((rms_norm(others @ W.T) / rms_norm(others)).max()) <= found * (1 + 1e-12)  # and never exceeded
+    assert float((rms_norm(others @ W.T) / rms_norm(others)).max()) <= found * (
+        1 + 1e-12
+    )  # and never exceeded
 
 
 @pytest.mark.parametrize("spectrum", ["random", "clustered", "isolated", "low rank"])
@@ -50,14 +54,18 @@ def test_a_matrix_of_signs_of_rank_one_is_measured_exactly() -> None:
     # in whole numbers the second residual is exactly zero, where the iteration must not return its first estimate
     u, v = (matrix(size, 1, seed=size).sign() for size in (64, 96))
     for seed in range(5):
-        assert spectral_norm(u @ v.T, dense=0, seed=seed) == pytest.approx(math.sqrt(64 * 96), rel=1e-12)
+        assert spectral_norm(u @ v.T, dense=0, seed=seed) == pytest.approx(
+            math.sqrt(64 * 96), rel=1e-12
+        )
 
 
 def test_a_loose_iteration_is_seen_to_be_loose() -> None:
     W = matrix(300, 300)
     exact = float(torch.linalg.matrix_norm(W, ord=2))
     loose = spectral_norm(W, dense=0, tolerance=1.0)
-    assert 1e-3 < 1 - loose / exact < 0.5  # from below, and off by more than the tolerance of the other tests
+    assert (
+        1e-3 < 1 - loose / exact < 0.5
+    )  # from below, and off by more than the tolerance of the other tests
 
 
 def test_half_precision_is_measured_in_single() -> None:
@@ -74,7 +82,9 @@ def test_random_matrices_follow_the_law(shape: tuple[int, int]) -> None:
 
 def test_a_wrong_norm_is_told_apart() -> None:
     W = matrix(1600, 100)
-    assert float(torch.linalg.matrix_norm(W)) / math.sqrt(W.numel()) < 0.9 * rms_operator_norm(W) / math.sqrt(100)
+    assert float(torch.linalg.matrix_norm(W)) / math.sqrt(W.numel()) < 0.9 * rms_operator_norm(
+        W
+    ) / math.sqrt(100)
 
 
 def test_bad_input_is_refused() -> None:

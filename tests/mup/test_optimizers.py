@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from grsd import mup
 from grsd.mup.optimizers import SSO, Combined, Muon, Shampoo, newton_schulz, polar
 
-from .test_plan import Residual, gpt2, neox
+from .test_planning import Residual, gpt2, neox
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -33,7 +33,9 @@ def test_newton_schulz_has_the_singular_vectors_and_values_near_one(shape: tuple
     u, s, vt = torch.linalg.svd(G, full_matrices=False)
     core = u.mT @ X @ vt.mT
     values = torch.diagonal(core, dim1=-2, dim2=-1)
-    assert float((core - torch.diag_embed(values)).abs().max()) < 1e-12  # an odd polynomial turns no vector
+    assert (
+        float((core - torch.diag_embed(values)).abs().max()) < 1e-12
+    )  # an odd polynomial turns no vector
     large = s > 1e-2 * torch.linalg.matrix_norm(G)[..., None]
     assert float(values[large].min()) > 0.6 and float(values[large].max()) < 1.3
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -43,14 +45,19 @@ def test_newton_schulz_has_the_singular_vectors_and_values_near_one(shape: tuple
     torch.testing.assert_close(values, x, rtol=1e-9, atol=1e-10)
 
 
-def test_bfloat16_moves_the_result_by_its_rounding_and_a_dtype_without_fractions_is_refused() -> None:
+def test_bfloat16_moves_the_result_by_its_rounding_and_a_dtype_without_fractions_is_refused() -> (
+    None
+):
     G = noise(3, 48, 32)
     exact, coarse = newton_schulz(G), newton_schulz(G, dtype=torch.bfloat16)
     assert coarse.dtype == G.dtype
     off = torch.linalg.matrix_norm(coarse - exact, ord=2)
     # the norm of the polynomial's steps is at most 3.4445, five of them carry 2^-9 a product to below 0.2; float32 stays below 1e-4
     assert float(off.min()) > 1e-3 and float(off.max()) < 0.2
-    assert float(torch.linalg.matrix_norm(newton_schulz(G, dtype=torch.float32) - exact, ord=2).max()) < 1e-4
+    assert (
+        float(torch.linalg.matrix_norm(newton_schulz(G, dtype=torch.float32) - exact, ord=2).max())
+        < 1e-4
+    )
     with pytest.raises(ValueError, match=r"torch\.int64"):
         newton_schulz(G, dtype=torch.int64)
 
@@ -69,9 +76,13 @@ def test_a_batch_is_its_matrices_one_by_one_in_fewer_kernels() -> None:
     assert many >= 3 * few
 
 
-@pytest.mark.parametrize(("scaling", "adjust"), [("keller", "original"), ("kimi", "match_rms_adamw")])
+@pytest.mark.parametrize(
+    ("scaling", "adjust"), [("keller", "original"), ("kimi", "match_rms_adamw")]
+)
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
-def test_muon_is_torchs_where_torch_has_it(scaling: Any, adjust: str, shape: tuple[int, int]) -> None:
+def test_muon_is_torchs_where_torch_has_it(
+    scaling: Any, adjust: str, shape: tuple[int, int]
+) -> None:
     W = noise(*shape, dtype=torch.float32)
     fine, coarse, theirs = (nn.Parameter(W.clone()) for _ in range(3))
     a = Muon([fine], lr=0.1, scaling=scaling, weight_decay=0.1)
@@ -114,12 +125,17 @@ def test_a_fused_matrix_is_stepped_like_its_parts(layout: str) -> None:
         flat = x.reshape(24, 10)
         return flat.mT.contiguous() if layout == "transposed" else flat
 
-    group: dict[str, Any] = {"split": (2, 3) if layout == "by head" else 3, "transposed": layout == "transposed"}
+    group: dict[str, Any] = {
+        "split": (2, 3) if layout == "by head" else 3,
+        "transposed": layout == "transposed",
+    }
     p = parameter(fuse(W), fuse(G))
     Muon([{"params": [p], **group}], lr=0.1, scaling="keller", exact=True).step()
     parts = [parameter(w, g) for w, g in zip(W, G, strict=True)]
     Muon(parts, lr=0.1, scaling="keller", exact=True).step()
-    torch.testing.assert_close(p.detach(), fuse(torch.stack([q.detach() for q in parts])), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        p.detach(), fuse(torch.stack([q.detach() for q in parts])), rtol=1e-12, atol=1e-12
+    )
     whole = parameter(fuse(W), fuse(G))
     Muon([whole], lr=0.1, scaling="keller", exact=True).step()
     assert float((whole - p).detach().abs().max()) > 1e-3  # without the split it is another step
@@ -136,8 +152,12 @@ def test_shampoo_is_muon_at_its_first_step_and_not_after() -> None:
         b.step()
         gap = float((p - q).detach().abs().max())
         assert gap < 1e-9 if k == 0 else gap > 1e-3
-    left = sum(0.05 * 0.95 ** (1 - k) * G @ G.mT for k, G in enumerate((first, second))) / (1 - 0.95**2)
-    right = sum(0.05 * 0.95 ** (1 - k) * G.mT @ G for k, G in enumerate((first, second))) / (1 - 0.95**2)
+    left = sum(0.05 * 0.95 ** (1 - k) * G @ G.mT for k, G in enumerate((first, second))) / (
+        1 - 0.95**2
+    )
+    right = sum(0.05 * 0.95 ** (1 - k) * G.mT @ G for k, G in enumerate((first, second))) / (
+        1 - 0.95**2
+    )
 
     def root(S: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(S)
@@ -161,7 +181,9 @@ def test_sso_stays_on_its_sphere_and_moves_along_it() -> None:
     o.step()
     assert float(torch.linalg.matrix_norm(p.detach(), ord=2)) == pytest.approx(R, rel=1e-12)
     step = (before - p.detach()) / 1e-4
-    assert float(torch.linalg.matrix_norm(step, ord=2)) == pytest.approx(R, rel=1e-3)  # retraction: O(η)
+    assert float(torch.linalg.matrix_norm(step, ord=2)) == pytest.approx(
+        R, rel=1e-3
+    )  # retraction: O(η)
     assert abs(float(u[:, 0] @ step @ vt[0])) < 1e-3 * R  # tangent
     assert float((step * G).sum()) > 0  # downhill
     free = parameter(before, G)
@@ -173,7 +195,9 @@ def test_sso_stays_on_its_sphere_and_moves_along_it() -> None:
 def test_combined_optimizers_are_driven_and_saved_as_one() -> None:
     model, base = Residual(32, 4), Residual(16, 2)
     plan = mup.plan(model, base=base, optimizer="muon_kimi")
-    opt = plan.make_optimizer(model, lr=0.02, weight_decay=0.1, options={"adamw": {"betas": (0.9, 0.95)}})
+    opt = plan.make_optimizer(
+        model, lr=0.02, weight_decay=0.1, options={"adamw": {"betas": (0.9, 0.95)}}
+    )
     assert isinstance(opt, Combined) and len(opt.optimizers) == 2
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 0.5**k)
     x = noise(6, 5, dtype=torch.float32)
@@ -186,10 +210,18 @@ def test_combined_optimizers_are_driven_and_saved_as_one() -> None:
 
     advance(model, opt, 2)
     scheduler.step()
-    hidden = [g for g in opt.optimizers[0].param_groups + opt.optimizers[1].param_groups if g["role"] == "hidden"]
-    assert hidden[0]["lr"] == pytest.approx(0.5 * 0.02 / math.sqrt(2))  # the schedule reached the group that steps
+    hidden = [
+        g
+        for g in opt.optimizers[0].param_groups + opt.optimizers[1].param_groups
+        if g["role"] == "hidden"
+    ]
+    assert hidden[0]["lr"] == pytest.approx(
+        0.5 * 0.02 / math.sqrt(2)
+    )  # the schedule reached the group that steps
     copied = copy.deepcopy(model)
-    other = plan.make_optimizer(copied, lr=0.02, weight_decay=0.1, options={"adamw": {"betas": (0.9, 0.95)}})
+    other = plan.make_optimizer(
+        copied, lr=0.02, weight_decay=0.1, options={"adamw": {"betas": (0.9, 0.95)}}
+    )
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     advance(model, opt, 2)
     advance(copied, other, 2)
@@ -199,7 +231,9 @@ def test_combined_optimizers_are_driven_and_saved_as_one() -> None:
         opt.load_state_dict({"optimizers": [{}]})
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "muon_keller", "muon_kimi", "shampoo", "sso"])
+@pytest.mark.parametrize(
+    "name", ["sgd", "adamw", "muon", "muon_keller", "muon_kimi", "shampoo", "sso"]
+)
 def test_every_optimizer_lowers_a_loss(name: str) -> None:
     torch.manual_seed(0)
     model = Residual(24, 3)
@@ -281,7 +315,9 @@ def test_sophia_with_a_scaled_bound_moves_as_far_and_clips_elsewhere() -> None:
         moved = (copied.blocks[0].first.weight.detach() - before).abs()
         assert float(moved.max()) == pytest.approx(0.01 / 4, rel=1e-3)
     assert {g["p"] for g in made["sophia"].values()} == {0.04}
-    assert made["sophia_rho"]["hidden"]["p"] == pytest.approx(0.04 * 4 * 2)  # ρ ∝ r_n r_L in the stack
+    assert made["sophia_rho"]["hidden"]["p"] == pytest.approx(
+        0.04 * 4 * 2
+    )  # ρ ∝ r_n r_L in the stack
     assert made["sophia_rho"]["input"]["p"] == pytest.approx(0.04 * 4)  # and r_n outside
 
 

@@ -8,15 +8,34 @@ from fractions import Fraction
 import pytest
 
 from grsd.mup import rules
-from grsd.mup.rules import MATRICES, OPTIMIZERS, ROLES, RULES, Scale, derive, rule, scale, update_norm, weight_norm
+from grsd.mup.rules import (
+    MATRICES,
+    OPTIMIZERS,
+    ROLES,
+    RULES,
+    Scale,
+    derive,
+    rule,
+    scale,
+    update_norm,
+    weight_norm,
+)
 
 H = Fraction(1, 2)
 
 # 2603.00541, tables 1–6: optimizer → role → (η, λ) as powers of (r_n, r_L), typed from the paper and not from the package
 PRINTED = {
-    "muon_kimi": {"input": ((0, 0), (0, 0)), "hidden": ((-H, 0), (H, 0)), "output": ((0, 0), (0, 0))},
+    "muon_kimi": {
+        "input": ((0, 0), (0, 0)),
+        "hidden": ((-H, 0), (H, 0)),
+        "output": ((0, 0), (0, 0)),
+    },
     "muon": {"input": ((H, 0), (-H, 0)), "hidden": ((0, 0), (0, 0)), "output": ((H, 0), (-H, 0))},
-    "shampoo": {"input": ((H, 0), (-H, 0)), "hidden": ((0, 0), (0, 0)), "output": ((H, 0), (-H, 0))},
+    "shampoo": {
+        "input": ((H, 0), (-H, 0)),
+        "hidden": ((0, 0), (0, 0)),
+        "output": ((H, 0), (-H, 0)),
+    },
     "soap": {"input": ((H, 0), (-H, 0)), "hidden": ((0, 0), (0, 0)), "output": ((H, 0), (-H, 0))},
     "sgd": {
         "input": ((1, 0), (-1, 0)),
@@ -37,7 +56,9 @@ PRINTED = {
 PRINTED["lion"] = PRINTED["sophia"] = PRINTED["adamw"]
 
 
-def disagreements(table: dict[tuple[str, int], dict[rules.Role, rules.Rule]]) -> list[tuple[str, int, str]]:
+def disagreements(
+    table: dict[tuple[str, int], dict[rules.Role, rules.Rule]],
+) -> list[tuple[str, int, str]]:
     found = []
     for (name, k), by_role in table.items():
         second = derive(name, k)
@@ -54,12 +75,18 @@ def test_the_table_is_what_the_condition_gives() -> None:
 def test_a_wrong_cell_is_found(field: str) -> None:
     right = RULES["adamw", 2]["hidden"]
     wrong = replace(right, **{field: getattr(right, field) * scale(0, "1/2")})
-    assert disagreements({("adamw", 2): {**RULES["adamw", 2], "hidden": wrong}}) == [("adamw", 2, "hidden")]
+    assert disagreements({("adamw", 2): {**RULES["adamw", 2], "hidden": wrong}}) == [
+        ("adamw", 2, "hidden")
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(PRINTED))
 def test_the_table_is_the_printed_one(name: str) -> None:
-    ours = {role: (tuple(r.lr), tuple(r.weight_decay)) for role, r in RULES[name, 2].items() if role != "output_bias"}
+    ours = {
+        role: (tuple(r.lr), tuple(r.weight_decay))
+        for role, r in RULES[name, 2].items()
+        if role != "output_bias"
+    }
     assert ours == PRINTED[name]
 
 
@@ -69,7 +96,9 @@ def test_updates_have_the_size_that_the_condition_asks_for(name: str, k: int) ->
     for role, r in table.items():
         change = r.lr * update_norm(name, role, k)
         inside = role in ("hidden", "hidden_bias")
-        assert r.multiplier * change == (scale(0, -1) if inside else scale())  # C2.1, C2.2, B.1, B.3
+        assert r.multiplier * change == (
+            scale(0, -1) if inside else scale()
+        )  # C2.1, C2.2, B.1, B.3
         # λ W is as large as A
         assert r.weight_decay * weight_norm(role, r.variance) == update_norm(name, role, k)
     block = table["hidden"].multiplier
@@ -90,9 +119,15 @@ def test_muon_rules_differ_by_the_factor_of_the_scaling() -> None:
 def test_a_scale_is_a_number_at_given_ratios() -> None:
     assert rule("adamw", "hidden").eps == scale(-1, -1) and str(scale(-1, "1/2")) == "√r_L/r_n"
     assert (
-        str(scale(-1, -2)) == "1/(r_n r_L²)" and str(scale("3/2")) == "r_n^3/2" and str(scale("1/2", 1)) == "√r_n r_L"
+        str(scale(-1, -2)) == "1/(r_n r_L²)"
+        and str(scale("3/2")) == "r_n^3/2"
+        and str(scale("1/2", 1)) == "√r_n r_L"
     )
-    assert scale("-1/2", 2).at(4.0, 3.0) == pytest.approx(4.5) and str(Scale()) == "1" and Scale().at(7, 9) == 1.0
+    assert (
+        scale("-1/2", 2).at(4.0, 3.0) == pytest.approx(4.5)
+        and str(Scale()) == "1"
+        and Scale().at(7, 9) == 1.0
+    )
     with pytest.raises(ValueError, match=r"positive and finite, got r_n = 0, r_L = 2"):
         scale(1).at(0, 2)
 
@@ -106,4 +141,6 @@ def test_bad_names_are_refused() -> None:
         rule("muon", "hidden_bias")
     with pytest.raises(ValueError, match="k = 0"):
         rule("adamw", "hidden", k=0)
-    assert rule("adamw", "hidden", k=5) == rule("adamw", "hidden") and set(RULES["adamw", 1]) == set(ROLES)
+    assert rule("adamw", "hidden", k=5) == rule("adamw", "hidden") and set(
+        RULES["adamw", 1]
+    ) == set(ROLES)

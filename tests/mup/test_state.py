@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from grsd import mup
 from grsd.mup import Plan, schedules
-from grsd.mup.layout import plain
+from grsd.mup.roles import plain
 
-from .test_plan import Residual, gpt2
+from .test_planning import Residual, gpt2
 
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 BASE = Residual(8, 2)
@@ -52,7 +52,10 @@ def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(name: str) -> Non
     advance(model, opt, 3)
     schedule.step()
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "schedule": schedule.state_dict()}, file)
+    torch.save(
+        {"model": model.state_dict(), "opt": opt.state_dict(), "schedule": schedule.state_dict()},
+        file,
+    )
     file.seek(0)
     saved = torch.load(file, weights_only=True)  # nothing but tensors and plain data
     again = Residual(16, 3)
@@ -87,7 +90,10 @@ def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(name: str) -> Non
         ("module._orig_mod.blocks.0.first.weight", "blocks.0.first.weight"),
         ("_orig_mod.module.blocks.0.first.weight", "blocks.0.first.weight"),
         ("blocks.0._orig_mod.first.weight", "blocks.0.first.weight"),
-        ("_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module.first.weight", "blocks.0.first.weight"),
+        (
+            "_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module.first.weight",
+            "blocks.0.first.weight",
+        ),
         ("blocks.0._checkpoint_wrapped_module.first.weight", "blocks.0.first.weight"),
         ("submodule.module.weight", "submodule.module.weight"),  # a module's own names stay
     ],
@@ -107,7 +113,9 @@ def test_a_compiled_model_trains_like_the_model(made: tuple[Residual, Plan]) -> 
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_compiled_models_of_one_class_keep_their_own_multipliers(made: tuple[Residual, Plan]) -> None:
+def test_compiled_models_of_one_class_keep_their_own_multipliers(
+    made: tuple[Residual, Plan],
+) -> None:
     # by default torch.compile would give the third the graph, and with it the multipliers, of one of the others
     model, plan = made
     plain_one, third = copy.deepcopy(model), copy.deepcopy(model)
@@ -116,9 +124,13 @@ def test_compiled_models_of_one_class_keep_their_own_multipliers(made: tuple[Res
     torch.compiler.reset()
     for m in (model, plain_one, third):
         wanted = m(X)
-        torch.testing.assert_close(torch.compile(m, backend="eager")(X), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            torch.compile(m, backend="eager")(X), wanted, rtol=1e-5, atol=1e-6
+        )
     plan.attach(plain_one)  # and hooks that come after the first call are seen
-    torch.testing.assert_close(torch.compile(plain_one, backend="eager")(X), model(X), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.compile(plain_one, backend="eager")(X), model(X), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_blocks_compiled_one_by_one_are_seen_through(made: tuple[Residual, Plan]) -> None:
@@ -126,13 +138,19 @@ def test_blocks_compiled_one_by_one_are_seen_through(made: tuple[Residual, Plan]
     for i, block in enumerate(model.blocks):
         model.blocks[i] = torch.compile(block, backend="eager")  # type: ignore[assignment]
     assert mup.plan(model, base=Residual(8, 2), optimizer="adamw").multipliers == plan.multipliers
-    assert len(plan.param_groups(model, lr=0.1)["adamw"]) == len({(e.role, e.lr, e.weight_decay, e.eps) for e in plan})
+    assert len(plan.param_groups(model, lr=0.1)["adamw"]) == len(
+        {(e.role, e.lr, e.weight_decay, e.eps) for e in plan}
+    )
 
 
-def test_a_distributed_model_trains_like_the_model(made: tuple[Residual, Plan], tmp_path: Path) -> None:
+def test_a_distributed_model_trains_like_the_model(
+    made: tuple[Residual, Plan], tmp_path: Path
+) -> None:
     model, plan = made
     alone = copy.deepcopy(model)
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         wrapped = DistributedDataParallel(torch.compile(model, backend="eager"))
         assert mup.plan(wrapped, base=BASE, optimizer="adamw") == plan
@@ -175,7 +193,9 @@ def test_schedules_keep_the_ratios_of_the_groups() -> None:
 
     for make in (
         lambda o: LambdaLR(o, schedules.cosine(20, warmup=4, floor=0.1)),
-        lambda o: OneCycleLR(o, max_lr=schedules.relative(o, 0.1), total_steps=21, cycle_momentum=False),
+        lambda o: OneCycleLR(
+            o, max_lr=schedules.relative(o, 0.1), total_steps=21, cycle_momentum=False
+        ),
         lambda o: CosineAnnealingLR(o, 30),  # multiplies, as long as its floor is 0
     ):
         torch.testing.assert_close(scheduled(model, plan, make), alone(make), rtol=1e-9, atol=0)
@@ -213,13 +233,22 @@ def test_the_cosine_is_the_papers_schedule() -> None:
 def test_ratios_in_place_of_a_base_give_the_same_plan(make: Any, optimizer: str) -> None:
     model, base = make(32, 6), make(16, 4)
     with_base = mup.plan(model, base=base, optimizer=optimizer)
-    by_ratio = mup.plan(model, r_n=2, r_L=1.5, optimizer=optimizer)  # a ratio need not be a whole number
+    by_ratio = mup.plan(
+        model, r_n=2, r_L=1.5, optimizer=optimizer
+    )  # a ratio need not be a whole number
     assert by_ratio.table() == with_base.table() and by_ratio.multipliers == with_base.multipliers
     for a, b in zip(by_ratio, with_base, strict=True):
         assert (a.name, a.role, a.lr, a.std, a.split) == (b.name, b.role, b.lr, b.std, b.split)
     with pytest.raises(ValueError, match="does not know the base's initial values"):
         by_ratio.initialize_(model, seed=0)
-    sigma = {"input": 0.5, "hidden": 0.25, "output": 0.5, "hidden_bias": 0.0, "input_bias": 0.0, "output_bias": 0.0}
+    sigma = {
+        "input": 0.5,
+        "hidden": 0.25,
+        "output": 0.5,
+        "hidden_bias": 0.0,
+        "input_bias": 0.0,
+        "output_bias": 0.0,
+    }
     by_ratio.initialize_(model, seed=0, std=sigma)
     for name, p in model.named_parameters():
         if p.ndim == 2 and by_ratio[name].role == "hidden":

@@ -19,7 +19,8 @@ def profile(energies: np.ndarray) -> ShellProfile:
 def test_gamma_shells_equal_quadrature() -> None:
     found = np.exp(fits.log_gamma_shells(SHELLS, 0.4, 1.3))
     truth = [
-        quad(lambda x: x**0.4 * np.exp(-1.3 * x), a, b)[0] for a, b in zip(SHELLS.edges, SHELLS.edges[1:], strict=False)
+        quad(lambda x: x**0.4 * np.exp(-1.3 * x), a, b)[0]
+        for a, b in zip(SHELLS.edges, SHELLS.edges[1:], strict=False)
     ]
     assert np.allclose(found, truth, rtol=1e-9)
     with pytest.raises(ValueError, match=r"p = -1\.5"):

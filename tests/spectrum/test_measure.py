@@ -10,7 +10,7 @@ import torch
 
 from grsd.spectrum import LogShells, SpectralMeasure, lanczos
 
-from .test_krylov import with_spectrum
+from .test_lanczos import with_spectrum
 
 SPECTRA = {
     "uniform": lambda rng, n: rng.uniform(0, 1, n),
@@ -85,14 +85,19 @@ def central_moment(M: torch.Tensor, start: torch.Tensor, k: int, reach: float) -
 
 def test_one_step_gives_the_classical_inequalities() -> None:
     """m = 1 knows mean and variance: an edge has Cantelli's bound, and a shell about the mean less than Chebyshev's."""
-    x, w = torch.tensor([8.0, 10.0, 12.0], dtype=torch.float64), torch.tensor([1.0, 6.0, 1.0], dtype=torch.float64) / 8
+    x, w = (
+        torch.tensor([8.0, 10.0, 12.0], dtype=torch.float64),
+        torch.tensor([1.0, 6.0, 1.0], dtype=torch.float64) / 8,
+    )
     mu = lanczos(torch.diag(x), w.sqrt(), 1).measure()  # mean 10, variance 1
     lower, upper = mu.cdf_bounds([8.5, 11.5])
     assert (lower[0], upper[0]) == (0.0, pytest.approx(1 / (1 + 1.5**2), rel=1e-14))
     assert (lower[1], upper[1]) == (pytest.approx(1 - 1 / (1 + 1.5**2), rel=1e-14), 1.0)
     shell = mu.shells(LogShells(np.array([8.5, 11.5])))
     assert 2 * shell.lower[0] == pytest.approx(1 - 2 / (1 + 1.5**2), rel=1e-14)
-    assert 2 * shell.lower[0] < 1 - 1 / 1.5**2 <= float(w[1])  # safe, and not the best that is known
+    assert (
+        2 * shell.lower[0] < 1 - 1 / 1.5**2 <= float(w[1])
+    )  # safe, and not the best that is known
 
 
 def test_bounds_tighten_with_depth_and_close_when_exhausted() -> None:
@@ -115,7 +120,11 @@ def test_exact_measure_has_no_interval() -> None:
 
 @pytest.mark.parametrize(
     ("eigenvalues", "energies", "words"),
-    [([1.0], [1.0, 2.0], "equal vectors"), ([1.0], [-1.0], "no energy negative"), ([float("nan")], [1.0], "finite")],
+    [
+        ([1.0], [1.0, 2.0], "equal vectors"),
+        ([1.0], [-1.0], "no energy negative"),
+        ([float("nan")], [1.0], "finite"),
+    ],
 )
 def test_wrong_use_is_refused(eigenvalues: list[float], energies: list[float], words: str) -> None:
     with pytest.raises(ValueError, match=words):

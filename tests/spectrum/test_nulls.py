@@ -8,14 +8,18 @@ import torch
 
 from grsd.spectrum import LogShells, SpectralMeasure, lanczos, nulls
 
-from .test_krylov import with_spectrum
+from .test_lanczos import with_spectrum
 
 
 def test_random_start_keeps_the_norm_and_forgets_the_direction() -> None:
     like = torch.linspace(1, 2, 4000)
-    draws = [nulls.random_start(like, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    draws = [
+        nulls.random_start(like, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert torch.linalg.vector_norm(draws[0]) == pytest.approx(torch.linalg.vector_norm(like).item(), rel=1e-5)
+    assert torch.linalg.vector_norm(draws[0]) == pytest.approx(
+        torch.linalg.vector_norm(like).item(), rel=1e-5
+    )
     cosine = float(draws[0] @ like) / float(like @ like)
     assert abs(cosine) < 5 / 4000**0.5 and draws[0].dtype == like.dtype
 
@@ -32,13 +36,17 @@ def test_shuffled_targets_keep_frequencies_and_the_uncounted() -> None:
 def test_density_of_states_counts_eigenvalues() -> None:
     eigenvalues = 10.0 ** np.random.default_rng(0).uniform(-2, 1, 300)
     M, _, _ = with_spectrum(eigenvalues, seed=1)
-    measures = nulls.density_of_states(M, probes=12, steps=150, generator=torch.Generator().manual_seed(2))
+    measures = nulls.density_of_states(
+        M, probes=12, steps=150, generator=torch.Generator().manual_seed(2)
+    )
     shells = LogShells.spanning(0.01, 10, ratio=4.0)
     found = nulls.counts(measures, shells)
     truth = np.histogram(eigenvalues, shells.edges)[0]
     assert found.shape == (12, len(shells)) and np.allclose(found.sum(axis=1), 300, rtol=1e-10)
     # the variance of a probe is 2 n(1 - n/T); twelve probes, four standard errors, and one count of quadrature
-    assert (np.abs(found.mean(axis=0) - truth) < 4 * np.sqrt(2 * truth / 12) + 1 + 0.03 * truth).all()
+    assert (
+        np.abs(found.mean(axis=0) - truth) < 4 * np.sqrt(2 * truth / 12) + 1 + 0.03 * truth
+    ).all()
     with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
         nulls.density_of_states(M, probes=0, steps=3, generator=torch.Generator())
 
@@ -52,9 +60,13 @@ def test_frozen_kernel_is_the_exponential_of_the_matrix() -> None:
     full = nulls.frozen_kernel(lanczos(M, start, 60).measure(), 0.7, shells)
     assert np.allclose(full.energies, truth.energies, atol=1e-9 * truth.total)
     rough = nulls.frozen_kernel(lanczos(M, start, 10).measure(), 0.7, shells)
-    assert (truth.energies >= rough.lower - 1e-9).all() and (truth.energies <= rough.upper + 1e-9).all()
+    assert (truth.energies >= rough.lower - 1e-9).all() and (
+        truth.energies <= rough.upper + 1e-9
+    ).all()
     still = nulls.frozen_kernel(lanczos(M, start, 60).measure(), 0.0, shells)
-    assert not np.allclose(still.energies, truth.energies, rtol=0.1)  # the control: no time, no decay
+    assert not np.allclose(
+        still.energies, truth.energies, rtol=0.1
+    )  # the control: no time, no decay
     with pytest.raises(ValueError, match=r"got -1\.0"):
         nulls.frozen_kernel(lanczos(M, start, 3).measure(), -1.0, shells)
 

@@ -20,7 +20,9 @@ ROUNDING = 1e-13
 def draw(seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor]:
     """Logits (B, L, V) and targets (B, L)."""
     generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(BATCH, LENGTH, VOCABULARY, generator=generator, dtype=torch.float64)
+    logits = scale * torch.randn(
+        BATCH, LENGTH, VOCABULARY, generator=generator, dtype=torch.float64
+    )
     return logits, torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
 
 
@@ -63,7 +65,9 @@ def test_ignored_tokens_give_no_row_as_torch_ignores_them() -> None:
     targets[0, 0] = targets[1, 3] = targets[2, 4] = IGNORE
     observable = TokenLogProb(targets)
     rows = observable.rows(logits)
-    full = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE)
+    full = cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE
+    )
     assert rows.numel() == targets.numel() - 3 == observable.samples(rows)
     assert (observable.error(rows) - full[targets.flatten() != IGNORE]).abs().max() < ROUNDING
     # torch's mean divides by the counted tokens, as `samples` does, and not by all of them
@@ -88,7 +92,9 @@ def test_log_probabilities_do_not_overflow(shift: float) -> None:
     plain, moved = (TokenLogProb(targets).rows(z) for z in (logits, logits + shift))
     # numbers of size 800 carry 2.3e-13 in their last place
     assert (plain - moved).abs().max() < 20 * 2.3e-13
-    assert not torch.isfinite(torch.log((logits + shift).exp() / (logits + shift).exp().sum(-1, keepdim=True))).all()
+    assert not torch.isfinite(
+        torch.log((logits + shift).exp() / (logits + shift).exp().sum(-1, keepdim=True))
+    ).all()
 
 
 def test_a_certain_and_wrong_token_has_its_finite_error() -> None:
@@ -110,11 +116,15 @@ def test_class_error_is_minus_the_gradient_of_the_summed_cross_entropy(seed: int
     error = observable.error(observable.rows(logits).detach())
     assert (error + logits.grad.flatten()).abs().max() < ROUNDING
     assert (error - logits.grad.flatten()).abs().max() > 0.1  # the sign is seen
-    assert error.reshape(-1, VOCABULARY).sum(-1).abs().max() < ROUNDING  # onehot and softmax both sum to one
+    assert (
+        error.reshape(-1, VOCABULARY).sum(-1).abs().max() < ROUNDING
+    )  # onehot and softmax both sum to one
 
 
 def test_class_error_of_one_sample_in_closed_form() -> None:
-    error = ClassLogits(torch.tensor([0])).error(torch.tensor([0.0, 0.0, torch.log(torch.tensor(2.0))]))
+    error = ClassLogits(torch.tensor([0])).error(
+        torch.tensor([0.0, 0.0, torch.log(torch.tensor(2.0))])
+    )
     assert torch.allclose(error, torch.tensor([0.75, -0.25, -0.5]))
 
 
@@ -136,7 +146,9 @@ def test_ignored_class_is_refused_with_the_remedy() -> None:
 # --- regression -----------------------------------------------------------------------------------
 
 
-def test_regression_error_is_target_minus_output_and_minus_the_gradient_of_half_the_square() -> None:
+def test_regression_error_is_target_minus_output_and_minus_the_gradient_of_half_the_square() -> (
+    None
+):
     outputs, targets = draw()[0].requires_grad_(), draw(7)[0]
     observable = Outputs(targets)
     rows = observable.rows(outputs)
@@ -210,7 +222,9 @@ def test_an_output_without_a_batch_axis_is_refused() -> None:
 # --- what a model may return ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrap", [lambda z: z, lambda z: (z, "cache"), lambda z: SimpleNamespace(logits=z, loss=None)])
+@pytest.mark.parametrize(
+    "wrap", [lambda z: z, lambda z: (z, "cache"), lambda z: SimpleNamespace(logits=z, loss=None)]
+)
 def test_the_three_kinds_of_output_give_the_same_rows(wrap) -> None:
     logits, targets = draw()
     M = NTK(Returns(logits, wrap), torch.zeros(1), TokenLogProb(targets))
@@ -218,7 +232,9 @@ def test_the_three_kinds_of_output_give_the_same_rows(wrap) -> None:
     assert (M.error - truth).abs().max() < ROUNDING
 
 
-@pytest.mark.parametrize("output", [{"logits": 1}, None, SimpleNamespace(logits=[1.0]), (), ("text",)])
+@pytest.mark.parametrize(
+    "output", [{"logits": 1}, None, SimpleNamespace(logits=[1.0]), (), ("text",)]
+)
 def test_anything_else_is_refused_by_its_type(output) -> None:
     with pytest.raises(TypeError, match=type(output).__name__):
         raw_output(output)
@@ -233,7 +249,9 @@ def test_the_two_operators_of_cross_entropy_are_related_by_the_residual() -> Non
     count = BATCH * LENGTH
     M = NTK(Returns(logits), torch.zeros(1), TokenLogProb(targets))
     K = NTK(Returns(logits), torch.zeros(1), ClassLogits(targets))
-    assert (K.to_dense() - torch.eye(count * VOCABULARY, dtype=torch.float64) / count).abs().max() < 1e-15
+    assert (
+        K.to_dense() - torch.eye(count * VOCABULARY, dtype=torch.float64) / count
+    ).abs().max() < 1e-15
     residual = K.error.reshape(count, VOCABULARY).square().sum(-1)
     assert (M.to_dense() - torch.diag(residual) / count).abs().max() < ROUNDING
     assert (M.to_dense() - torch.eye(count, dtype=torch.float64) / count).abs().max() > 0.01
@@ -250,4 +268,6 @@ def test_the_rate_of_the_loss_is_the_same_from_both_operators() -> None:
     for operator, start in ((M, one), (K, K.error)):
         # a sum of 20 to 80 terms in another order: some 1e-15
         assert abs(operator.inner_weight * float(start @ (operator @ start)) / rate - 1) < 1e-13
-    assert abs(M.inner_weight * float(M.error @ (M @ M.error)) / rate - 1) > 0.1  # e is not what drives
+    assert (
+        abs(M.inner_weight * float(M.error @ (M @ M.error)) / rate - 1) > 0.1
+    )  # e is not what drives

@@ -9,25 +9,42 @@ import pytest
 
 from grsd.spectrum import LogShells, ShellProfile, SpectralMeasure, average, lanczos, statistics
 
-from .test_krylov import with_spectrum
+from .test_lanczos import with_spectrum
 
 
 def profile(energies: list[float], half_width: float = 0.0) -> ShellProfile:
     """Return a profile on shells [1, 2), [2, 4), … with these energies and relative half-widths."""
     e = np.array(energies, float)
     shells = LogShells(2.0 ** np.arange(e.size + 1))
-    return ShellProfile(shells, e, e * (1 - half_width), e * (1 + half_width), 0.0, 0.0, 0.0, 0.0, e, np.ones(e.size))
+    return ShellProfile(
+        shells,
+        e,
+        e * (1 - half_width),
+        e * (1 + half_width),
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        e,
+        np.ones(e.size),
+    )
 
 
 def test_spanning_covers_and_aligns() -> None:
     shells = LogShells.spanning(0.3, 5.0)
     assert shells.edges.tolist() == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0] and len(shells) == 5
-    assert LogShells.spanning(1.0, 4.0).edges.tolist() == [1.0, 2.0, 4.0, 8.0]  # hi itself lies inside [4, 8)
+    assert LogShells.spanning(1.0, 4.0).edges.tolist() == [
+        1.0,
+        2.0,
+        4.0,
+        8.0,
+    ]  # hi itself lies inside [4, 8)
     assert np.allclose(shells.centers, np.sqrt(2) * shells.edges[:-1])
 
 
 @pytest.mark.parametrize(
-    ("lo", "hi", "ratio"), [(0.0, 1.0, 2.0), (2.0, 1.0, 2.0), (1.0, float("inf"), 2.0), (1.0, 2.0, 1.0)]
+    ("lo", "hi", "ratio"),
+    [(0.0, 1.0, 2.0), (2.0, 1.0, 2.0), (1.0, float("inf"), 2.0), (1.0, 2.0, 1.0)],
 )
 def test_bad_spans_are_refused(lo: float, hi: float, ratio: float) -> None:
     with pytest.raises(ValueError, match=f"{lo}|{ratio}"):
@@ -44,7 +61,11 @@ def test_energy_is_half_the_mass_and_none_is_lost() -> None:
     eigenvalues = np.concatenate([np.zeros(10), 10.0 ** np.linspace(-3, 1, 50)])
     M, start, energies = with_spectrum(eigenvalues, seed=1)
     mu = lanczos(M, start, 60).measure()
-    for shells in (LogShells.spanning(1e-3, 10), LogShells(np.array([0.1, 1.0])), LogShells(np.array([50.0, 60.0]))):
+    for shells in (
+        LogShells.spanning(1e-3, 10),
+        LogShells(np.array([0.1, 1.0])),
+        LogShells(np.array([50.0, 60.0])),
+    ):
         p = mu.shells(shells)
         exact = SpectralMeasure.exact(eigenvalues, energies).shells(shells)
         assert p.total == pytest.approx(0.5 * energies.sum(), rel=1e-12)
@@ -67,12 +88,17 @@ def test_intervals_hold_the_exact_energies() -> None:
         slack = 1e-10 * energies.sum()
         assert (exact >= p.lower - slack).all() and (exact <= p.upper + slack).all()
         assert (p.energies >= p.lower - slack).all() and (p.energies <= p.upper + slack).all()
-        assert np.abs(p.energies - exact).max() > 1e-3 * energies.sum()  # without the interval one would be wrong
+        assert (
+            np.abs(p.energies - exact).max() > 1e-3 * energies.sum()
+        )  # without the interval one would be wrong
 
 
 def test_average_carries_the_spread_over_batches() -> None:
     rng = np.random.default_rng(3)
-    batches = [profile((np.array([1.0, 4.0, 2.0]) * (1 + 0.1 * rng.normal(size=3))).tolist()) for _ in range(400)]
+    batches = [
+        profile((np.array([1.0, 4.0, 2.0]) * (1 + 0.1 * rng.normal(size=3))).tolist())
+        for _ in range(400)
+    ]
     mean = average(batches)
     assert mean.batches == 400
     # standard error 0.1 E / sqrt(400); its own relative error is 1/sqrt(800), so 15 % is four of those
@@ -89,7 +115,9 @@ def test_average_carries_the_spread_over_batches() -> None:
 def test_peak_and_its_interval() -> None:
     s = statistics(profile([1, 5, 9, 4, 1], half_width=0.1))
     assert s.peak == pytest.approx(np.sqrt(4 * 8)) and (s.peak_low, s.peak_high) == (4.0, 8.0)
-    s = statistics(profile([1, 8, 9, 4, 1], half_width=0.1))  # the neighbour's interval reaches the peak's
+    s = statistics(
+        profile([1, 8, 9, 4, 1], half_width=0.1)
+    )  # the neighbour's interval reaches the peak's
     assert (s.peak_low, s.peak_high) == (2.0, 8.0)
 
 
@@ -104,7 +132,9 @@ def test_unimodality_catches_a_valley_and_passes_a_null() -> None:
     assert statistics(profile([5, 3, 1])).unimodal and statistics(profile([1, 3, 5])).unimodal
     two = statistics(profile([1, 6, 2, 8, 1], half_width=0.1))
     assert not two.unimodal and two.dip == pytest.approx(3.0)
-    blurred = statistics(profile([1, 6, 5, 8, 1], half_width=0.2))  # a valley that the intervals do not resolve
+    blurred = statistics(
+        profile([1, 6, 5, 8, 1], half_width=0.2)
+    )  # a valley that the intervals do not resolve
     assert blurred.unimodal and blurred.dip == pytest.approx(1.2)
     speck = statistics(
         profile([0.05, 0, 1, 9, 1])
@@ -128,4 +158,9 @@ def test_json_round_trip() -> None:
     back = ShellProfile.from_json(json.loads(json.dumps(p.to_json())))
     for name in ("energies", "lower", "upper", "minima", "counts"):
         assert np.array_equal(getattr(back, name), getattr(p, name), equal_nan=True)
-    assert (back.below, back.above, back.kernel, back.floor) == (p.below, p.above, p.kernel, p.floor)
+    assert (back.below, back.above, back.kernel, back.floor) == (
+        p.below,
+        p.above,
+        p.kernel,
+        p.floor,
+    )

@@ -1,0 +1,243 @@
+"""The experiment ``mup-norms``: sizes of weights, gradients and first updates of residual MLPs of many widths and depths.
+
+One piece is one net: `grsd.mup.audit.measure_sizes` under μP's multipliers and variances, on one sample and a loss that is linear in the output, so
+that ∂ℓ/∂f has one size everywhere. The stored result holds the sizes; the exponents are fitted when it is read (`audit`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grsd.experiments.engine import Experiment, Piece, rounded
+from grsd.lab.nets import architectures
+from grsd.mup import audit as audits
+from grsd.mup import norms, optimizers, roles, rules
+from grsd.mup.audit import Sizes, UpdateAudit
+
+__all__ = ["EXPERIMENT", "Parameters", "audit", "network", "one_sample", "sizes"]
+
+ALL = tuple(
+    name for name in rules.OPTIMIZERS if name not in ("soap_sqrt", "sophia_rho")
+)  # their first steps are soap's and sophia's
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Sizes and seeds; the method is that of the module."""
+
+    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)  # at depth `base_depth`
+    depths: tuple[int, ...] = (4, 8, 16, 32, 64)  # at width `base_width`
+    base_width: int = 64
+    base_depth: int = 4
+    seeds: int = 3
+    blocks: int = 2  # looked at
+    layers: tuple[int, ...] = (2, 1)  # k, of a residual branch
+    activation: str = "relu"
+    optimizers: tuple[str, ...] = ALL
+    slow_width: int = 256  # up to which SSO and SOAP are run: they need many decompositions
+    slow_seeds: int = 2  # of widths above slow_width
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if (
+            min(
+                (
+                    *self.widths,
+                    *self.depths,
+                    self.base_width,
+                    self.base_depth,
+                    self.seeds,
+                    self.blocks,
+                ),
+                default=0,
+            )
+            < 1
+        ):
+            raise ValueError(f"sizes and seeds must be positive, got {self}")
+        unknown = [name for name in self.optimizers if name not in rules.OPTIMIZERS]
+        if unknown or not set(self.layers) <= {1, 2}:
+            raise ValueError(
+                f"unknown optimizer or layers: {unknown}, {self.layers}; layers are 1 or 2"
+            )
+
+
+def network(
+    k: int, activation: str = "relu", base_depth: int = 4
+) -> Callable[[int, int], nn.Module]:
+    """Return (width, depth) → residual MLP with biases, four inputs and one output, and base multiplier α_b = 1/base_depth.
+
+    Four inputs, because ‖W₀‖_R ∝ √n + √d₀ is only then near its limit at width 64; α_b so that the stack's gain ∏(1 + α²…) is near its
+    limit at the base's depth.
+    """
+    return lambda width, depth: architectures.res_mlp(
+        inputs=4,
+        width=width,
+        depth=depth,
+        layers=k,
+        activation=activation,
+        epsilon=1 / base_depth,
+        bias=True,
+        seed=0,
+    )
+
+
+def one_sample(model: nn.Module) -> Tensor:
+    """Return −f(x) at one fixed x, on the model's device: a loss whose ∂ℓ/∂f is −1 at every size."""
+    x = torch.randn(1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out: Tensor = -model(x.to(next(model.parameters()).device)).sum()
+    return out
+
+
+def pieces(p: Parameters) -> list[Piece]:
+    """One piece per k, size and seed."""
+    found: list[Piece] = []
+    sizes = dict.fromkeys(
+        [*((n, p.base_depth) for n in p.widths), *((p.base_width, d) for d in p.depths)]
+    )
+    for k in p.layers:
+        for n, depth in sizes:
+            slow = n > p.slow_width
+            chosen = [
+                name for name in p.optimizers if not (slow and name.startswith(("soap", "sso")))
+            ]
+            for seed in range(min(p.seeds, p.slow_seeds) if slow else p.seeds):
+                settings = {
+                    "base": [p.base_width, p.base_depth],
+                    "blocks": p.blocks,
+                    "activation": p.activation,
+                    "device": p.device,
+                }
+                found.append(
+                    {"k": k, "n": n, "L": depth, "seed": seed, "optimizers": chosen, **settings}
+                )
+    return found
+
+
+def measure(piece: Piece) -> dict[str, Any]:
+    """Return the sizes of one net."""
+    make = network(piece["k"], piece["activation"], piece["base"][1])
+    found = audits.measure_sizes(
+        lambda width, depth: make(width, depth).to(piece["device"]),
+        one_sample,
+        width=piece["n"],
+        depth=piece["L"],
+        seed=piece["seed"],
+        base=tuple(piece["base"]),
+        optimizers=piece["optimizers"],
+        k=piece["k"],
+        blocks=piece["blocks"],
+    )
+    return {"weights": found.weights, "gradients": found.gradients, "updates": found.updates}
+
+
+def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Lay the sizes out as series over the pieces of one k; what was not measured in a piece is −1."""
+    found: dict[str, Any] = {
+        "base": [p.base_width, p.base_depth],
+        "optimizers": list(p.optimizers),
+        "k": {},
+    }
+    for k in p.layers:
+        rows = [
+            (piece, one) for piece, one in zip(listed, measured, strict=True) if piece["k"] == k
+        ]
+        flat = [_flat(one) for _, one in rows]
+        names = dict.fromkeys(name for one in flat for name in one if "output_bias" not in name)
+        series = {name: rounded([one.get(name, -1.0) for one in flat], 4) for name in names}
+        found["k"][str(k)] = {
+            "pieces": [[piece["n"], piece["L"], piece["seed"]] for piece, _ in rows],
+            "series": series,
+        }
+    return found
+
+
+def _flat(one: dict[str, Any]) -> dict[str, float]:
+    found = {
+        f"{kind}/{role}": value
+        for kind in ("weights", "gradients")
+        for role, value in one[kind].items()
+    }
+    return found | {
+        f"updates/{name}/{role}": v for name, of in one["updates"].items() for role, v in of.items()
+    }
+
+
+def sizes(data: dict[str, Any], k: int) -> list[Sizes]:
+    """Return the sizes of a stored result."""
+    if str(k) not in data["k"]:
+        raise ValueError(f"the result has no k = {k}; it has {', '.join(data['k'])}")
+    held = data["k"][str(k)]
+    found = []
+    for i, (n, depth, seed) in enumerate(held["pieces"]):
+        made = Sizes(n, depth, seed, {}, {}, {name: {} for name in data["optimizers"]})
+        for name, values in held["series"].items():
+            kind, *rest = name.split("/")
+            place: dict[str, Any] = getattr(made, kind)
+            if values[i] > 0:
+                (place[rest[0]] if len(rest) == 2 else place)[rest[-1]] = values[i]
+        found.append(made)
+    return found
+
+
+def audit(data: dict[str, Any], k: int = 2, **more: Any) -> UpdateAudit:
+    """Return the exponents of a stored result; further arguments are those of `grsd.mup.audit.summarize`."""
+    return audits.summarize(
+        sizes(data, k), base=tuple(data["base"]), optimizers=data["optimizers"], k=k, **more
+    )
+
+
+def table(data: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
+    """Per k, optimizer and role: exponents of the first update against their predictions."""
+    columns = ["k", "optimizer", "role", "width", "predicted", "depth", "predicted"]
+    rows: list[list[object]] = []
+    for k in map(int, data["k"]):
+        found = audit(data, k)
+        for e in found.exponents:
+            if e.quantity == "update" and e.axis == "width" and e.role != "output_bias":
+                other = found[e.optimizer, e.role, "update", "depth"]
+                rows.append(
+                    [
+                        k,
+                        e.optimizer,
+                        e.role,
+                        str(e.measured),
+                        e.wanted,
+                        str(other.measured),
+                        other.wanted,
+                    ]
+                )
+    return columns, rows
+
+
+EXPERIMENT = Experiment(
+    name="mup-norms",
+    summary="sizes of weights, gradients and first updates of residual MLPs against width and depth, for every optimizer",
+    parameters=Parameters,
+    pieces=pieces,
+    measure=measure,
+    reduce=reduce,
+    table=table,
+    seeds=lambda p: range(p.seeds),
+    sources=(
+        audits,
+        roles,
+        norms,
+        optimizers,
+        sys.modules["grsd.mup.planning"],
+        rules,
+        architectures,
+        sys.modules[__name__],
+    ),
+    gpu={
+        "widths": (64, 256, 1024, 4096),
+        "depths": (4, 16, 64, 256),
+        "slow_width": 1024,
+        "device": "cuda",
+    },
+)

@@ -1,0 +1,104 @@
+"""The learning-rate and weight-decay sweeps that 2603.00541 prints, as arrays.
+
+Tables 8 to 13 are those of version 1; the numbers from 19 on are those of version 2, retyped by hand. The losses are the paper's,
+to three decimals; what is read off them here is ours.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["PublishedSweep", "numbers", "sweep"]
+
+
+@dataclass(frozen=True)
+class PublishedSweep:
+    """One printed table.
+
+    Attributes
+    ----------
+    number : int
+    parametrization : "SP", "muP" (two layers or more a block) or "muP_k1" (the rule of one layer a block)
+    optimizer : str, the hidden matrices' and the others'
+    axis : "width" or "depth"
+    quantity : "lr" or "wd", what `log2` is the binary logarithm of
+    layernorm : bool
+    sizes : (S,) int, widths or depths
+    log2 : (G,) float64
+    losses : (S, G) float64, NaN where the paper prints NaN
+    """
+
+    number: int
+    parametrization: str
+    optimizer: str
+    axis: str
+    quantity: str
+    layernorm: bool
+    sizes: tuple[int, ...]
+    log2: npt.NDArray[np.float64]
+    losses: npt.NDArray[np.float64]
+
+    def row(self, size: int) -> npt.NDArray[np.float64]:
+        """Return the losses (G,) of one size."""
+        if size not in self.sizes:
+            raise ValueError(f"table {self.number} has sizes {self.sizes}, not {size}")
+        found: npt.NDArray[np.float64] = self.losses[self.sizes.index(size)]
+        return found
+
+
+def numbers() -> list[int]:
+    """Return the numbers of the tables that are here."""
+    return sorted(_rows())
+
+
+def sweep(number: int) -> PublishedSweep:
+    """Return one table.
+
+    Raises
+    ------
+    ValueError
+        There is none of that number.
+    """
+    listed = _rows()
+    if number not in listed:
+        raise ValueError(
+            f"no table {number} of learning-rate sweeps: expected one of {sorted(listed)}"
+        )
+    rows = listed[number]
+    first = rows[0]
+    sizes = sorted({int(row["size"]) for row in rows})
+    grid = sorted({float(row["log2"]) for row in rows})
+    losses = np.full((len(sizes), len(grid)), np.nan)
+    filled = np.zeros(losses.shape, dtype=bool)
+    for row in rows:
+        at = sizes.index(int(row["size"])), grid.index(float(row["log2"]))
+        losses[at], filled[at] = float(row["loss"]), True
+    assert filled.all(), f"table {number} has holes"
+    return PublishedSweep(
+        number,
+        first["param"],
+        first.get("optimizer", "Muon-Kimi-AdamW"),
+        first["axis"],
+        first.get("hp", "lr"),
+        first.get("layernorm", "yes") == "yes",
+        tuple(sizes),
+        np.array(grid),
+        losses,
+    )
+
+
+@cache
+def _rows() -> dict[int, list[dict[str, str]]]:
+    found: dict[int, list[dict[str, str]]] = {}
+    for name in ("mup_sweeps_v1.csv", "mup_sweeps_v2.csv"):
+        text = (files("grsd") / "data" / "tables" / name).read_text(encoding="utf-8")
+        for row in csv.DictReader(text.splitlines()):
+            row["log2"] = row.get("log2_lr") or row["log2_hp"]
+            found.setdefault(int(row.get("table") or row["table_v2"]), []).append(row)
+    return found

@@ -1,0 +1,173 @@
+"""Closed forms for the two-layer net of `grsd.lab.nets.models`: outputs, kernel and kernel rate without autodiff.
+
+`TwoLayerProblem` is a `grsd.dynamics.flow.Problem` whose quantities are written out, which makes n of several hundred
+affordable: no Jacobian of size n × P exists. The tests compare every one of them with autodiff.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grsd.dynamics.flow import Problem, Vector
+from grsd.lab.nets.models import TwoLayer
+
+__all__ = ["TwoLayerProblem"]
+
+
+def _tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    t = torch.tanh(z)
+    slope = 1 - t * t
+    return t, slope, -2 * t * slope
+
+
+def _softplus(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    s = torch.sigmoid(z)
+    return torch.nn.functional.softplus(z), s, s * (1 - s)
+
+
+# φ, φ' and φ'' of the activations that have all three everywhere.
+SMOOTH: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "Tanh": _tanh,
+    "Softplus": _softplus,
+}
+
+
+class TwoLayerProblem(Problem):
+    """A two-layer net on fixed data, with closed forms in place of autodiff.
+
+    With z_ij = w_j · x̃_i, Φ = φ(z), Ψ = a φ'(z) and G = X̃ X̃ᵀ (n, n),
+
+        n h M = Φ Φᵀ + G ∘ Ψ Ψᵀ,     n h Ṁ = Φ̇ Φᵀ + Φ Φ̇ᵀ + G ∘ (Ψ̇ Ψᵀ + Ψ Ψ̇ᵀ),
+
+    where Φ̇ = φ'(z) ż, Ψ̇ = ȧ φ'(z) + a φ''(z) ż, ż = X̃ ẇᵀ, and (ȧ, ẇ) = γ δ̇.
+
+    Parameters
+    ----------
+    model : TwoLayer
+    inputs : Tensor, (n, d)
+    targets : Tensor, (n,)
+
+    Raises
+    ------
+    ValueError
+        If the activation has no second derivative everywhere, or the shapes do not fit.
+
+    Notes
+    -----
+    θ is the displacement δ: first `outer` (h,), then `inner` (h, d + 1) row by row. Cost: `velocity` n h (d + 3) operations and
+    n h activations; `kernel` 2 and `kernel_rate` 2 products of size n × h × n. Tensors stay on the model's device.
+    """
+
+    def __init__(self, model: TwoLayer, inputs: Tensor, targets: Tensor) -> None:
+        name = type(model.activation).__name__
+        if name not in SMOOTH:
+            raise ValueError(
+                f"the activation {name} has no closed form with a second derivative here; expected one of "
+                f"{', '.join(s.lower() for s in SMOOTH)}, or use Problem"
+            )
+        if (
+            inputs.ndim != 2
+            or inputs.shape[1] + 1 != model.inner_start.shape[1]
+            or targets.shape != inputs.shape[:1]
+        ):
+            raise ValueError(
+                f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} do not fit a net of "
+                f"{model.inner_start.shape[1] - 1} inputs: expected (n, d) and (n,)"
+            )
+        self._phi, self.gamma, self.width = SMOOTH[name], model.gamma, model.width
+        self._a0, self._w0 = (
+            model.outer_start.to(torch.float64),
+            model.inner_start.to(torch.float64),
+        )
+        with torch.no_grad():
+            self.theta = torch.cat([model.outer, model.inner.reshape(-1)]).to(torch.float64)
+        self._net = model
+        self._set_data(inputs, targets)
+
+    def _set_data(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs = inputs.detach().to(self.theta.device, torch.float64)
+        self.targets = targets.detach().to(self.theta.device, torch.float64)
+        self.samples, self.kinks = len(inputs), ()
+        self._x = TwoLayer.augmented(self.inputs)
+        self._gram = self._x @ self._x.T
+        self._start = self._phi(self._x @ self._w0.T)[0] @ self._a0
+
+    def _moves(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """γδ as (h,) and (h, d + 1)."""
+        h = self.width
+        return self.gamma * theta[:h], self.gamma * theta[h:].view(h, -1)
+
+    def _weights(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        outer, inner = self._moves(theta)
+        return self._a0 + outer, self._w0 + inner
+
+    def _output(self, theta: Tensor) -> Tensor:
+        a, w = self._weights(theta)
+        return (self._phi(self._x @ w.T)[0] @ a - self._start) / (
+            self.gamma * math.sqrt(self.width)
+        )
+
+    def velocity(self, theta: Vector, step: float = 0.0) -> Tensor:
+        """Return θ̇ = Jᵀe/n = −∇L, (P,); with `step` as in `Problem.velocity`, by autodiff."""
+        if step != 0:
+            return self.autodiff().velocity(theta, step)
+        a, w = self._weights(self._theta(theta))
+        phi, slope, _ = self._phi(self._x @ w.T)
+        scale = math.sqrt(self.width)
+        e = self.targets - (phi @ a - self._start) / (self.gamma * scale)
+        back = a[:, None] * ((slope * e[:, None]).T @ self._x)
+        return torch.cat([phi.T @ e, back.reshape(-1)]) / (scale * self.samples)
+
+    def _jacobian(self, theta: Tensor) -> Tensor:
+        a, w = self._weights(theta)
+        phi, slope, _ = self._phi(self._x @ w.T)
+        inner = (a * slope)[:, :, None] * self._x[:, None, :]
+        return torch.cat([phi, inner.reshape(self.samples, -1)], dim=1) / math.sqrt(self.width)
+
+    def kernel(self, theta: Vector) -> Tensor:
+        """Return M = J Jᵀ/n, (n, n)."""
+        a, w = self._weights(self._theta(theta))
+        phi, slope, _ = self._phi(self._x @ w.T)
+        psi = a * slope
+        return (phi @ phi.T + self._gram * (psi @ psi.T)) / (self.width * self.samples)
+
+    def kernel_rate(
+        self, theta: Vector, direction: Vector | None = None, *, piecewise: bool = False
+    ) -> Tensor:
+        """Return Ṁ along θ̇ (or `direction`), (n, n)."""
+        at = self._theta(theta)
+        a, w = self._weights(at)
+        a_dot, w_dot = self._moves(
+            self.velocity(at) if direction is None else self._theta(direction)
+        )
+        phi, slope, bend = self._phi(self._x @ w.T)
+        z_dot = self._x @ w_dot.T
+        first = (slope * z_dot) @ phi.T
+        second = (a_dot * slope + a * bend * z_dot) @ (a * slope).T
+        half = (first + self._gram * second) / (self.width * self.samples)
+        return half + half.T
+
+    def speed(self, theta: Vector) -> float:
+        """Return ‖J̇‖/(√n ‖θ̇‖) along gradient flow, in the operator norm: how fast singular values can move per parameter length.
+
+        From h J̇ J̇ᵀ = Φ̇ Φ̇ᵀ + G ∘ Ψ̇ Ψ̇ᵀ. Cost: two products of size n × h × n and one eigenproblem.
+        """
+        at = self._theta(theta)
+        v = self.velocity(at)
+        a, w = self._weights(at)
+        a_dot, w_dot = self._moves(v)
+        _, slope, bend = self._phi(self._x @ w.T)
+        z_dot = self._x @ w_dot.T
+        phi_dot, psi_dot = slope * z_dot, a_dot * slope + a * bend * z_dot
+        square = (phi_dot @ phi_dot.T + self._gram * (psi_dot @ psi_dot.T)) / (
+            self.width * self.samples
+        )
+        return math.sqrt(float(torch.linalg.eigvalsh(square)[-1])) / float(v.norm())
+
+    def autodiff(self) -> Problem:
+        """Return the same problem with every quantity from automatic differentiation."""
+        return Problem(self._net, self.inputs, self.targets)

@@ -1,0 +1,56 @@
+"""The help text that comes with Python, byte by byte: language for small models, with no download."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["VOCABULARY", "Text", "text"]
+
+VOCABULARY = 128  # bytes of ASCII
+BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Text:
+    """Bytes of a text; every tenth block of 2048 is held out, so that both parts hold the same mixture.
+
+    Attributes
+    ----------
+    train, heldout : Tensor (N,), int64
+    fingerprint : str, SHA-256 of all bytes
+    """
+
+    train: Tensor
+    heldout: Tensor
+    fingerprint: str
+
+    def batch(self, seed: int, step: int, size: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets, (size, length) each, that depend on seed and step alone."""
+        starts = np.random.default_rng([seed, step]).integers(0, len(self.train) - length - 1, size)
+        block = self.train[torch.from_numpy(starts)[:, None] + torch.arange(length + 1)]
+        return block[:, :-1], block[:, 1:]
+
+    def test(self, size: int, length: int) -> tuple[Tensor, Tensor]:
+        """Return `size` windows spread over the held-out part, always the same."""
+        starts = torch.linspace(0, len(self.heldout) - length - 1, size).long()
+        block = self.heldout[starts[:, None] + torch.arange(length + 1)]
+        return block[:, :-1], block[:, 1:]
+
+
+@lru_cache(maxsize=1)
+def text() -> Text:
+    """Return the help text of the running Python as bytes below 128; it differs between Python versions."""
+    import pydoc_data.topics
+
+    raw = Path(str(pydoc_data.topics.__file__)).read_bytes()
+    ids = torch.tensor([b for b in raw if b < VOCABULARY], dtype=torch.int64)
+    blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
+    held = torch.arange(len(blocks)) % 10 == 9
+    return Text(blocks[~held].flatten(), blocks[held].flatten(), hashlib.sha256(raw).hexdigest())

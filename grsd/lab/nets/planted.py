@@ -1,0 +1,95 @@
+"""Networks whose diagnostics are known in advance: what D1 and D2 of :mod:`grsd.renorm` must call local, coherent, or neither.
+
+All keep their blocks in one ModuleList `blocks`, give one output per sample, shape (n, 1), and come in float64. A deep linear chain is
+`mlp` of :mod:`grsd.lab.nets.models` with ``activation="identity"``.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from grsd.lab.nets.models import mlp
+
+__all__ = ["GroupedNets", "NeighbourChain", "SumOfNets", "TiedNet", "smooth_task"]
+
+
+class SumOfNets(nn.Module):
+    """f = Σ_l f_l(x; θ_l): no block moves another's Jacobian, G_lm = 0 for m ≠ l and B(0) = 0; all blocks see all samples."""
+
+    def __init__(
+        self, inputs: int, width: int, blocks: int, *, seed: int, activation: str = "tanh"
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            mlp([inputs, width, 1], activation, seed=seed + k) for k in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([block(x) for block in self.blocks]).sum(0)
+
+
+class GroupedNets(SumOfNets):
+    """f(x_i) = f_l(x_i; θ_l) with l = the group of sample i, its place modulo L: ranges at right angles, coherence 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = torch.stack([block(x) for block in self.blocks])  # (L, n, 1)
+        group = torch.arange(len(x), device=x.device) % len(self.blocks)
+        chosen: Tensor = each[group, torch.arange(len(x), device=x.device)]
+        return chosen
+
+
+class NeighbourChain(nn.Module):
+    """f = Σ_l ⟨tanh(W_l x), tanh(W_{l+1} x)⟩/width: blocks move their neighbours' Jacobians and no others, B(1) = 0 < B(0)."""
+
+    def __init__(self, inputs: int, width: int, blocks: int, *, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            layer = _linear(inputs, width)
+            with torch.no_grad():
+                layer.weight.normal_(0.0, 1 / math.sqrt(inputs), generator=generator)
+            self.blocks.append(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [torch.tanh(block(x)) for block in self.blocks]
+        terms = [(a * b).mean(-1, keepdim=True) for a, b in pairwise(features)]
+        return torch.stack(terms).sum(0)
+
+
+class TiedNet(nn.Module):
+    """f = a · tanh(W tanh(W … tanh(R x))) with W used `uses` times; with ``tied=False`` every use has its own copy, of equal value."""
+
+    def __init__(self, inputs: int, width: int, uses: int, *, seed: int, tied: bool = True) -> None:
+        super().__init__()
+        whole = mlp([inputs, width, width, 1], seed=seed, bias=False)
+        read, middle, head = (layer for layer in whole if isinstance(layer, nn.Linear))
+        self.read, self.head, self.uses = read, head, uses
+        self.blocks = nn.ModuleList([middle])
+        for _ in range(0 if tied else uses - 1):
+            copy = _linear(width, width)
+            copy.load_state_dict(middle.state_dict())
+            self.blocks.append(copy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.read(x))
+        for k in range(self.uses):
+            h = torch.tanh(self.blocks[k % len(self.blocks)](h))
+        found: Tensor = self.head(h)
+        return found
+
+
+def _linear(inputs: int, width: int) -> nn.Linear:
+    with torch.random.fork_rng(devices=[]):  # torch draws values that are overwritten by the caller
+        return nn.Linear(inputs, width, bias=False, dtype=torch.float64)
+
+
+def smooth_task(samples: int, inputs: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Return Gaussian inputs (samples, inputs) and a smooth target (samples,) of them, float64, of variance about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, inputs, dtype=torch.float64, generator=generator)
+    return x, torch.sin(2 * x[:, 0]) + 0.5 * x[:, 1] * x[:, 2]

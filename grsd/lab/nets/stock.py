@@ -1,0 +1,128 @@
+"""One transformers architecture at many widths and depths, for coordinate checks and sweeps of a model that is not ours.
+
+A configuration is read from a folder, a hub name or a family (`gpt2`, `gpt_neox`, `llama`), and scaled: the dimension of a head, the
+number of heads per width, the ratio of feedforward to model width, and the ratio of query to key heads stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from grsd.lab.data.help_text import text
+from grsd.lab.nets.models import quiet
+
+__all__ = ["FAMILIES", "configuration", "factory", "next_byte"]
+
+FAMILIES = ("gpt2", "gpt_neox", "llama")
+BYTES = 128  # the vocabulary of `grsd.lab.data.help_text.text`
+HEAD = 16
+
+
+def configuration(model: str) -> Any:
+    """Return the configuration of a folder or a hub name; for a family, a small one of our own.
+
+    Raises
+    ------
+    ValueError
+        A name that is no family and that transformers cannot find, with what it says.
+    """
+    from transformers import AutoConfig
+
+    if model in FAMILIES and not Path(model).is_dir():
+        with quiet():
+            return AutoConfig.for_model(
+                model,
+                hidden_size=4 * HEAD,
+                num_attention_heads=4,
+                num_hidden_layers=2,
+                **({} if model == "gpt2" else {"intermediate_size": 16 * HEAD}),
+                **({"num_key_value_heads": 4} if model == "llama" else {}),
+            )
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no configuration {model!r}: expected {', '.join(FAMILIES)}, a folder or a name on the hub; {error}"
+        ) from None
+
+
+def factory(
+    config: Any, *, vocabulary: int = BYTES, positions: int = 128
+) -> Callable[[int, int], nn.Module]:
+    """Return (width, depth) → a model of this architecture, float32, without dropout, initial weights from seed 0.
+
+    Parameters
+    ----------
+    config : a transformers configuration of a causal language model
+    vocabulary, positions : sizes in place of the configuration's
+
+    Raises
+    ------
+    ValueError
+        From the factory: a width at which the number of key heads is not whole, or not positive sizes.
+    """
+    heads, width = config.num_attention_heads, config.hidden_size
+    head = int(getattr(config, "head_dim", None) or width // heads)
+    inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", None)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    unit = width // math.gcd(
+        width, shared
+    )  # at its multiples the number of key heads is whole, and so is that of query heads
+
+    def build(n: int, layers: int) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        if n < 1 or layers < 1 or n % unit:
+            raise ValueError(
+                f"width {n} and depth {layers}: sizes are positive, and the width is a multiple of {unit} "
+                f"(heads of dimension {head}, {heads // shared} query heads to a key head)"
+            )
+        scaled = copy.deepcopy(config)
+        scaled.hidden_size, scaled.num_attention_heads, scaled.num_hidden_layers = (
+            n,
+            n * heads // width,
+            layers,
+        )
+        for name in ("n_inner", "intermediate_size"):
+            if getattr(scaled, name, None) is not None and inner is not None:
+                setattr(scaled, name, n * inner // width)
+        if getattr(scaled, "num_key_value_heads", None) is not None:
+            scaled.num_key_value_heads = n * shared // width
+        scaled.vocab_size, scaled.max_position_embeddings = vocabulary, positions
+        scaled.bos_token_id = scaled.eos_token_id = 0
+        scaled.pad_token_id, scaled.use_cache = None, False
+        for name in ("layer_types",):  # one entry a layer, in the configurations that have it
+            if getattr(scaled, name, None) is not None:
+                setattr(
+                    scaled,
+                    name,
+                    [getattr(config, name)[k % len(getattr(config, name))] for k in range(layers)],
+                )
+        for name in vars(scaled):
+            if name.endswith(("dropout", "pdrop")) and isinstance(getattr(scaled, name), float):
+                setattr(scaled, name, 0.0)
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(0)
+            model: nn.Module = AutoModelForCausalLM.from_config(scaled, dtype=torch.float32)
+        return model
+
+    return build
+
+
+def next_byte(batch_size: int, length: int, seed: int = 0) -> Callable[[nn.Module], Tensor]:
+    """Return model → mean cross-entropy of the next byte on one fixed batch of Python's help text."""
+    inputs, targets = text().batch(seed, 0, batch_size, length)
+
+    def loss(model: nn.Module) -> Tensor:
+        return functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+
+    return loss

@@ -1,0 +1,15 @@
+"""Runs: spectra over many batches and checkpoints, kept batch by batch; and the conditions along checkpoints."""
+
+from grsd.lab.runs.record import DTYPES, STARTS, TARGETS, BatchResult, RunResult, RunSpec
+from grsd.lab.runs.run import Progress, shell_run
+
+__all__ = [
+    "DTYPES",
+    "STARTS",
+    "TARGETS",
+    "BatchResult",
+    "Progress",
+    "RunResult",
+    "RunSpec",
+    "shell_run",
+]

@@ -1,0 +1,411 @@
+"""What can be read off U-curves: the best learning rate, its drift with size, and what carrying it over costs.
+
+All functions take arrays, of runs or of a published table. The best rate of a curve is the vertex of the parabola through its smallest
+mean loss and the two neighbours, in log₂ η. A curve whose smallest loss stands at the end of the grid gives a bound, and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+__all__ = ["Drift", "Optimum", "Regret", "drift", "optimum", "regret"]
+
+Array = npt.NDArray[np.float64]
+Bound = Literal["", "at most", "at least", "unknown"]
+DRAWS = 2000  # resamples; a 95 % end is then known to a few per cent of the interval
+_SEED = 20260301
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best learning rate of one U-curve, in log₂ η (or of one curve over log₂ λ).
+
+    Attributes
+    ----------
+    value : float
+        Vertex of the parabola; the end of the grid for a bound; NaN when every run diverged.
+    low, high : float
+        95 % interval: over seeds, over the noise that was given, or over both; NaN when neither is known, and for a bound.
+    loss : float
+        The parabola's smallest loss (the smallest mean loss for a bound).
+    bound : str
+        "" for an optimum inside the grid, "at most" or "at least" when it stands at the left or right end (to half a step of the grid),
+        "unknown" when fewer than two rates gave a loss.
+    cliff : bool
+        The next larger rate diverged. The optimum is then known to lie between the two neighbours and no better; so says the interval.
+    index : int
+        Which rate had the smallest mean loss, counted in the sorted grid of the rates that were run; −1 when none.
+    draws : ndarray (B,)
+        Resampled values, empty when there is no interval.
+    dof : float
+        Degrees of freedom of the spread over seeds, seeds − 1; infinite when only `noise` is known.
+    """
+
+    value: float
+    low: float
+    high: float
+    loss: float
+    bound: Bound
+    cliff: bool
+    index: int
+    draws: Array = field(repr=False, compare=False)
+    dof: float = math.inf
+
+    def __str__(self) -> str:
+        words = {"": "", "at most": "≤ ", "at least": "≥ ", "unknown": "? "}[
+            self.bound
+        ] + f"{self.value:.2f}"
+        return words + ("" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]")
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the best rate moves per doubling of a size, in octaves.
+
+    Attributes
+    ----------
+    value : float
+        Least-squares slope of log₂ η∗ against log₂ size.
+    low, high : float
+        95 % interval; from the optima's own resamples when all have them, else from the scatter about the line (three sizes or more).
+        NaN for a bound.
+    bound : str
+        "" when every optimum is inside its grid; "at least" or "at most" when the bounded ones all push the slope one way; "unknown"
+        when they do not, or when fewer than two optima are left.
+    scatter : float
+        Root mean square distance of the optima from the line, octaves.
+    points : int
+        Optima used; those that are NaN are left out.
+    """
+
+    value: float
+    low: float
+    high: float
+    bound: Bound
+    scatter: float
+    points: int
+
+    def __str__(self) -> str:
+        words = {"": "", "at most": "≤ ", "at least": "≥ ", "unknown": "? "}[
+            self.bound
+        ] + f"{self.value:+.2f}"
+        return words + ("" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]")
+
+
+@dataclass(frozen=True)
+class Regret:
+    """Loss that each size pays for the best rate of the source size.
+
+    Attributes
+    ----------
+    at : float
+        log₂ of the rate that is carried over.
+    values : ndarray (sizes,)
+        Mean loss at that rate minus the smallest mean loss of the size; infinite when it diverges there, NaN when not run.
+    low, high : ndarray (sizes,)
+        95 % interval over seeds, NaN with one seed.
+    censored : tuple of bool
+        The size's own best rate is at an end of its grid: its regret is then at least this.
+
+    Notes
+    -----
+    The smallest of several noisy means is too small, so a regret below the noise floor is no regret.
+    """
+
+    at: float
+    values: Array
+    low: Array
+    high: Array
+    censored: tuple[bool, ...]
+
+
+def optimum(
+    log2_lr: npt.ArrayLike,
+    losses: npt.ArrayLike,
+    *,
+    noise: float = 0.0,
+    ceiling: float = math.inf,
+    draws: int = DRAWS,
+    seed: int = _SEED,
+) -> Optimum:
+    """Return the best rate of one U-curve.
+
+    Parameters
+    ----------
+    log2_lr : (G,)
+        Rates, in any order, none twice.
+    losses : (G,) or (seeds, G)
+        NaN and infinity are diverged runs: a rate at which one seed diverged counts as diverged. Mask (`numpy.ma`) what was not run: a
+        seed that is missing at some rates is filled in by the additive model seed + rate, so that no rate gains by which seeds ran.
+    ceiling : float
+        Losses from here on count as diverged too, e.g. that of the untrained model: a parabola through a run that exploded says nothing.
+    noise : float
+        Standard deviation of one run's loss, for a curve of one seed or on top of the seeds.
+    draws : int
+        Resamples of the seeds (rows) and of the noise. With S seeds the resampled means are spread by √(S/(S−1)), and the interval by
+        the ratio of Student's to the normal quantile at S − 1 degrees of freedom: three seeds resampled as they are cover far too little.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, rates that are not finite or given twice, negative noise.
+    """
+    x, means, rows, kept = _curve(log2_lr, losses, ceiling)
+    if not noise >= 0:
+        raise ValueError(f"noise is a standard deviation, at least 0; got {noise}")
+    value, loss, index, bound, cliff = _vertex(x, means)
+    runs = len(rows)
+    if bound or (runs < 2 and noise == 0):
+        return Optimum(value, math.nan, math.nan, loss, bound, cliff, index, np.empty(0))
+    rng = np.random.default_rng(seed)
+    sample = np.tile(means, (draws, 1))
+    if runs > 1:
+        sample[:, kept] += _resampled(rows[:, kept], means[kept], draws, rng)
+    if noise > 0:
+        sample[:, kept] += noise / math.sqrt(runs) * rng.standard_normal((draws, int(kept.sum())))
+    found = _vertices(x, sample, rng)
+    dof = runs - 1.0 if runs > 1 else math.inf
+    low, high = (
+        (float(x[index - 1]), float(x[index + 1])) if cliff else _interval(value, found, dof)
+    )
+    return Optimum(value, low, high, loss, bound, cliff, index, found, dof)
+
+
+def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Drift:
+    """Return the slope of the best rate against log₂ size.
+
+    Parameters
+    ----------
+    sizes : (N,), positive
+    optima : N times `Optimum`, or (N,) log₂ rates. With `Optimum`, bounds are carried through: the slope is Σ wᵢ log₂ ηᵢ with known
+        weights, so a bound on ηᵢ bounds it in the direction of wᵢ.
+
+    Raises
+    ------
+    ValueError
+        Sizes that are not positive, or not as many as optima, or all one size.
+    """
+    listed: list[Any] = list(optima)  # type: ignore[arg-type]
+    x = np.log2(np.asarray(sizes, dtype=float))
+    if x.ndim != 1 or len(x) != len(listed) or not np.isfinite(x).all():
+        raise ValueError(
+            f"need one positive size for each of the {len(listed)} optima, got {np.asarray(sizes)}"
+        )
+    known = [o if isinstance(o, Optimum) else None for o in listed]
+    y = np.array([o.value if isinstance(o, Optimum) else float(o) for o in listed])
+    good = np.isfinite(y)
+    x, y, known = x[good], y[good], [o for o, g in zip(known, good, strict=True) if g]
+    if len(x) and len(set(x)) < 2 and good.all():
+        raise ValueError(f"a drift needs two sizes, got {np.asarray(sizes)}")
+    if len(set(x)) < 2:
+        return Drift(math.nan, math.nan, math.nan, "unknown", math.nan, len(x))
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    value = float(weights @ y)
+    off = y - y.mean() - value * (x - x.mean())
+    pushes = {_push(o.bound, w) for o, w in zip(known, weights, strict=True) if o is not None} - {
+        ""
+    }
+    bound: Bound = "" if not pushes else pushes.pop() if len(pushes) == 1 else "unknown"
+    low = high = math.nan
+    if not bound and all(o is not None and o.draws.size for o in known):
+        count = min(o.draws.size for o in known if o is not None)
+        # seeds of two sizes are taken as independent; shifting the resamples against each other undoes their common generator
+        slopes = sum(
+            w * np.roll(o.draws[:count], 97 * k)
+            for k, (w, o) in enumerate(zip(weights, known, strict=True))
+            if o
+        )
+        low, high = _interval(value, np.asarray(slopes), sum(o.dof for o in known if o is not None))
+    elif not bound and len(x) > 2:
+        spread = math.sqrt(
+            float((off**2).sum()) / (len(x) - 2) / float(((x - x.mean()) ** 2).sum())
+        )
+        half = float(stats.t.ppf(0.975, len(x) - 2)) * spread
+        low, high = value - half, value + half
+    return Drift(value, low, high, bound, float(np.sqrt((off**2).mean())), len(x))
+
+
+def regret(
+    log2_lr: npt.ArrayLike,
+    losses: npt.ArrayLike,
+    *,
+    source: int = 0,
+    ceiling: float = math.inf,
+    draws: int = DRAWS,
+    seed: int = _SEED,
+) -> Regret:
+    """Return what every size pays for the source size's best rate of the grid.
+
+    Parameters
+    ----------
+    log2_lr : (G,)
+    losses : (sizes, G) or (sizes, seeds, G)
+        As in `optimum`; the same grid for every size.
+    source : int
+        Index of the size whose best rate is carried to the others, usually the smallest.
+    ceiling : as in `optimum`
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, a source that does not exist or at which every run diverged.
+    """
+    table = np.ma.masked_array(losses, dtype=float)
+    if table.ndim not in (2, 3) or not 0 <= source < len(table):
+        raise ValueError(
+            f"losses must be (sizes, rates) or (sizes, seeds, rates) with 0 ≤ source < sizes; got {table.shape}, {source}"
+        )
+    curves = [_curve(log2_lr, one, ceiling) for one in table]
+    x, means, _, _ = curves[source]
+    best = _vertex(x, means)[2]
+    if best < 0:
+        raise ValueError(
+            f"every run of the source size (index {source}) diverged; there is no rate to carry over"
+        )
+    at, rng = float(x[best]), np.random.default_rng(seed)
+    values, lows, highs = (np.full(len(table), math.nan) for _ in range(3))
+    ends = []
+    for k, (grid, mean, rows, kept) in enumerate(curves):
+        _, _, own, bound, _ = _vertex(grid, mean)
+        ends.append(bound != "")
+        here = np.flatnonzero(np.isclose(grid, at))
+        if not here.size or own < 0:
+            continue
+        values[k] = mean[here[0]] - mean[own]
+        if len(rows) > 1 and math.isfinite(values[k]):
+            sample = mean[kept] + _resampled(rows[:, kept], mean[kept], draws, rng)
+            column = int(kept[: here[0]].sum())
+            found = sample[:, column] - sample.min(axis=1)
+            lows[k], highs[k] = _interval(float(values[k]), found, len(rows) - 1.0)
+    return Regret(at, values, np.maximum(lows, 0.0), highs, tuple(ends))
+
+
+# --- Curves -----------------------------------------------------------------------------------------------------------
+
+
+def _curve(
+    log2_lr: npt.ArrayLike, losses: npt.ArrayLike, ceiling: float
+) -> tuple[Array, Array, Array, npt.NDArray[np.bool_]]:
+    """Return the sorted rates that were run, mean losses (infinite where one diverged), completed rows, and which rates are finite."""
+    x = np.asarray(log2_lr, dtype=float)
+    table = np.ma.masked_array(losses, dtype=float)
+    table = table[None] if table.ndim == 1 else table
+    if x.ndim != 1 or table.ndim != 2 or table.shape[1] != len(x) or not len(x) or not len(table):
+        raise ValueError(
+            f"losses must be (rates,) or (seeds, rates); got {table.shape} for {x.shape} rates"
+        )
+    if not np.isfinite(x).all() or len(set(x.tolist())) < len(x):
+        raise ValueError(f"rates must be finite (in log₂) and different from each other, got {x}")
+    order = np.argsort(x)
+    missing = np.ma.getmaskarray(table)[:, order]
+    values = np.ma.getdata(table)[:, order]
+    run, rows_run = ~missing.all(axis=0), ~missing.all(axis=1)
+    missing, values, x = (
+        missing[np.ix_(rows_run, run)],
+        values[np.ix_(rows_run, run)],
+        x[order][run],
+    )
+    values = np.where(missing | (values < ceiling), values, np.inf)
+    kept = ~(np.isinf(values) & ~missing).any(axis=0)
+    useful = (kept & ~missing).any(axis=1) | ~kept.any()
+    values, missing = (
+        values[useful],
+        missing[useful],
+    )  # a seed that only ran where another diverged says nothing
+    rows = np.full(values.shape, np.inf)
+    rows[:, kept] = _completed(values[:, kept], missing[:, kept])
+    return x, rows.mean(axis=0) if len(rows) else np.empty(0), rows, kept
+
+
+def _completed(values: Array, missing: npt.NDArray[np.bool_]) -> Array:
+    """Fill what is missing by seed + rate, both by medians of what is there (Tukey's polish): a rate that exploded moves no seed."""
+    if not missing.any():
+        return values
+    there = np.where(missing, math.nan, values)
+    seed, rate = np.zeros((len(values), 1)), np.zeros(values.shape[1])
+    for _ in range(20):
+        rate = np.nanmedian(there - seed, axis=0)
+        seed = np.nanmedian(there - rate, axis=1, keepdims=True)
+    return np.where(missing, seed + rate, values)
+
+
+def _vertex(x: Array, means: Array) -> tuple[float, float, int, Bound, bool]:
+    """Return the vertex, its loss, the index of the smallest mean, the bound, and whether the next rate diverged."""
+    finite = np.isfinite(means)
+    if not finite.any():
+        return math.nan, math.inf, -1, "unknown", False
+    i = int(np.argmin(means))
+    left, right = i > 0 and finite[i - 1], i + 1 < len(x) and finite[i + 1]
+    if left and right:
+        value, loss = _parabola(x[i - 1 : i + 2], means[i - 1 : i + 2])
+        return value, loss, i, "", False
+    cliff = i + 1 < len(x) and not right
+    bound: Bound = ""
+    if i == 0:
+        bound = "at most" if right or cliff else "unknown"
+    elif not left:  # it diverged: no U-curve
+        bound = "unknown"
+    elif i == len(x) - 1:
+        bound = "at least"
+    return float(x[i]), float(means[i]), i, bound, cliff
+
+
+def _parabola(x: Array, y: Array) -> tuple[float, float]:
+    """Return vertex and value of the parabola through three points, the middle one lowest."""
+    first, second = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    curvature = (second - first) / (x[2] - x[0])
+    if curvature <= 0:  # three equal losses
+        return float(x[1]), float(y[1])
+    slope = first + curvature * (x[1] - x[0])  # at the middle
+    step = -slope / (2 * curvature)
+    return float(x[1] + step), float(y[1] - curvature * step**2)
+
+
+def _vertices(x: Array, sample: Array, rng: np.random.Generator) -> Array:
+    """Return the best rate of many curves (B, G), all diverged at the same rates; `_vertex` row by row."""
+    i = sample.argmin(axis=1)
+    found: Array = x[i]
+    row, left, right = np.arange(len(sample)), np.maximum(i - 1, 0), np.minimum(i + 1, len(x) - 1)
+    inside = (
+        (left < i) & (right > i) & np.isfinite(sample[row, left]) & np.isfinite(sample[row, right])
+    )
+    k, a, b, c = row[inside], left[inside], i[inside], right[inside]
+    first = (sample[k, b] - sample[k, a]) / (x[b] - x[a])
+    bend = ((sample[k, c] - sample[k, b]) / (x[c] - x[b]) - first) / (x[c] - x[a])
+    slope = first + bend * (x[b] - x[a])
+    found[inside] -= np.divide(slope, 2 * bend, out=np.zeros_like(slope), where=bend > 0)
+    cliff = (right > i) & ~np.isfinite(sample[row, right])
+    found[cliff] = rng.uniform(
+        x[left[cliff]], x[right[cliff]]
+    )  # nothing is known there but the bracket
+    return found
+
+
+def _resampled(rows: Array, means: Array, draws: int, rng: np.random.Generator) -> Array:
+    """Return deviations (draws, G) of the mean over resampled rows, spread so that their variance is that of the mean."""
+    count = len(rows)
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
+    deviations: Array = math.sqrt(count / (count - 1)) * (weights @ (rows - means))
+    return deviations
+
+
+def _interval(value: float, draws: Array, dof: float) -> tuple[float, float]:
+    wider = float(stats.t.ppf(0.975, dof) / stats.norm.ppf(0.975)) if math.isfinite(dof) else 1.0
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return value - wider * max(value - float(low), 0.0), value + wider * max(
+        float(high) - value, 0.0
+    )
+
+
+def _push(bound: Bound, weight: float) -> Bound:
+    """Return which way a bound on one optimum bounds the slope."""
+    if bound in ("", "unknown") or weight == 0:
+        return "" if weight == 0 else bound
+    return bound if weight > 0 else "at most" if bound == "at least" else "at least"

@@ -1,0 +1,94 @@
+"""The T × T matrices of a model in blocks: what J and J̇ say in function space, without their P columns.
+
+From M^(l) = J^(l)J^(l)∗, S^(l) = J̇^(l)J^(l)∗ and R^(l) = J̇^(l)J̇^(l)∗ follow M = Σ M^(l), Ṁ = Σ (S^(l) + S^(l)∗), every norm and every
+overlap of two blocks. They serve batches of up to about a thousand rows; beyond, the diagnostics iterate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from grsd.dynamics.modes import Modes, modes
+from grsd.renorm.diagnostics.blocks import Blocks
+
+__all__ = ["Grams", "grams"]
+
+
+@dataclass(frozen=True)
+class Grams:
+    """M^(l), S^(l) and R^(l) of every block at one instant, float64, with the 1/n of J∗.
+
+    Attributes
+    ----------
+    names : tuple of str, the L blocks.
+    kernels, cross, rates : (L, T, T), M^(l), S^(l) = J̇^(l)J^(l)∗ and R^(l).
+    drive : (T,), −n ∂L/∂f; for regression the error e.
+    eps : float, unit of rounding of the arithmetic that they were made in.
+    """
+
+    names: tuple[str, ...]
+    kernels: np.ndarray
+    cross: np.ndarray
+    rates: np.ndarray
+    drive: np.ndarray
+    eps: float
+
+    @property
+    def kernel(self) -> np.ndarray:
+        """M, (T, T)."""
+        found: np.ndarray = self.kernels.sum(axis=0)
+        return found
+
+    @property
+    def kernel_rate(self) -> np.ndarray:
+        """Ṁ, (T, T)."""
+        half = self.cross.sum(axis=0)
+        found: np.ndarray = half + half.T
+        return found
+
+    @property
+    def floor(self) -> float:
+        """100 T ε λ_max: below it an eigenvector of M is rounding."""
+        return 100 * len(self.drive) * self.eps * float(np.linalg.norm(self.kernel, 2))
+
+    def modes(self) -> Modes:
+        """Return M, Ṁ and the drive in the eigenbasis of M."""
+        return modes(self.kernel, self.kernel_rate, self.drive, floor=self.floor)
+
+
+def grams(blocks: Blocks, *, budget: int = 2**26) -> Grams:
+    """Compute M^(l), S^(l) and R^(l) of every block.
+
+    Parameters
+    ----------
+    blocks : Blocks
+    budget : int
+        Numbers that the rows of J and J̇ may take at a time. Where T·P exceeds it, blocks are taken in groups, and each group
+        costs the passes again; a single block takes T·p_l in any case.
+
+    Notes
+    -----
+    Cost: T gradients and T Hessian products a group, 10 T forward passes, and T²·P multiplications.
+    """
+    size, count = blocks.size, len(blocks)
+    kernels, cross, rates = (np.empty((count, size, size)) for _ in range(3))
+    start = 0
+    while start < count:
+        stop, held = start + 1, 2 * size * blocks.sizes[start]
+        while stop < count and held + 2 * size * blocks.sizes[stop] <= budget:
+            held += 2 * size * blocks.sizes[stop]
+            stop += 1
+        j, rate = blocks.jacobian(slice(start, stop)), blocks.rate(slice(start, stop))
+        for index, (a, b) in enumerate(zip(j, rate, strict=True), start):
+            for out, product in ((kernels, a @ a.T), (cross, b @ a.T), (rates, b @ b.T)):
+                out[index] = product.to("cpu", torch.float64).numpy() / blocks.samples
+        start = stop
+    kernels, rates = (
+        (kernels + kernels.transpose(0, 2, 1)) / 2,
+        (rates + rates.transpose(0, 2, 1)) / 2,
+    )
+    drive = blocks.drive.to("cpu", torch.float64).numpy()
+    return Grams(blocks.names, kernels, cross, rates, drive, torch.finfo(blocks.dtype).eps)

@@ -1,0 +1,187 @@
+"""Diagnostics D5 and D6: is there one velocity field, and does it depend on λ and t through λt alone?
+
+Every mode of M moves at ṡ = λ̇/λ, s = log λ. Theorem 1 of 2512.18209 speaks of a field v(λ, t): modes of equal λ would have to move alike.
+`roughness` asks that at one instant (D6). Lemma 1 with (U), one field that is covariant under t → t/a, makes t·ṡ a function of λt;
+`collapse` asks that along a path (D5). Both compare spread with spread and are 0 for what the paper states and 1 for no relation at all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
+
+__all__ = ["Collapse", "Roughness", "collapse", "roughness"]
+
+LEAST = 8  # modes, or points a bin
+
+
+@dataclass(frozen=True)
+class Roughness:
+    """Von Neumann's ratio of ṡ in the order of λ.
+
+    Attributes
+    ----------
+    value : float
+        Σ (ṡ_{u+1} − ṡ_u)²/(2 Σ (ṡ_u − mean)²): 0 for a smooth function of λ, 1 for values without an order, up to 2 if they alternate.
+    ranks : float
+        The same of the ranks of ṡ (Bartels), on which a few wild modes weigh no more than others.
+    null_error : float
+        Standard deviation of `ranks` around 1, and of `value` if ṡ is Gaussian, where ṡ has no relation to λ.
+    modes : int
+    """
+
+    value: float
+    ranks: float
+    null_error: float
+    modes: int
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Spread of t·ṡ at given λt, as a share of its whole spread.
+
+    Attributes
+    ----------
+    value : float
+        Variance within bins of log(λt), about each bin's own straight line, over the total variance, both by their degrees of
+        freedom: 0 if t·ṡ is one function of λt, about 1 if it has no relation to it.
+    error : float, jackknife over modes (all times of a mode go together).
+    null, null_error : float
+        Mean and standard deviation of `value` after the ṡ(t) of the modes were dealt out anew among them: no relation between a
+        mode's λ and its ṡ, the same λ(t), the same ṡ(t). Where all modes move alike it equals `value`: that is not evidence.
+    bins, points, modes : int
+    """
+
+    value: float
+    error: float
+    null: float
+    null_error: float
+    bins: int
+    points: int
+    modes: int
+
+
+def roughness(eigenvalues: ArrayLike, speeds: ArrayLike) -> Roughness:
+    """Measure D6 at one instant.
+
+    Parameters
+    ----------
+    eigenvalues : (n,), λ > 0; the order does not matter
+    speeds : (n,), ṡ = λ̇/λ
+
+    Raises
+    ------
+    ValueError
+        Fewer than 8 modes, λ not positive, values not finite, or shapes that differ.
+
+    Notes
+    -----
+    If all ṡ agree to rounding, they are a smooth function: 0. The ratio resolves features of ṡ(λ) wider than the spacing of the
+    modes, and noise of variance share q gives about q. Source of the null: von Neumann (1941), variance (n − 2)/(n² − 1).
+    """
+    lam, v = np.asarray(eigenvalues, dtype=np.float64), np.asarray(speeds, dtype=np.float64)
+    if lam.ndim != 1 or lam.shape != v.shape:
+        raise ValueError(f"eigenvalues {lam.shape} and speeds {v.shape}: expected two arrays (n,)")
+    _check(lam, v)
+    if len(lam) < LEAST:
+        raise ValueError(f"{len(lam)} modes: an order of fewer than {LEAST} says nothing")
+    ordered = v[np.argsort(lam, kind="stable")]
+    count = len(lam)
+    error = math.sqrt((count - 2) / (count**2 - 1))
+    return Roughness(_neumann(ordered), _neumann(rankdata(ordered)), error, count)
+
+
+def _neumann(v: np.ndarray) -> float:
+    spread = float(((v - v.mean()) ** 2).sum())
+    if spread <= len(v) * (1e-12 * float(np.abs(v).max())) ** 2:
+        return 0.0
+    return float((np.diff(v) ** 2).sum()) / (2 * spread)
+
+
+def _check(lam: np.ndarray, v: np.ndarray) -> None:
+    if not (np.isfinite(lam).all() and np.isfinite(v).all()):
+        raise ValueError("eigenvalues or speeds hold values that are not finite")
+    if lam.min() <= 0:
+        raise ValueError(
+            f"the eigenvalue {lam.min():.3g} has no logarithm: leave ker M out, it has no place on the axis of s"
+        )
+
+
+def collapse(
+    times: ArrayLike,
+    eigenvalues: ArrayLike,
+    speeds: ArrayLike,
+    *,
+    bins: int | None = None,
+    seed: int = 0,
+    deals: int = 40,
+) -> Collapse:
+    """Measure D5 along a path.
+
+    Parameters
+    ----------
+    times : (K,), positive
+        Since the start of the flow. Theorem 1 with another origin, v = c λ/(t + t*), is tested by giving t + t*.
+    eigenvalues, speeds : (K, n)
+        λ_u(t) > 0 and ṡ_u(t), modes in one order along the path (ascending will do: a field does not know names).
+    bins : int, optional
+        Of equal count; by default one for each 24 points, at most 40.
+    seed, deals : int
+        Of the null.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two times, a time that is not positive, fewer than 8 modes, or bins with fewer than 8 points.
+    """
+    t = np.asarray(times, dtype=np.float64)
+    lam, v = np.asarray(eigenvalues, dtype=np.float64), np.asarray(speeds, dtype=np.float64)
+    if t.ndim != 1 or lam.ndim != 2 or lam.shape != v.shape or len(lam) != len(t):
+        raise ValueError(
+            f"times {t.shape}, eigenvalues {lam.shape}, speeds {v.shape}: expected (K,), (K, n), (K, n)"
+        )
+    if len(t) < 2:
+        raise ValueError(
+            "a path of one point has no time along it: collapse in λt needs two times or more"
+        )
+    if t.min() <= 0 or not np.isfinite(t).all():
+        raise ValueError(
+            f"the time {t.min():.3g} has no logarithm: leave the initial point out, or count from another origin"
+        )
+    _check(lam, v)
+    count = lam.shape[1]
+    if count < LEAST:
+        raise ValueError(f"{count} modes: spread over fewer than {LEAST} says nothing")
+    x, y = np.log(lam * t[:, None]), v * t[:, None]
+    number = min(40, max(1, x.size // 24)) if bins is None else int(bins)
+    if number < 1 or x.size // number < LEAST:
+        raise ValueError(f"{number} bins for {x.size} points: each needs {LEAST} or more")
+    value = _within(x, y, number)
+    without = np.array(
+        [_within(np.delete(x, u, 1), np.delete(y, u, 1), number) for u in range(count)]
+    )
+    error = math.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
+    rng = np.random.default_rng(seed)
+    null = np.array([_within(x, y[:, rng.permutation(count)], number) for _ in range(deals)])
+    return Collapse(
+        value, error, float(null.mean()), float(null.std(ddof=1)), number, x.size, count
+    )
+
+
+def _within(x: np.ndarray, y: np.ndarray, bins: int) -> float:
+    """Residual variance about a straight line in each bin of equal count, over the total variance."""
+    order = np.argsort(x, axis=None, kind="stable")
+    a, b = x.ravel()[order], y.ravel()[order]
+    total = float(((b - b.mean()) ** 2).sum())
+    if total <= len(b) * (1e-12 * float(np.abs(b).max())) ** 2:
+        return 0.0
+    inside = 0.0
+    for places in np.array_split(np.arange(len(a)), bins):
+        u, w = a[places] - a[places].mean(), b[places] - b[places].mean()
+        spread = float(u @ u)
+        inside += float(w @ w) - (float(u @ w) ** 2 / spread if spread > 0 else 0.0)
+    return (inside / (len(b) - 2 * bins)) / (total / (len(b) - 1))

@@ -1,0 +1,232 @@
+"""What every form of M = J Jᵀ shares: the parameters it is taken over, one checked forward pass, and the door.
+
+The forms are one operator on a batch (:mod:`grsd.spectrum.operator.ntk`), independent batches in lock-step
+(:mod:`grsd.spectrum.operator.batches`) and one operator over micro-batches and processes (:mod:`grsd.spectrum.operator.shards`).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from grsd.spectrum.observables import Observable, raw_output
+from grsd.spectrum.operator.double_backward import CHANGED
+from grsd.spectrum.operator.trace import Trace
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Normalize = Literal["mean", "sum"]
+_FORWARD = (
+    threading.RLock()
+)  # buffers are swapped for copies during a pass, which two threads must not do at once
+
+
+class Kernel:
+    """The parameters of a model that J is taken over, and the arithmetic of the operators made of it.
+
+    Parameters
+    ----------
+    model, normalize
+        As for `grsd.spectrum.NTK`.
+    parameters
+        Names of the parameters that J is taken over, out of those that require a gradient; None for all of them.
+    """
+
+    outputs: Tensor
+    inner_weight: float
+
+    def __init__(
+        self, model: nn.Module, normalize: Normalize, parameters: Sequence[str] | None = None
+    ) -> None:
+        if normalize not in ("mean", "sum"):
+            raise ValueError(f'normalize must be "mean" or "sum", got {normalize!r}')
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError("no parameter of the model requires a gradient, so J is empty")
+        if parameters is not None:
+            unknown = sorted(set(parameters) - set(named))
+            if unknown or not parameters:
+                raise ValueError(
+                    f"parameters {unknown or '()'} are none of the model's that require a gradient; "
+                    "dict(model.named_parameters()) has the names"
+                )
+            chosen = set(parameters)
+            named = {name: p for name, p in named.items() if name in chosen}
+        refuse_unfit(model, list(named.values()))
+        refuse_dropout(model)
+        self._model, self.normalize = model, normalize
+        self._names, self._parameters = list(named), list(named.values())
+        self._versions = [
+            (p, p._version) for p in model.parameters()
+        ]  # a frozen one that changes changes J as well
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.outputs.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.outputs.device
+
+    @property
+    def eps(self) -> float:
+        tf32 = (
+            self.device.type == "cuda"
+            and self.dtype == torch.float32
+            and torch.backends.cuda.matmul.allow_tf32
+        )
+        return max(2.0**-11 if tf32 else 0.0, *(torch.finfo(dtype).eps for dtype in self._dtypes()))
+
+    def _dtypes(self) -> set[torch.dtype]:
+        """Return the types of numbers that a product is made of: of the rows, and of the parameters behind them."""
+        return {self.dtype, *(p.dtype for p in self._parameters)}
+
+    def _rows(self, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
+        """Run the model once, with a graph that holds the chosen parameters alone."""
+        return forward_rows(self._model, inputs, observable, trace, constant=self._constants())
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Return the values of the parameters that J is not taken over."""
+        chosen = {id(p) for p in self._parameters}
+        return {
+            name: p.detach() for name, p in self._model.named_parameters() if id(p) not in chosen
+        }
+
+    def _same_parameters(self) -> None:
+        if any(p._version != version for p, version in self._versions):
+            raise RuntimeError(CHANGED)
+
+    def _check(self, u: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(u.shape) != shape:
+            whole = tuple(self.shape)
+            raise ValueError(
+                f"M is {whole}: it multiplies vectors of shape {shape}, got {tuple(u.shape)}"
+            )
+        if u.dtype != self.dtype or u.device != self.device:
+            raise ValueError(
+                f"M is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.outputs.numel(), self.outputs.numel())
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        attribute = next((at for kind, at in DROPS.items() if isinstance(module, kind)), None)
+        rate = getattr(module, attribute) if attribute is not None and module.training else 0.0
+        if rate > 0:
+            raise ValueError(
+                f"dropout {name or type(module).__name__!r} is active (p = {rate}): each pass would see another network. "
+                "Call model.eval() first"
+            )
+
+
+DROPS: dict[type[nn.Module], str] = {
+    nn.modules.dropout._DropoutNd: "p",
+    nn.MultiheadAttention: "dropout",
+    nn.RNNBase: "dropout",
+}
+
+
+def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError for a model that has no real Jacobian, or that cannot be run with other values in its place."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"{type(model).__name__} wraps the model: pass model.module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "a module of torch.jit cannot be taken apart: pass the module that it was made from"
+        )
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} has no shape yet: run the model once on a batch")
+    if any(p.is_complex() for p in parameters):
+        raise ValueError(
+            "a trainable parameter is complex, so J is not a matrix of real numbers: keep its real and imaginary parts as one "
+            "real parameter of shape (..., 2) and use torch.view_as_complex in forward"
+        )
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        if module.max_norm is not None:
+            raise ValueError(
+                f"{name!r} has max_norm = {module.max_norm}: its table is rescaled in place by every forward pass. Run the "
+                "model once on this batch and set max_norm = None"
+            )
+        if module.scale_grad_by_freq and module.weight.requires_grad:
+            raise ValueError(
+                f"{name!r} has scale_grad_by_freq: its backward pass divides by counts and gives no Jacobian. Set it to False"
+            )
+
+
+def forward_rows(
+    model: nn.Module,
+    inputs: Inputs,
+    observable: Observable,
+    trace: Trace | None = None,
+    constant: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Run the model once with its graph and return the rows; what the pass writes to buffers goes to copies.
+
+    `constant` holds values without a graph that stand for parameters of the same names.
+    """
+    if not isinstance(observable, Observable):
+        raise TypeError(
+            f"the observable is a {type(observable).__name__}, which does not say what the rows are: use Outputs(targets), "
+            "ClassLogits(targets) or TokenLogProb(targets)"
+        )
+    values = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(constant or {})
+    args: tuple[Any, ...] = (
+        () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
+    )
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    args, kwargs = tree_map(_copied, args), tree_map(_copied, kwargs)
+    fork = torch.random.fork_rng(
+        devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    )  # type: ignore[no-untyped-call]
+    plain: Any = nullcontext()
+    if "torch._dynamo" in sys.modules:  # what a compiled module does cannot be watched
+        plain = torch.compiler.set_stance("force_eager")
+    with (
+        _FORWARD,
+        fork,
+        plain,
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        trace or nullcontext(),
+    ):
+        rows = observable.rows(raw_output(functional_call(model, values, args, kwargs)))
+    if rows.ndim != 1:
+        raise ValueError(
+            f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}"
+        )
+    if not rows.numel():
+        raise ValueError("the batch gives no rows: is it empty?")
+    if rows.is_complex():
+        raise ValueError(
+            "the rows are complex: have the model or the observable give real and imaginary parts as rows"
+        )
+    if not rows.requires_grad:
+        raise ValueError(
+            "the outputs carry no gradient: was the model's forward run under no_grad or detached?"
+        )
+    bad = int((~torch.isfinite(rows.detach())).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {rows.numel()} outputs are not finite; check the checkpoint and the inputs"
+        )
+    return rows
+
+
+def _copied(x: Any) -> Any:
+    """Copy a tensor, so that a model that writes into its inputs writes into the copy."""
+    return x.detach().clone() if isinstance(x, Tensor) else x

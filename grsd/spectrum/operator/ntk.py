@@ -1,0 +1,277 @@
+"""The operator M = J Jᵀ of a network on a batch, as a matrix that is only ever multiplied.
+
+By default a product is the factored one, J_ε K J_εᵀ u, which forms no parameter gradient (:mod:`grsd.spectrum.operator.factored`).
+The plain form, a vector–Jacobian product followed by a Jacobian–vector product on a retained graph, is the definition and
+the other engine (:mod:`grsd.spectrum.operator.double_backward`). Lanczos, which calls either, is in :mod:`grsd.spectrum.lanczos`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor, nn
+
+from grsd.spectrum.observables import Observable
+from grsd.spectrum.operator.base import Inputs, Kernel, Normalize, refuse_dropout
+from grsd.spectrum.operator.cuda_graph import Product, replayed
+from grsd.spectrum.operator.double_backward import Retained
+from grsd.spectrum.operator.factored import Factored
+from grsd.spectrum.operator.layers import OutputGradients, by_layer, select
+from grsd.spectrum.operator.plan import Plan, PlanRow
+from grsd.spectrum.operator.trace import Trace
+from grsd.spectrum.programs.record import Unrecordable
+
+Method = Literal["auto", "graph", "factored"]
+
+__all__ = ["NTK", "Inputs", "Method", "refuse_dropout"]
+
+
+class NTK(Kernel):
+    """The (T, T) neural tangent kernel M = J Jᵀ of a model on a batch: symmetric, positive semidefinite.
+
+    Parameters
+    ----------
+    model
+        Any module. Dropout must be inactive. Parameters that do not require a gradient are left out of J.
+    inputs
+        A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+    observable
+        What the rows are: `Outputs`, `ClassLogits`, `TokenLogProb`, or an object with the same three methods.
+    normalize
+        ``"mean"``: M = J Jᵀ / n for the empirical measure of n samples (the operator of ė = −M e); ``"sum"``: J Jᵀ.
+    method
+        ``"factored"``: J_ε K J_εᵀ; ``"graph"``: VJP and JVP on a retained graph; ``"auto"``: factored, and the graph
+        for a model whose backward pass cannot be recorded (`plan` says so).
+    parameters
+        Names of the parameters that J is taken over; None for all that require a gradient. `layer` fills it in.
+
+    Attributes
+    ----------
+    shape : (T, T)
+    outputs : Tensor, (T,), f at the rows, detached.
+    samples : int, n. For language models n = T.
+    inner_weight : float, 1/n for "mean" and 1 for "sum": ⟨u, v⟩ = inner_weight · Σ u v.
+    eps : float, the relative accuracy of a product (unit of rounding of the coarsest arithmetic that is used).
+    method : "factored" or "graph", the one that is in use.
+
+    Raises
+    ------
+    ValueError
+        Active dropout, no trainable parameter, a complex one, non-finite outputs, targets that do not fit, an output that
+        does not depend on the parameters, layers whose inputs are overwritten in place, an operation without a second
+        derivative, gradients that are changed on their way, or a model in a wrapper (`DataParallel`, `torch.jit`).
+    RuntimeError
+        A product after the parameters were changed.
+
+    Notes
+    -----
+    Cost of "factored": see :mod:`grsd.spectrum.operator.factored`. Cost of "graph": one forward and three backward passes to build,
+    with a check that ⟨u, J Jᵀu⟩ = ‖Jᵀu‖² for one u; about 1.4 forward-plus-backward passes per product, and the graph of
+    one forward and one backward pass is held until the object goes. Scaled-dot-product attention is run with its
+    mathematical backend: the fused ones have no second derivative. A compiled module is run as it was written. The model is
+    left as it was found: parameters, gradients, buffers and flags; the state of the random generator is put back. Source:
+    2512.10427, section 2.2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        observable: Observable,
+        *,
+        normalize: Normalize = "mean",
+        method: Method = "auto",
+        parameters: Sequence[str] | None = None,
+    ) -> None:
+        if method not in ("auto", "graph", "factored"):
+            raise ValueError(f'method must be "auto", "graph" or "factored", got {method!r}')
+        super().__init__(model, normalize, parameters)
+        self._inputs, self._observable, self._asked = inputs, observable, method
+        self._graph: Retained | None = None
+        self._gradients: OutputGradients | None = None
+        self._factored: Factored | None = None
+        self._product: Product | None = None
+        self._why = ""
+        if method != "graph":
+            self._factor(strict=method == "factored")
+        if self._factored is None:
+            self._retain()
+        self.method = "graph" if self._factored is None else "factored"
+        self.samples: int = observable.samples(self.outputs)
+        self.inner_weight: float = 1.0 / self.samples if normalize == "mean" else 1.0
+
+    def _factor(self, strict: bool) -> None:
+        trace = Trace(self._parameters)
+        try:
+            rows = self._rows(self._inputs, self._observable, trace)
+        except Unrecordable as failure:
+            return self._unrecorded(failure, strict)
+        trace.check_inputs()
+        self.outputs: Tensor = rows.detach()
+        try:
+            self._factored = Factored(rows, trace, self._names)
+        except RuntimeError as failure:
+            self._unrecorded(failure, strict)
+
+    def _unrecorded(self, failure: RuntimeError, strict: bool) -> None:
+        self._why = str(failure).splitlines()[0]
+        if strict:
+            raise ValueError(
+                f'the backward pass of this model cannot be recorded ({self._why}); use method="auto" or "graph"'
+            ) from failure
+
+    def _retain(self) -> Retained:
+        """Return the retained graph of the model, made on first use."""
+        if self._graph is None:
+            rows = self._rows(self._inputs, self._observable)
+            if self._factored is not None:
+                self._same_outputs(rows)
+            self.outputs = rows.detach()
+            self._graph = Retained(rows, self._parameters)
+        return self._graph
+
+    def _dtypes(self) -> set[torch.dtype]:
+        return super()._dtypes() | (set() if self._factored is None else self._factored.dtypes)
+
+    def _same_outputs(self, rows: Tensor) -> None:
+        self._same_parameters()
+        if not torch.equal(rows.detach(), self.outputs):
+            raise RuntimeError(
+                "the model or its inputs were changed after this operator was made; make a new NTK"
+            )
+
+    @property
+    def _used(self) -> list[Tensor]:
+        if self._factored is None:
+            return self._retain().used
+        return [self._parameters[k] for k in self._factored.used]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.outputs.numel(), self.outputs.numel())
+
+    @property
+    def error(self) -> Tensor:
+        """The observable's error vector, (T,): target − output, onehot − softmax, or −log q."""
+        return self._observable.error(self.outputs)
+
+    def plan(self) -> Plan:
+        """Return what a product does, parameter by parameter, with FLOPs and bytes; prints as a table."""
+        if self._factored is not None:
+            return Plan("factored", tuple(self._factored.plan_rows))
+        rule = f"cannot be recorded: {self._why}" if self._why else "as asked"
+        return Plan("graph", (PlanRow("all parameters", rule, "VJP, then JVP; not counted", 0, 0),))
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self._used)
+        return (
+            f"NTK(T={self.shape[0]}, parameters={count}, normalize={self.normalize!r}, method={self.method!r}, "
+            f"{self.dtype}, {self.device})"
+        )
+
+    def vjp(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Return Jᵀu as one tensor per parameter in use (no normalisation).
+
+        Cost: one backward pass; the first call of `vjp`, `jvp` or `jacobian` on a factored operator runs the model again.
+        """
+        self._check(u, (self.shape[0],))
+        return self._retain().vjp(u)
+
+    def jvp(self, v: tuple[Tensor, ...]) -> Tensor:
+        """Return J v, shape (T,), for one tensor per parameter in use. Cost: one pass through the doubled graph."""
+        return self._retain().jvp(v)
+
+    def __matmul__(self, u: Tensor) -> Tensor:
+        """Return M u for u of shape (T,), or M U for U of shape (T, k), same dtype and device.
+
+        Cost: one product a column; the factored form shares its passes among the columns of U.
+        """
+        if u.ndim == 2:
+            self._check(u, (self.shape[0], u.shape[1]))
+            if self._factored is None:
+                return torch.stack([self @ column for column in u.unbind(1)], dim=1)
+            self._same_parameters()
+            return self._factored.block(u) * self.inner_weight
+        self._check(u, (self.shape[0],))
+        if self._factored is None:
+            graph = self._retain()
+            return graph.jvp(graph.vjp(u)) * self.inner_weight
+        self._same_parameters()
+        if self._product is None:
+            self._product = replayed(self._factored, u)
+        return self._product(u) * self.inner_weight
+
+    def layers(self) -> list[str]:
+        """Return the names of the layers, in the order of the model: the modules that hold the parameters in use.
+
+        A matrix that several modules share is a layer of its own, with the names of all of them joined by " + ".
+        """
+        return [*by_layer(self._model, self._used)]
+
+    def layer(self, name: str) -> NTK:
+        """Return M^(ℓ) = J^(ℓ) J^(ℓ)ᵀ of one layer, or of all layers below a module such as one block.
+
+        Σ_ℓ M^(ℓ) over `layers` is M, exactly. Its `vjp` and `jvp` are J^(ℓ)ᵀ u and J^(ℓ) v. Cost: the model is run again, as for
+        a new operator; a product runs the passes as far down as the layer.
+
+        Raises
+        ------
+        ValueError
+            No such layer, or a module that shares a parameter with modules outside it.
+        RuntimeError
+            The model was changed since this operator was made.
+        """
+        names = select(by_layer(self._model, self._used), name)
+        one = NTK(
+            self._model,
+            self._inputs,
+            self._observable,
+            normalize=self.normalize,
+            method=self._asked,
+            parameters=names,
+        )
+        self._same_outputs(one.outputs)
+        return one
+
+    def output_gradients(self, u: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """Return J_εᵀ u: for every layer, δ = ∂(Σ u f)/∂s at its output s, one tensor a use in the order of the pass.
+
+        With Kδ of :mod:`grsd.spectrum.operator.factors`, Σ_ℓ ⟨δ_ℓ, K_ℓ δ_ℓ⟩ = uᵀ J Jᵀ u. Layers whose parameters enter in a way that no
+        rule knows (`plan` calls them "plain") are left out. Cost: one activation-only backward pass; the first call runs
+        the model again and keeps its graph.
+        """
+        self._check(u, (self.shape[0],))
+        if self._gradients is None:
+            trace = Trace(self._parameters)
+            rows = self._rows(self._inputs, self._observable, trace)
+            trace.check_inputs()
+            self._same_outputs(rows)
+            groups = by_layer(self._model, self._parameters)
+            layers = {name: layer for layer, names in groups.items() for name in names}
+            self._gradients = OutputGradients(rows, trace, [layers[name] for name in self._names])
+        return self._gradients(u)
+
+    def jacobian(self) -> Tensor:
+        """Return J itself, (T, P), in the order of `model.parameters()`. Cost: T backward passes, T·P numbers."""
+        rows = []
+        for unit in torch.eye(self.shape[0], dtype=self.dtype, device=self.device):
+            rows.append(torch.cat([g.reshape(-1) for g in self.vjp(unit)]))
+        return torch.stack(rows)
+
+    def to_dense(self) -> Tensor:
+        """Return M as a (T, T) matrix by T products; no (T, P) matrix is formed."""
+        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+
+    def scipy(self) -> LinearOperator:
+        """Return M as a `scipy.sparse.linalg.LinearOperator` on NumPy vectors (for `eigsh` and friends)."""
+
+        def product(u: Any) -> Any:
+            return (self @ torch.as_tensor(u, dtype=self.dtype, device=self.device)).cpu().numpy()
+
+        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            self.shape, matvec=product, rmatvec=product, matmat=product, dtype=numpy_dtype
+        )

@@ -1,0 +1,167 @@
+"""`grsd mup-check`: flat in μP, not flat in the control, and sentences for what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from grsd.cli import main
+from grsd.lab.nets import stock
+from grsd.mup import coord_check
+
+TINY = {
+    "widths": "32,64,128",
+    "depths": "2,4",
+    "base": "32,2",
+    "steps": 2,
+    "seeds": 1,
+    "batch-size": 2,
+    "length": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def check(model: str, *flags: str, **options: Any) -> Result:
+    chosen = TINY | {key.replace("_", "-"): value for key, value in options.items()}
+    words = [word for key, value in chosen.items() for word in (f"--{key}", str(value))]
+    return CliRunner().invoke(main, ["mup-check", model, *words, *flags])
+
+
+def refusal(result: Result) -> str:
+    assert result.exit_code == 2 and result.stdout == "" and "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_mup_is_flat_and_prints_plan_sizes_and_slopes() -> None:
+    found = check("gpt_neox")
+    assert found.exit_code == 0, found.output
+    for words in (
+        "width ratio r_n = 4, depth ratio r_L = 2, k ≥ 2",
+        "block multiplier α",
+        "change of features, step 1",
+        "muon_kimi, mup: flat",
+        "change of features against width",
+    ):
+        assert words in found.stdout
+    rows = [line.split()[:2] for line in found.stdout.splitlines() if line[:1].isdigit()]
+    assert rows == [["32", "2"], ["32", "4"], ["64", "2"], ["128", "2"]]  # the base once
+
+
+def test_the_control_is_not_flat_and_names_conditions() -> None:
+    found = check("gpt_neox", "--sp")
+    assert found.exit_code == 1, found.output
+    assert "muon_kimi, sp: not flat" in found.stdout and "block multiplier" not in found.stdout
+    # two powers that hold at any size: Kimi's factor √n on the hidden matrices, and AdamW's n on the head
+    assert "C2.2 is broken: the update norm of hidden goes like width^+0.5" in found.stdout
+    assert "C2.1 is broken: the update norm of output goes like width^+1.0" in found.stdout
+
+
+def test_json_holds_what_the_library_finds() -> None:
+    found = check("llama", "--sp", "--json", optimizer="adamw", lr=0.002, seeds=2)
+    assert found.exit_code == 1, found.output
+    data = json.loads(found.stdout)
+    direct = coord_check(
+        stock.factory(stock.configuration("llama"), positions=16),
+        stock.next_byte(2, 16),
+        widths=(32, 64, 128),
+        depths=(2, 4),
+        base=(32, 2),
+        optimizer="adamw",
+        lr=0.002,
+        steps=2,
+        seeds=(0, 1),
+        parametrization="sp",
+    )
+    assert (data["verdict"], data["optimizer"], data["parametrization"]) == (
+        "not flat",
+        "adamw",
+        "sp",
+    )
+    for key, fitted in (("slopes", direct.slopes), ("first", direct.first)):
+        assert data[key] == {
+            axis: pytest.approx([s.value, s.low, s.high]) for axis, s in fitted.items()
+        }
+    named = {
+        (f["role"], f["quantity"], f["axis"], f["condition"], f["wanted"]) for f in data["findings"]
+    }
+    assert (
+        named
+        == {(f.role, f.quantity, f.axis, f.condition, f.wanted) for f in direct.findings}
+        != set()
+    )
+    assert "hidden weights" in data["plan"]
+
+
+def test_json_of_a_slope_without_an_interval_and_of_a_run_that_diverged() -> None:
+    flat = json.loads(check("gpt2", "--json").stdout)
+    value, low, high = flat["slopes"]["depth"]  # two depths, one seed: a line through two points
+    assert flat["verdict"] == "flat" and abs(value) < 0.25 and low is None and high is None
+    assert flat["slopes"]["width"][1] is not None
+    lost = check("gpt_neox", "--sp", "--json", optimizer="sgd", lr=1e30, depths=2)
+    assert lost.exit_code == 1 and json.loads(lost.stdout)["verdict"] == "diverged"
+
+
+def test_a_folder_with_a_configuration_is_a_model(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(n_embd=24, n_head=3, n_layer=1, n_inner=48).save_pretrained(tmp_path)
+    found = check(
+        str(tmp_path), widths=" 16, 32,", depths=2, base="16,2", optimizer="adamw", lr=0.002
+    )
+    assert found.exit_code in (0, 1) and found.stderr == ""
+    assert [line.split()[:2] for line in found.stdout.splitlines() if line[:1].isdigit()] == [
+        ["16", "2"],
+        ["32", "2"],
+    ]
+    assert "the width is a multiple of 8 (heads of dimension 8" in refusal(
+        check(str(tmp_path), widths="16,20")
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"widths": "32,a"}, "'32,a' is not a list of whole numbers between commas"),
+        ({"depths": "2;4"}, "'2;4' is not a list of whole numbers"),
+        ({"base": "32"}, "--base 32: expected WIDTH,DEPTH"),
+        ({"base": "32,2,1"}, "--base 32,2,1: expected WIDTH,DEPTH"),
+        (
+            {"widths": "32,40"},
+            "width 40 and depth 4: sizes are positive, and the width is a multiple of 16",
+        ),
+        ({"depths": "0,2"}, "positive sizes"),
+        ({"widths": "64", "depths": "4"}, "two widths or two depths are needed"),
+        ({"widths": "", "depths": ""}, "two widths or two depths are needed"),
+        ({"steps": 0}, "Invalid value for '--steps': 0 is not in the range"),
+        ({"seeds": 0}, "--seeds 0 must be positive"),
+        ({"length": 0}, "--length 0"),
+        ({"batch_size": -1}, "--batch-size -1"),
+        ({"lr": 0}, "lr must be positive and finite, got 0.0"),
+        ({"optimizer": "adam"}, "no rule for the optimizer 'adam'"),
+        ({"layers": 0}, "at least one layer, got k = 0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
+    assert words in refusal(check("gpt2", **options))
+
+
+def test_a_model_that_is_not_there_is_refused() -> None:
+    for name in ("nothing-here", "./nowhere"):
+        assert f"no configuration '{name}': expected gpt2, gpt_neox, llama, a folder" in refusal(
+            check(name)
+        )
+
+
+def test_help_has_examples_and_exit_codes() -> None:
+    shown = CliRunner().invoke(main, ["mup-check", "--help"])
+    assert shown.exit_code == 0
+    for words in ("--json", "Examples:", "Exit code 1 when the check is not flat", "--sp"):
+        assert words in shown.stdout

@@ -1,0 +1,433 @@
+"""Lemma 1 between flows, closed-form fields and their networks: each against an integrator, autodiff or computer algebra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import sympy as sp
+import torch
+from scipy.integrate import solve_ivp
+from scipy.linalg import expm
+
+from grsd.dynamics.drift import edge_flux
+from grsd.dynamics.flow import Problem, around, central, integrate
+from grsd.dynamics.modes import Modes, instant, modes
+from grsd.dynamics.transport import CovariantDrift
+from grsd.lab.nets.models import mlp
+from grsd.renorm.theorems.closed_forms import (
+    BalancedModes,
+    Gain,
+    Shells,
+    Spirals,
+    balanced_eigenvalue,
+    balanced_field,
+    balanced_velocity,
+    deep_exponent,
+    deep_velocity,
+    scale_free_exponent,
+    scale_free_velocity,
+)
+from grsd.renorm.theorems.counterexamples import gain_network, parallel_modes, spiral
+from grsd.renorm.theorems.covariance import between_flows, field_ratio, rescaled, weak_balance
+
+EDGES = np.geomspace(1e-2, 1.0, 4)
+Data = tuple[torch.nn.Module, torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 2, dtype=torch.float64, generator=generator)
+    return mlp([2, 8, 1], seed=0), x, torch.sin(2 * x[:, 0])
+
+
+@pytest.fixture(scope="module")
+def moved(data: Data) -> tuple[Problem, np.ndarray]:
+    problem = Problem(*data)
+    return problem, integrate(problem, [0.0, 1.0], rtol=1e-11, estimate=False).thetas[-1]
+
+
+def look(problem: Problem, theta: np.ndarray | torch.Tensor) -> Modes:
+    return modes(*instant(problem, theta))
+
+
+# --- Lemma 1 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("a", [0.5, 3.0])
+def test_between_the_flows_of_L_and_aL_everything_scales(data: Data, a: float) -> None:
+    found = between_flows(
+        Problem(*data), rescaled(*data, a), a, np.array([0.3, 1.0]) / a, EDGES, rtol=1e-11
+    )
+    assert found.parameters.max() < 1e-9  # two integrators at rtol 1e-11 over some hundred steps
+    assert (
+        found.worst < 1e-8
+    )  # the same, over the gaps between eigenvalues that rates and fluxes contain
+    np.testing.assert_allclose(found.same, abs(a - 1), rtol=1e-8)  # forgetting the factor a is seen
+
+
+def test_a_flow_that_is_not_that_of_aL_is_caught(data: Data) -> None:
+    net, x, y = data
+    louder = Problem(net, x, 2**0.5 * y)  # the targets were scaled, the outputs were not
+    assert between_flows(Problem(*data), louder, 2.0, [0.5], EDGES).worst > 0.1
+    assert between_flows(Problem(*data), rescaled(*data, 2.0), 1.9, [0.5], EDGES).worst > 1e-2
+
+
+def test_flows_that_cannot_be_compared_are_refused(data: Data) -> None:
+    net, x, y = data
+    with pytest.raises(ValueError, match="33 and 33 parameters, 10 and 9 samples"):
+        between_flows(Problem(net, x, y), Problem(net, x[:9], y[:9]), 1.0, [1.0], EDGES)
+    for a in (0.0, -1.0, np.inf):
+        with pytest.raises(ValueError, match=f"a is {a}"):
+            rescaled(net, x, y, a)
+
+
+# --- balanced modes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [1.3, 0.0, -0.4])
+def test_the_closed_form_solves_its_equation(target: float) -> None:
+    t = np.array([0.1, 1.0, 4.0])
+    numeric = solve_ivp(
+        lambda _, x: x * (2 * target - x),
+        (0, 4),
+        [0.02],
+        t_eval=t,
+        method="DOP853",
+        rtol=1e-12,
+        atol=1e-15,
+    ).y[0]
+    np.testing.assert_allclose(balanced_eigenvalue(t, target, 0.02), numeric, rtol=1e-10)
+
+
+def test_networks_of_parallel_modes_have_the_velocities_of_the_formulas() -> None:
+    y, first, d = np.array([1.0, 0.5, 1.6]), np.array([0.01, 0.2, 1.2]), np.array([0.0, 0.1, -0.5])
+    problem = parallel_modes(y, first, imbalance=d)
+    at = integrate(problem, [0.0, 1.0], rtol=1e-11, estimate=False).thetas[-1]
+    for theta in (problem.theta, at):
+        found, (a, b) = look(problem, theta), np.reshape(np.asarray(theta), (2, -1))
+        lam = a**2 + b**2
+        order = np.argsort(lam)
+        np.testing.assert_allclose(found.eigenvalues, lam[order], rtol=1e-12)
+        np.testing.assert_allclose(
+            found.rates, balanced_velocity(lam, y, d)[order], rtol=1e-9
+        )  # D is conserved
+        assert np.abs(found.coupling).max() == 0.0
+    assert np.isclose(a[0] ** 2 + b[0] ** 2, balanced_eigenvalue(1.0, 1.0, 0.01), rtol=1e-9)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4, 8])
+def test_modes_of_many_factors(depth: int) -> None:
+    first = np.array([1e-6, 1e-3, 0.1])
+    for target in (1.0, 0.0):
+        found = look(*(p := parallel_modes(np.full(3, target), first, depth=depth), p.theta))
+        np.testing.assert_allclose(found.eigenvalues, first, rtol=1e-12)
+        np.testing.assert_allclose(found.rates, deep_velocity(first, depth, target), rtol=1e-10)
+    small = np.array([1e-10, 1e-9])
+    slope = np.diff(np.log(deep_velocity(small, depth, 1.0)))[0] / np.log(10)
+    # the error's factor 1 − (λ/L)^{L/(2L−2)} bends the slope: by 1e-9 for two factors, by 1e-5 for eight
+    assert abs(slope - deep_exponent(depth)) < 1e-4
+    slope = np.diff(np.log(-deep_velocity(small, depth)))[0] / np.log(10)
+    assert abs(slope - 2) < 1e-12
+    assert np.allclose(deep_velocity(first, 2, 0.7), balanced_velocity(first, 0.7))
+
+
+def test_one_eigenvalue_has_many_velocities() -> None:
+    found = balanced_velocity(1.2, [0.8, 0.8, 1.6], [0.0, 0.5, 0.0])
+    np.testing.assert_allclose(
+        found, [0.48, 4 * np.sqrt(1.19) / 2 * (0.8 - np.sqrt(1.19) / 2), 2.4], rtol=1e-14
+    )
+
+
+def test_arguments_that_make_no_mode_are_refused() -> None:
+    with pytest.raises(ValueError, match="less than"):
+        balanced_velocity(0.4, 1.0, 0.5)
+    with pytest.raises(ValueError, match="not negative"):
+        balanced_eigenvalue(1.0, 1.0, -0.1)
+    with pytest.raises(ValueError, match="depth is 1"):
+        deep_velocity(0.1, 1)
+    with pytest.raises(ValueError, match="depth is 1"):
+        deep_exponent(1)
+    with pytest.raises(ValueError, match="expected depth ≥ 2"):
+        parallel_modes([1.0], [0.1], depth=3, imbalance=0.05)
+    with pytest.raises(ValueError, match="starts positive"):
+        parallel_modes([1.0], [0.0])
+    with pytest.raises(ValueError, match="smallest start is 0"):
+        BalancedModes(np.ones(2), np.array([0.0, 1.0]))
+    with pytest.raises(ValueError, match="equally long"):
+        BalancedModes(np.ones(2), np.ones(3))
+
+
+# --- ensembles as fields ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kappa", [1e-4, 0.1, 1.9])
+def test_the_scale_free_ensemble_lies_on_the_lambert_field(kappa: float) -> None:
+    rng = np.random.default_rng(0)
+    for y in (
+        np.geomspace(1e-3, 10, 12),
+        np.exp(rng.normal(size=12)),
+    ):  # the targets need not be geometric
+        modes_ = BalancedModes.scale_free(y, kappa)
+        for t in (0.3, 2.0):
+            lam, v = modes_.eigenvalues(t), modes_.velocities(t)
+            np.testing.assert_allclose(scale_free_velocity(lam, t, kappa), v, rtol=1e-9)
+            # the routes cancel 2y − λ and 1 − λ/2y: digits are lost in proportion to e^{2yt}
+            np.testing.assert_allclose(
+                balanced_field(lam[:4], t, lambda y: kappa * y), v[:4], rtol=1e-8
+            )
+
+
+def test_lambert_field_by_algebra_and_by_its_exponent() -> None:
+    tau, c = sp.symbols("tau c", positive=True)
+    curve = 2 / (1 + c * sp.exp(-2 * tau))
+    assert sp.simplify(sp.diff(curve, tau) - curve * (2 - curve)) == 0
+    u, z = tau * curve, 2 * tau - tau * curve
+    assert sp.simplify(z * sp.exp(z) - c * u * sp.exp(-u)) == 0
+    assert sp.simplify(tau**2 * sp.diff(curve, tau) - u * z) == 0
+    for kappa in (1e-3, 0.5):
+        x, h = np.array([1e-4, 1e-2, 1.0, 3.0]), 1e-5
+        F = [scale_free_velocity(x * np.exp(s), 1.0, kappa) for s in (h, -h)]
+        np.testing.assert_allclose(
+            scale_free_exponent(x, kappa), np.log(F[0] / F[1]) / (2 * h), atol=1e-8
+        )
+
+
+def test_covariance_tells_the_scale_free_family_from_one_with_a_scale() -> None:
+    lam, t = np.array([0.05, 0.2, 0.5]), 2.0
+    for a in (0.5, 2.0):
+        ratio = scale_free_velocity(a * lam, t / a, 0.01) / (
+            a**2 * scale_free_velocity(lam, t, 0.01)
+        )
+        np.testing.assert_allclose(ratio, 1, rtol=1e-13)
+        constant: Callable[[float], float] = lambda y: 0.01  # noqa: E731
+        ratio = balanced_field(a * lam, t / a, constant) / (a**2 * balanced_field(lam, t, constant))
+        assert np.abs(ratio - 1).min() > 0.1
+        late = scale_free_velocity(a * lam, t / a + 1, 0.01) / (
+            a**2 * scale_free_velocity(lam, t + 1, 0.01)
+        )
+        assert np.abs(late - 1).min() > 0.05  # the origin of time is part of the statement
+    H = CovariantDrift(lambda x: scale_free_velocity(x, 1.0, 0.01) / x, lambda x: 0 * x)
+    np.testing.assert_allclose(
+        lam / t * H.speed(lam * t), scale_free_velocity(lam, t, 0.01), rtol=1e-12
+    )
+
+
+def test_field_ratio_on_fields_with_a_known_answer() -> None:
+    y = np.geomspace(1e-2, 3, 4000)
+    for start, expected in (
+        (BalancedModes.scale_free(y, 0.1), 1.0),
+        (BalancedModes.common_target(0.01 * y), None),
+    ):
+        a, t = 1.5, 1.2
+        found = field_ratio(
+            start.eigenvalues(t),
+            start.velocities(t),
+            start.eigenvalues(t / a),
+            start.velocities(t / a),
+            a,
+        )
+        if expected:
+            np.testing.assert_allclose(
+                found, expected, atol=1e-4
+            )  # linear interpolation over steps of 0.14 %
+        else:  # λ(2y − λ): the ratio is (2y − aλ)/(a(2y − λ)), which is near 1/a for small λ
+            assert abs(np.median(found) - 1 / a) < 0.02
+    random = BalancedModes.random(200, seed=0)
+    noise = field_ratio(
+        random.eigenvalues(1.2),
+        random.velocities(1.2),
+        random.eigenvalues(0.8),
+        random.velocities(0.8),
+        1.5,
+    )
+    assert np.std(noise) > 0.3
+    few = np.array(
+        [1e-3, 1e-2, 1e-1, 1.0]
+    )  # v = λ/t: v/λ is constant, so its interpolation is exact however far modes are apart
+    np.testing.assert_allclose(
+        field_ratio(few[:3], few[:3] / 2, few, few / (2 / 1.5), 1.5), 1.0, rtol=1e-14
+    )
+    with pytest.raises(ValueError, match="nearer to 1"):
+        field_ratio([1.0], [1.0], [0.1, 0.2], [1.0, 1.0], 2.0)
+
+
+def test_fields_refuse_what_they_cannot_reach() -> None:
+    for kappa in (0.0, 2.0, -1.0):
+        with pytest.raises(ValueError, match="between 0 and 2"):
+            scale_free_velocity(0.1, 1.0, kappa)
+    with pytest.raises(ValueError, match="positive time"):
+        balanced_field(0.1, 0.0, lambda y: y)
+    with pytest.raises(ValueError, match="the family reaches"):
+        balanced_field(1e-3, 1.0, lambda y: 0.01)  # every mode starts at 0.01 and grows
+
+
+# --- the gain model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("y1", [2.0, 0.0])
+def test_the_gain_network_moves_all_its_modes_alike(y1: float) -> None:
+    s = np.geomspace(0.8, 0.01, 6)
+    closed, problem = Gain(0.8, y1, 0.05), gain_network(s, y1, 0.05)
+    path = integrate(problem, [0.0, 1.0, 3.0], rtol=1e-12, atol=1e-15, estimate=False)
+    for t, theta in zip(path.times, path.thetas, strict=True):
+        found = look(problem, theta)
+        window = slice(None, -1)  # all but the first mode of Φ, which has the largest λ
+        np.testing.assert_allclose(
+            found.eigenvalues[window], (closed.gain(t) * s**2)[:0:-1], rtol=1e-9
+        )
+        np.testing.assert_allclose(
+            found.rates / found.eigenvalues, np.full(6, closed.log_velocity(t)), rtol=1e-9
+        )
+    if y1 == 0:
+        t = np.array([0.0, 1.0, 1e3])
+        np.testing.assert_allclose((t + closed.lag) * closed.log_velocity(t), -1, rtol=1e-12)
+        assert abs(closed.log_velocity(1.0) + 1) > 0.9  # without the lag it is far from −1
+    with pytest.raises(ValueError, match="must be positive"):
+        Gain(1.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match="singular values"):
+        gain_network([1.0], 1.0, 1.0)
+
+
+# --- two velocities -----------------------------------------------------------------------------------
+
+
+def test_weak_balance_is_the_derivative_of_the_energy(moved: tuple[Problem, np.ndarray]) -> None:
+    problem, theta = moved
+    centre, width = np.log(0.05), 1.0
+
+    def bump(x: np.ndarray) -> np.ndarray:
+        found: np.ndarray = np.exp(
+            -((np.log(np.maximum(x, 1e-300)) - centre) ** 2) / (2 * width**2)
+        )
+        return found
+
+    def slope(x: np.ndarray) -> np.ndarray:
+        safe = np.maximum(x, 1e-300)
+        found: np.ndarray = -bump(x) * (np.log(safe) - centre) / (width**2 * safe)
+        return found
+
+    h = 0.02
+    energies = np.array(
+        [
+            weak_balance(look(problem, at), bump, slope).energy
+            for at in around(problem, theta, h).thetas
+        ]
+    )
+    found = weak_balance(look(problem, theta), bump, slope)
+    expected = float(central(energies, h))
+    scale = abs(found.rotation) + abs(found.drift) + found.dissipation
+    assert abs(found.rate - expected) < 1e-8 * scale  # h⁸, and rounding over h
+    assert (
+        abs(found.rate - found.drift - expected) > 1e-3 * scale
+    )  # without drift, as the shell derivation has it
+    assert abs(found.rate - found.rotation - expected) > 1e-3 * scale
+
+
+def test_weak_balance_of_a_logistic_step_is_the_edge_flux(
+    moved: tuple[Problem, np.ndarray],
+) -> None:
+    found, a = look(*moved), 0.03
+    mine = weak_balance(found, lambda x: x / (x + a), lambda x: a / (x + a) ** 2)
+    edge = edge_flux(found, [a])
+    np.testing.assert_allclose(
+        [mine.rotation, mine.drift], [edge.kato[0], edge.advective[0]], rtol=1e-6
+    )
+
+
+def test_the_spiral_turns_and_does_not_drift_and_parallel_modes_drift_and_do_not_turn() -> None:
+    p, q, beta = 0.8, 0.5, 1.5
+    problem = spiral(p, q, beta, radius=2.0)
+    frame = np.array([[p**2, p * q], [p * q, q**2 + beta]])
+    values = np.linalg.eigvalsh(frame)
+    step = (lambda x: x / (x + 1), lambda x: 1 / (1 + x) ** 2)
+    path = integrate(problem, [0.0, 1.0, 2.5], rtol=1e-12, atol=1e-14, estimate=False)
+    for t, theta in zip(path.times, path.thetas, strict=True):
+        found = look(problem, theta)
+        np.testing.assert_allclose(found.eigenvalues, values, rtol=1e-12)
+        assert np.abs(found.rates).max() < 1e-12 and np.isclose(
+            abs(found.coupling[0, 1]), p * q, rtol=1e-10
+        )
+        e = problem.error(theta).numpy()
+        assert np.isclose(np.sqrt((e**2).mean()), 2 * np.exp(-(p**2) * t), rtol=1e-9)
+        balance = weak_balance(found, *step)
+        assert abs(balance.rotation) > 0.1 * balance.energy and abs(balance.drift) < 1e-12
+        # every energy decays like e^{−2p²t}, so the flux is known without any eigenvector
+        assert np.isclose(
+            balance.rotation, balance.dissipation - 2 * p**2 * balance.energy, rtol=1e-8
+        )
+    still = weak_balance(look(*(m := parallel_modes([1.0, 2.0], [0.1, 0.2]), m.theta)), *step)
+    assert still.rotation == pytest.approx(0, abs=1e-15) and still.drift > 0.01
+    with pytest.raises(ValueError, match="inward = 0"):
+        spiral(0.0)
+
+
+def test_spirals_side_by_side_pass_energy_by_rotation_alone() -> None:
+    family = Spirals(np.geomspace(0.5, 5, 8), ratio=2.0, rate=0.1)
+    problem = spiral(*family.shape)
+    path = integrate(problem, [0.0, 0.05, 0.4], rtol=1e-11, atol=1e-14, estimate=False)
+    for t, theta in zip(path.times, path.thetas, strict=True):
+        found = look(problem, theta)
+        expected = np.sort(np.concatenate([family.scales, 2 * family.scales]))
+        np.testing.assert_allclose(found.eigenvalues, expected, rtol=1e-10)
+        assert np.abs(found.rates).max() < 1e-12
+        turning = np.abs(found.coupling)[np.abs(found.coupling) > 1e-12]
+        np.testing.assert_allclose(
+            turning, np.full(16, 0.1), rtol=1e-9
+        )  # the same for every pair, and nothing else turns
+        np.testing.assert_allclose(
+            np.sort(0.5 * found.coefficients**2),
+            np.sort(np.concatenate(family.energies(t))),
+            rtol=1e-6,
+            atol=1e-12,
+        )
+        for a in (0.8, 2.0, 5.0):
+            flux = edge_flux(found, [a], 8)
+            step = lambda x, a=a: x**8 / (x**8 + a**8)  # noqa: E731
+            slope = lambda x, a=a: 8 * x**7 * a**8 / (x**8 + a**8) ** 2  # noqa: E731
+            assert flux.kato[0] / flux.energy[0] == pytest.approx(
+                family.log_velocity(step, slope, t), rel=1e-7
+            )
+    with pytest.raises(ValueError, match="0 < rate"):
+        Spirals(np.array([0.1, 1.0]), ratio=2.0, rate=0.06)
+
+
+# --- the chain of shells ------------------------------------------------------------------------------
+
+
+def test_the_chain_is_antisymmetric_local_and_the_same_everywhere() -> None:
+    chain, rng = Shells(rate=3.0, width=0.1), np.random.default_rng(1)
+    e = rng.random(40)
+    assert abs(chain.rates(e).sum()) < 1e-12
+    matrix = np.stack([chain.rates(unit) for unit in np.eye(40)], axis=1)
+    later = expm(0.2 * matrix) @ e
+    numeric = solve_ivp(lambda t, x: chain.rates(x), (0, 0.2), e, rtol=1e-10, atol=1e-12).y[:, -1]
+    np.testing.assert_allclose(numeric, later, rtol=1e-7)
+    inner = e.copy()
+    inner[[0, 1, -2, -1]] = 0  # away from the ends, shifting the energies shifts the flux
+    np.testing.assert_allclose(
+        chain.flux(np.roll(inner, 1))[2:], chain.flux(inner)[1:-1], atol=1e-15
+    )
+
+
+def test_the_velocity_of_the_chain_follows_the_energies() -> None:
+    h, variance = 0.05, 1.3
+    chain = Shells(rate=400.0, width=h)  # κ = 1
+    s = h * np.arange(-60, 61)
+    edges = s[:-1] + h / 2
+    gauss = np.exp(-(s**2) / (2 * variance))
+    np.testing.assert_allclose(
+        chain.log_velocity(gauss), chain.gaussian_velocity(edges, variance), rtol=1e-10, atol=1e-14
+    )
+    np.testing.assert_allclose(
+        chain.gaussian_velocity(edges, variance), chain.diffusivity * edges / variance, rtol=2e-3
+    )
+    flat = chain.log_velocity(np.exp(-0.7 * s))
+    assert np.ptp(flat) < 1e-12 * abs(
+        flat[0]
+    )  # a constant ratio of neighbours, nothing else, moves alike everywhere
+    assert np.ptp(chain.log_velocity(gauss)) > 4  # κ (s_max − s_min)/σ² = 4.6
+    with pytest.raises(ValueError, match="must be positive"):
+        Shells(rate=0.0, width=1.0)
