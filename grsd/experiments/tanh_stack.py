@@ -156,9 +156,8 @@ class TanhStack:
         pairs = self._pairs(at)[1]
         ends, middle = (pairs[0], pairs[-1]), pairs[1:-1]
         found = [part[None] for pair in ends for part in pair[:2]]
-        return found + (
-            [torch.stack([pair[k] for pair in middle]) for k in (0, 1)] if middle else []
-        )  # type: ignore[misc]
+        inner = [torch.stack([pair[k] for pair in middle]) for k in (0, 1)] if middle else []  # type: ignore[misc]
+        return found + inner
 
     def kernel(self, at: Parameters) -> Tensor:
         """Return M = JJᵀ/n, (n, n). Cost: two Gram matrices per weight matrix."""

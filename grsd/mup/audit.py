@@ -292,8 +292,8 @@ def summarize(
             role,
             "weight",
             norm,
-            lambda s, role=role, at=at: s.weights.get(role, math.nan) * at(s),
-        )  # type: ignore[misc]
+            lambda s, role=role, at=at: s.weights.get(role, math.nan) * at(s),  # type: ignore[misc]
+        )
         add("", role, "gradient", rms, lambda s, role=role: s.gradients.get(role, math.nan))  # type: ignore[misc]
     for name in optimizers:
         for role in MATRICES if OPTIMIZERS[name].matrices_only else ROLES:
@@ -308,8 +308,8 @@ def summarize(
                 role,
                 "condition",
                 right.multiplier * right.lr * size,
-                lambda s, get=get, at=at: get(s) * at(s),
-            )  # type: ignore[misc]
+                lambda s, get=get, at=at: get(s) * at(s),  # type: ignore[misc]
+            )
     return UpdateAudit(tuple(measured), tuple(found))
 
 

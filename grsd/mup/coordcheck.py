@@ -363,9 +363,8 @@ def _judge(
             ("update norm", change, "updates"),
         ):
             for axis, target in (("width", float(size.n)), ("depth", float(size.L))):
-                slope = along(
-                    axis, lambda r, get=get, role=role: getattr(r, get).get(role, math.nan)
-                )  # type: ignore[misc]
+                reading = lambda r, get=get, role=role: getattr(r, get).get(role, math.nan)  # noqa: E731
+                slope = along(axis, reading)
                 if (
                     slope is not None
                     and abs(slope.value - target) > FLAT

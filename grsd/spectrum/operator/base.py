@@ -190,9 +190,8 @@ def forward_rows(
     )
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     args, kwargs = tree_map(_copied, args), tree_map(_copied, kwargs)
-    fork = torch.random.fork_rng(
-        devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    )  # type: ignore[no-untyped-call]
+    ready: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()) if ready else ())
     plain: Any = nullcontext()
     if "torch._dynamo" in sys.modules:  # what a compiled module does cannot be watched
         plain = torch.compiler.set_stance("force_eager")

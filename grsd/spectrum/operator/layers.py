@@ -78,8 +78,12 @@ class OutputGradients:
     def __call__(self, u: Tensor) -> dict[str, tuple[Tensor, ...]]:
         with same_parameters():
             found = torch.autograd.grad(
-                self._rows, self._places, u, retain_graph=True, allow_unused=True
-            )  # type: ignore[arg-type]
+                self._rows,
+                self._places,  # type: ignore[arg-type]
+                u,
+                retain_graph=True,
+                allow_unused=True,
+            )
         result: dict[str, tuple[Tensor, ...]] = {}
         for layer, delta in zip(self._layers, found, strict=True):
             if delta is not None:
