@@ -55,7 +55,7 @@ def test_the_readme_shows_the_stored_result() -> None:
 def test_the_chapter_shows_the_stored_result() -> None:
     text = (ROOT / "book/spectrum/product.md").read_text(encoding="utf-8")
     for name in ("products_table", "krylov_table", "gpu_table"):
-        assert f"\nbenchmarks.{name}()\n```" in text
+        assert f"\nbenchmark_tables.{name}()\n```" in text
     assert "| M u, factored" not in text
 
 
