@@ -1,4 +1,4 @@
-"""The command line: `grsd doctor`, `suite`, `shells`, `conditions`, `mup-check`, `protocol`, `experiment`, `claims`, `results`.
+"""The command line: `grsd doctor`, `suite`, `shells`, `conditions`, `mup-check`, `protocol`, `experiment`, `claims`, `results`, `new-chapter`.
 
 Tables go to stdout, progress and errors to stderr; `--json` turns stdout into one JSON object. A failure is one
 sentence and exit code 2. Heavy imports happen inside the commands, so that `grsd doctor` works where torch does not.
@@ -6,6 +6,7 @@ One module holds one family of commands; importing it adds them to `main`.
 """
 
 from grsd.cli import (
+    authoring,
     diagnostics,
     environment,
     ledger,
@@ -17,6 +18,7 @@ from grsd.cli import (
 from grsd.cli.common import main
 
 __all__ = [
+    "authoring",
     "diagnostics",
     "environment",
     "ledger",
