@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,51 +21,33 @@ from torch.nn import functional
 
 from grsd.experiments.engine import Experiment, Piece
 from grsd.lab.nets import architectures
-from grsd.mup import coordcheck, norms, optimizers, roles, rules
+from grsd.mup import coordcheck, norms, optimizers, registry, roles, rules
 from grsd.mup.coordcheck import coord_check, fit_slope
 from grsd.mup.planning import Plan, plan
+from grsd.mup.registry import OPTIMIZERS, row
 
-__all__ = ["EXPERIMENT", "MISTAKES", "RATES", "Parameters", "batch", "factory", "hidden_alone"]
+__all__ = ["EXPERIMENT", "Parameters", "batch", "factory", "hidden_alone"]
 
-RATES = {
-    "sgd": 2.0**-3,
-    "adamw": 2.0**-11,
-    "lion": 2.0**-11,
-    "sophia": 2.0**-11,
-    "muon": 2.0**-9,
-    "muon_kimi": 2.0**-9,
-    "shampoo": 2.0**-9,
-    "soap": 2.0**-10,
-    "soap_sqrt": 2.0**-10,
-    "sso": 2.0**-8,
-}
-"""Base learning rates: features of the base model change by about a tenth of their size over the run."""
-MISTAKES = {
-    "sgd": (1.0, -1.0),  # the rate of input weights; Table 4 without r_L
-    "adamw": (1.0, -0.5),  # no factor of width
-    "lion": (1.0, -0.5),
-    "sophia": (1.0, -0.5),
-    "muon": (-0.5, -0.5),  # Muon-Kimi's rule for the bare update
-    "muon_kimi": (0.5, -0.5),  # and the reverse
-    "shampoo": (-0.5, -0.5),
-    "soap_sqrt": (0.5, -0.5),  # the printed rule of SOAP
-    "sso": (-0.5, -0.5),
-}
-"""Optimizer → exponents of r_n and r_L by which a wrong hidden rate differs from the rule's: in width a rule of another row or role, in depth the rule
-of blocks of one layer. `soap` has none: in width its own rule is `soap_sqrt`'s mistake."""
 INPUTS = 16
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {"sso": {"sso": {"radius": 2.0}}}
-"""SSO on the sphere where Gaussian weights of infinite width start. At width n their norm is below it by a share of order n^(−2/3), and the first step
-ends in a small jump onto the sphere."""
 SCHEMES = {"all": ("mup", "sp"), "hidden": ("mup", "wrong")}
 """What is trained → the ways to set the rates that are compared."""
+
+
+def checked() -> tuple[str, ...]:
+    """Return the optimizers that coordinate checks have a rate for."""
+    return tuple(name for name, known in OPTIMIZERS.items() if known.rate is not None)
+
+
+def slow() -> tuple[str, ...]:
+    """Return those whose every step needs many decompositions."""
+    return tuple(name for name in checked() if OPTIMIZERS[name].slow)
 
 
 @dataclass(frozen=True)
 class Parameters:
     """Sizes and seeds; the method is that of the module."""
 
-    optimizers: tuple[str, ...] = tuple(RATES)
+    optimizers: tuple[str, ...] = field(default_factory=checked)
     widths: tuple[int, ...] = (64, 128, 256, 512)
     depths: tuple[int, ...] = (4, 8, 16, 32)
     base_width: int = 64
@@ -73,36 +55,19 @@ class Parameters:
     seeds: int = 3
     steps: int = 8
     samples: int = 32
-    slow: tuple[str, ...] = (
-        "shampoo",
-        "soap",
-        "soap_sqrt",
-        "sso",
-    )  # many decompositions: widths up to slow_width
+    slow: tuple[str, ...] = field(default_factory=slow)  # widths up to slow_width
     slow_width: int = 256
-    trained: str = "all"  # or "hidden": the hidden matrices alone, by the rule and by the wrong one of `MISTAKES`
+    trained: str = "all"  # or "hidden": the hidden matrices alone, by the rule and by the wrong one of their rows
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.trained not in SCHEMES:
             raise ValueError(f"trained is {self.trained!r}; it can be {' or '.join(SCHEMES)}")
-        unknown = [name for name in self.optimizers if name not in RATES]
-        if (
-            unknown
-            or min(
-                (
-                    *self.widths,
-                    *self.depths,
-                    self.base_width,
-                    self.base_depth,
-                    self.seeds,
-                    self.steps,
-                )
-            )
-            < 1
-        ):
+        unknown = [name for name in self.optimizers if name not in checked()]
+        sizes = (*self.widths, *self.depths, self.base_width, self.base_depth)
+        if unknown or min(*sizes, self.seeds, self.steps) < 1:
             raise ValueError(
-                f"optimizers are {', '.join(RATES)}, and sizes, seeds and steps are positive; got {unknown or self}"
+                f"optimizers are {', '.join(checked())}, and sizes, seeds and steps are positive; got {unknown or self}"
             )
 
 
@@ -161,9 +126,9 @@ def pieces(p: Parameters) -> list[Piece]:
         widths = [w for w in p.widths if name not in p.slow or w <= p.slow_width]
         sizes = [*((w, p.base_depth) for w in widths), *((p.base_width, d) for d in p.depths)]
         for parametrization in SCHEMES[p.trained]:
-            if name == "soap_sqrt" and parametrization == "sp":
-                continue  # it differs from soap in its rule alone
-            if parametrization == "wrong" and name not in MISTAKES:
+            if parametrization == "sp" and OPTIMIZERS[name].variant_of is not None:
+                continue  # it differs from the other in its rule alone
+            if parametrization == "wrong" and OPTIMIZERS[name].mistake is None:
                 continue
             for width, depth in dict.fromkeys(sizes):
                 found += [
@@ -175,7 +140,7 @@ def pieces(p: Parameters) -> list[Piece]:
                         "seed": seed,
                         "steps": p.steps,
                         "samples": p.samples,
-                        "lr": RATES[name],
+                        "lr": OPTIMIZERS[name].rate,
                         "trained": p.trained,
                         "device": p.device,
                     }
@@ -193,7 +158,8 @@ def measure(piece: Piece) -> dict[str, Any]:
         piece["parametrization"],
         piece["device"],
     )
-    off = MISTAKES[optimizer] if parametrization == "wrong" else (0.0, 0.0)
+    known = row(optimizer)
+    off = (known.mistake if parametrization == "wrong" else None) or (0.0, 0.0)
     found = coord_check(
         lambda n, blocks: factory(n, blocks).to(device),
         batch(piece["samples"], device=device),
@@ -205,7 +171,7 @@ def measure(piece: Piece) -> dict[str, Any]:
         steps=piece["steps"],
         seeds=(piece["seed"],),
         parametrization="sp" if parametrization == "sp" else "mup",
-        options=OPTIONS.get(optimizer),
+        options={optimizer: known.options},
         make_plan=hidden_alone(optimizer, *off) if piece["trained"] == "hidden" else None,
     )
     run = next(r for r in found.runs if (r.width, r.depth) == (width, depth))
@@ -247,8 +213,10 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -
                 {
                     "optimizer": name,
                     "parametrization": parametrization,
-                    "lr": RATES[name],
-                    "off": list(MISTAKES[name]) if parametrization == "wrong" else [0.0, 0.0],
+                    "lr": OPTIMIZERS[name].rate,
+                    "off": list(OPTIMIZERS[name].mistake or ())
+                    if parametrization == "wrong"
+                    else [0.0, 0.0],
                     "widths": sorted({size[0] for size, _ in runs if size[1] == p.base_depth}),
                     "depths": sorted({size[1] for size, _ in runs if size[0] == p.base_width}),
                     "slopes": slopes,
@@ -297,6 +265,7 @@ EXPERIMENT = Experiment(
         optimizers,
         sys.modules["grsd.mup.planning"],
         rules,
+        registry,
     ),
     gpu={
         "widths": (128, 256, 512, 1024, 2048),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from grsd.experiments.engine import Experiment, Piece, rounded
 from grsd.lab.nets import architectures
 from grsd.mup import audit as audits
-from grsd.mup import norms, optimizers, roles, rules
+from grsd.mup import norms, optimizers, registry, roles, rules
 from grsd.mup.audit import Sizes, UpdateAudit
+from grsd.mup.registry import OPTIMIZERS, row
 
 __all__ = ["EXPERIMENT", "Parameters", "audit", "network", "one_sample", "sizes"]
 
-ALL = tuple(
-    name for name in rules.OPTIMIZERS if name not in ("soap_sqrt", "sophia_rho")
-)  # their first steps are soap's and sophia's
+
+def distinct() -> tuple[str, ...]:
+    """Return the optimizers whose first step is that of no other."""
+    return tuple(name for name, known in OPTIMIZERS.items() if known.variant_of is None)
 
 
 @dataclass(frozen=True)
@@ -39,28 +41,16 @@ class Parameters:
     blocks: int = 2  # looked at
     layers: tuple[int, ...] = (2, 1)  # k, of a residual branch
     activation: str = "relu"
-    optimizers: tuple[str, ...] = ALL
+    optimizers: tuple[str, ...] = field(default_factory=distinct)
     slow_width: int = 256  # up to which SSO and SOAP are run: they need many decompositions
     slow_seeds: int = 2  # of widths above slow_width
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if (
-            min(
-                (
-                    *self.widths,
-                    *self.depths,
-                    self.base_width,
-                    self.base_depth,
-                    self.seeds,
-                    self.blocks,
-                ),
-                default=0,
-            )
-            < 1
-        ):
+        sizes = (*self.widths, *self.depths, self.base_width, self.base_depth)
+        if min(*sizes, self.seeds, self.blocks) < 1:
             raise ValueError(f"sizes and seeds must be positive, got {self}")
-        unknown = [name for name in self.optimizers if name not in rules.OPTIMIZERS]
+        unknown = [name for name in self.optimizers if name not in OPTIMIZERS]
         if unknown or not set(self.layers) <= {1, 2}:
             raise ValueError(
                 f"unknown optimizer or layers: {unknown}, {self.layers}; layers are 1 or 2"
@@ -103,9 +93,7 @@ def pieces(p: Parameters) -> list[Piece]:
     for k in p.layers:
         for n, depth in sizes:
             slow = n > p.slow_width
-            chosen = [
-                name for name in p.optimizers if not (slow and name.startswith(("soap", "sso")))
-            ]
+            chosen = [name for name in p.optimizers if not (slow and row(name).slow == 2)]
             for seed in range(min(p.seeds, p.slow_seeds) if slow else p.seeds):
                 settings = {
                     "base": [p.base_width, p.base_depth],
@@ -231,6 +219,7 @@ EXPERIMENT = Experiment(
         optimizers,
         sys.modules["grsd.mup.planning"],
         rules,
+        registry,
         architectures,
         sys.modules[__name__],
     ),

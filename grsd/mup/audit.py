@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from grsd.mup.coordcheck import Factory, Loss, Slope, fit_slope
 from grsd.mup.norms import rms_norm, rms_operator_norm
-from grsd.mup.optimizers import assemble, pieces
+from grsd.mup.optimizers import pieces
 from grsd.mup.planning import Entry, Plan, plan
+from grsd.mup.registry import assemble, row
 from grsd.mup.roles import tables
 from grsd.mup.rules import (
-    HALF,
     MATRICES,
     OPTIMIZERS,
     ROLES,
@@ -34,6 +34,7 @@ from grsd.mup.rules import (
     update_norm,
     weight_norm,
 )
+from grsd.mup.scales import HALF
 from grsd.spectrum.operator.ntk import refuse_dropout
 
 __all__ = [
@@ -48,18 +49,6 @@ __all__ = [
 
 QUANTITIES = ("weight", "gradient", "update", "condition")
 """α‖W‖_R of the initial weights, root mean square of ∇W, ‖A‖_R of the first update ΔW = −ηA, and α η ‖A‖_R."""
-EXACT: dict[str, dict[str, Any]] = {
-    "muon": {"exact": True},
-    "muon_keller": {"exact": True},
-    "muon_kimi": {"exact": True},
-    "shampoo": {"eps": 0.0},
-    "sso": {"exact": True, "bisections": 8},  # the norm does not depend on μ
-    "adamw": {"eps": 1e-30},  # not 0: dead units have gradients of exactly 0
-    "lion": {"betas": (0.9, 0.99)},
-    "soap": {"weight_decay": 0.0},
-    "soap_sqrt": {"weight_decay": 0.0},
-}
-"""What makes a first step the one of the derivation: orthogonal factors by singular value decomposition, no ε, no decay."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +220,7 @@ def measure_sizes(
         for handle in handles:
             handle.remove()
     chosen, rows = _spread(made, blocks), tables(model)
-    tensors = {e.name: (p.detach(), p.grad) for p, e in made._matched(model) if e.name in chosen}
+    tensors = {e.name: (p.detach(), p.grad) for p, e in made.matched(model) if e.name in chosen}
     held = [
         (e, *tensors[e.name])
         for e in made.entries
@@ -325,35 +314,23 @@ def _spread(made: Plan, blocks: int) -> set[str]:
 
 
 def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tensor]:
-    """Return A of ΔW = −ηA for every tensor: one step of the optimizer itself, at η = 1 and without decay, on copies.
-
-    SSO, whose retraction is not linear in η, steps at η = 10⁻³.
-    """
-    lr = 1e-3 if name == "sso" else 1.0
-    copies, groups = [], []
+    """Return A of ΔW = −ηA for every tensor: one step of the optimizer itself, without decay, on copies."""
     if not held:
         return []
+    known = row(name)
+    copies, groups = [], []
     for entry, W, G in held:
         q = nn.Parameter(W.clone())
         q.grad = G.clone()
         copies.append(q)
-        group: dict[str, Any] = {"params": [q], "lr": lr, "mup_lr": 1.0, "weight_decay": 0.0}
-        if OPTIMIZERS[name].matrices_only:
+        group = {"params": [q], "lr": known.first_lr, "mup_lr": 1.0, "weight_decay": 0.0}
+        if known.matrices_only:
             group |= {"split": entry.split, "transposed": entry.transposed}
         groups.append(group)
-    opt: Any = assemble({name: groups}, lr, {name: EXACT.get(name, {})})
-    if name == "sso":
-        opt.retract()
+    optimizer = assemble({name: groups}, known.first_lr, {name: known.exact})
     before = [q.detach().clone() for q in copies]
-    if name.startswith(
-        "sophia"
-    ):  # the curvature of a Gauss-Newton step with one output: the squared gradient
-        opt.step(hessian=[q.grad.square() for q in copies if q.grad is not None])
-    else:
-        opt.step()
-    if name.startswith("soap"):  # the library's first step only sets up the eigenbases
-        opt.step()
-    return [(a - q.detach()) / lr for a, q in zip(before, copies, strict=True)]
+    known.first(optimizer)
+    return [(b - q.detach()) / known.first_lr for b, q in zip(before, copies, strict=True)]
 
 
 def _norms(x: Tensor, entry: Entry, rows: set[str]) -> list[float]:

@@ -7,7 +7,7 @@ features are made of: α‖W‖_R and α‖ΔW‖_R of every role, which the spe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -143,7 +143,7 @@ def coord_check(
     seeds: Sequence[int] = (0, 1, 2),
     parametrization: Parametrization = "mup",
     k: int = 2,
-    options: dict[str, dict[str, Any]] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     eps: float | None = None,
     outputs: Callable[[nn.Module], Tensor] | None = None,
     make_plan: Callable[[nn.Module, nn.Module], Plan] | None = None,

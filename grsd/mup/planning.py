@@ -10,15 +10,15 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from grsd.mup.optimizers import assemble
+from grsd.mup.registry import assemble, row
 from grsd.mup.roles import (
     BRANCH_ENDS,
     FUSED,
@@ -33,9 +33,9 @@ from grsd.mup.roles import (
     unmatched,
     width_ratio,
 )
-from grsd.mup.rules import OPTIMIZERS, ROLES, Rule, Scale, rule
+from grsd.mup.rules import ROLES, Rule, Scale, rule
 
-__all__ = ["BRANCH_ENDS", "FUSED", "Entry", "Plan", "plan"]
+__all__ = ["BRANCH_ENDS", "FUSED", "Entry", "Plan", "plan", "unscaled"]
 
 WeightDecay = Literal["paper", "unscaled"]
 
@@ -48,14 +48,13 @@ class Entry:
     ----------
     name : the parameter (tied ones under their first name).
     role : one of `grsd.mup.rules.ROLES`.
-    shape : tuple of int.
     optimizer : the optimizer that gets it.
-    rule : Rule, the exponents of (r_n, r_L).
+    rule : the exponents of (r_n, r_L).
     multiplier, std, lr, weight_decay, eps, clip : the rule at this model's ratios; the last two None without a rule.
     split : how a matrix is fused along its outputs: parts, or (blocks, parts) when parts alternate in blocks.
-    transposed : bool, stored (n_in, n_out).
-    std_base : float or None, standard deviation of the base model's values; None for a plan without a base model.
-    mean_base : float, their mean (1 for a norm's gain).
+    transposed : stored (n_in, n_out).
+    std_base : standard deviation of the base model's values; None for a plan without a base model.
+    mean_base : their mean (1 for a norm's gain).
     block : the residual block that holds it; None outside the stack.
     """
 
@@ -83,9 +82,9 @@ class Plan:
 
     Attributes
     ----------
-    entries : tuple of Entry, in the order of `model.named_parameters()`.
-    multipliers : tuple of Multiplier, one for each head and each end of a residual branch.
-    r_n, r_L : float, width and depth ratio to the base model.
+    entries : in the order of `model.named_parameters()`.
+    multipliers : one for each head and each end of a residual branch.
+    r_n, r_L : width and depth ratio to the base model.
     k : layers per residual block, 1 or 2 (2 stands for more).
     tied : groups of names that share one tensor.
     notes : what the plan leaves to the reader.
@@ -116,21 +115,21 @@ class Plan:
         seen: dict[tuple[str, str], list[Entry]] = {}
         for entry in sorted(self.entries, key=lambda e: ROLES.index(e.role)):
             seen.setdefault((entry.role, entry.optimizer), []).append(entry)
-        columns = [["", "optimizer", "tensors", *(words for words, _ in _ROWS)]]
+        columns = [["", "optimizer", "tensors", *_ROWS]]
         for (role, optimizer), group in seen.items():
             e = group[0]
+            head = role.replace("_bias", " biases") if role.endswith("bias") else f"{role} weights"
             values = (e.multiplier, e.std**2, e.lr, e.weight_decay, e.eps, e.clip)
-            cells = [
-                _cell(get(e.rule), value) for (_, get), value in zip(_ROWS, values, strict=True)
-            ]
-            columns.append([_HEADS[role], optimizer, str(len(group)), *cells])
-        rows = [row for row in zip(*columns, strict=True) if any(cell != "–" for cell in row[1:])]
+            # the fields of a rule stand in the order of the rows
+            formulas = (getattr(e.rule, one.name) for one in fields(e.rule))
+            cells = map(_cell, formulas, values)
+            columns.append([head, optimizer, str(len(group)), *cells])
+        rows = [cells for cells in zip(*columns, strict=True) if set(cells[1:]) != {"–"}]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        head = f"width ratio r_n = {self.r_n:g}, depth ratio r_L = {self.r_L:g}, k {'= 1' if self.k == 1 else '≥ 2'}"
-        body = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([head, *body, *self.notes])
+        k = "k = 1" if self.k == 1 else "k ≥ 2"
+        title = f"width ratio r_n = {self.r_n:g}, depth ratio r_L = {self.r_L:g}, {k}"
+        body = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
+        return "\n".join([title, *body, *self.notes])
 
     def __str__(self) -> str:
         return self.table()
@@ -140,17 +139,8 @@ class Plan:
     ) -> None:
         """Draw the weights again: normal with the base model's standard deviation times √(variance factor), at the base's mean.
 
-        Tensors that are constant in the base model (zero biases, gains of one) are set to that constant.
-
-        Parameters
-        ----------
-        std : mapping, optional
-            Role → σ_b, in place of the base model's. A plan without a base model needs one for every role with drawn weights.
-
-        Raises
-        ------
-        ValueError
-            A plan without a base model, and no `std` for a role.
+        Tensors that are constant in the base model (zero biases, gains of one) are set to that constant. `std` (role → σ_b) takes the
+        place of the base model's; a plan without a base model needs it for every role.
         """
         generator = torch.Generator().manual_seed(seed)
         given = std or {}
@@ -161,7 +151,7 @@ class Plan:
                     f"give std={{{entry.role!r}: …}}, or make the plan with base="
                 )
         with torch.no_grad():
-            for parameter, entry in self._matched(model):
+            for parameter, entry in self.matched(model):
                 size = given.get(entry.role, entry.std_base or 0.0)
                 parameter.fill_(entry.mean_base)
                 if size > 0:
@@ -176,25 +166,20 @@ class Plan:
         """
         tracer: Any = importlib.import_module("torch._dynamo.config")
         tracer.skip_nnmodule_hook_guards = False
-        self._matched(model)
-        for name, module in model.named_modules():
-            if any(
-                isinstance(h, _Multiply)
-                for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            ):
+        self.matched(model)
+        modules = {plain(name): module for name, module in model.named_modules()}
+        for name, module in modules.items():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any(isinstance(hook, _Multiply) for hook in hooks):
                 raise ValueError(
                     f"{name!r} already carries a multiplier; remove the hooks of the earlier plan first"
                 )
-        modules = {plain(name): module for name, module in model.named_modules()}
         handles = []
         for name, factor, side in self.multipliers:
-            hook = _Multiply(factor)
             module = modules[name]
-            handles.append(
-                module.register_forward_hook(hook)
-                if side == "output"
-                else module.register_forward_pre_hook(hook)
-            )
+            after = side == "output"
+            register = module.register_forward_hook if after else module.register_forward_pre_hook
+            handles.append(register(_Multiply(factor)))
         return handles
 
     def fold_(self, model: nn.Module) -> Plan:
@@ -208,47 +193,32 @@ class Plan:
             A weight that is used elsewhere too (tied embeddings): it would be scaled there as well. A branch that does not end in a
             linear layer of its own (a container, `nn.MultiheadAttention`): there is no weight to fold into.
         """
-        matched = {entry.name: parameter for parameter, entry in self._matched(model)}
+        matched = {entry.name: parameter for parameter, entry in self.matched(model)}
         shared = {name for group in self.tied for name in group}
-        changed: dict[str, float] = {}
         modules = {plain(name): module for name, module in model.named_modules()}
+        # which parameters take which factor; nothing is changed before all of them are known
+        factors: dict[str, float] = {}
         for module, factor, side in self.multipliers:
-            if any(modules[module].children()) or not hasattr(modules[module], "weight"):
+            end = modules[module]
+            if any(end.children()) or not hasattr(end, "weight"):
                 raise ValueError(
-                    f"{module!r} is a {type(modules[module]).__name__} and no linear layer, so its factor {factor:g} cannot be folded into one "
+                    f"{module!r} is a {type(end).__name__} and no linear layer, so its factor {factor:g} cannot be folded into one "
                     "weight; name the branch's last linear layer in branch_ends, or use attach()"
                 )
-            for local, p in modules[module].named_parameters(recurse=False):
+            for local, p in end.named_parameters(recurse=False):
+                name = f"{module}.{local}"
                 if side == "input" and p.ndim < 2:
                     continue
-                name = f"{module}.{local}"
                 if name in shared:
                     raise ValueError(
                         f"{name!r} shares its tensor with another layer, which folding would scale too; use attach()"
                     )
-                changed[name] = factor
-        entries = []
+                factors[name] = factor
         with torch.no_grad():
-            for entry in self.entries:
-                if entry.name not in changed:
-                    entries.append(entry)
-                    continue
-                factor = changed[entry.name]
-                matched[entry.name].mul_(factor)
-                gradient = OPTIMIZERS[entry.optimizer].kind == "gradient"
-                power = factor**2 if gradient else factor
-                entries.append(
-                    replace(
-                        entry,
-                        multiplier=1.0,
-                        std=entry.std * factor,
-                        mean_base=entry.mean_base * factor,
-                        lr=entry.lr * power,
-                        weight_decay=entry.weight_decay / power,
-                        eps=None if entry.eps is None else entry.eps / factor,
-                    )
-                )
-        return replace(self, entries=tuple(entries), multipliers=())
+            for name, factor in factors.items():
+                matched[name].mul_(factor)
+        entries = tuple(_folded(e, factors[e.name]) if e.name in factors else e for e in self)
+        return replace(self, entries=entries, multipliers=())
 
     def param_groups(
         self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, eps: float | None = None
@@ -261,34 +231,22 @@ class Plan:
             raise ValueError(f"lr must be positive and finite, got {lr}")
         if weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
-        made: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
-        for parameter, entry in self._matched(model):
+        groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+        for parameter, e in self.matched(model):
             if not parameter.requires_grad:
                 continue
-            key = (
-                entry.role,
-                entry.lr,
-                entry.weight_decay,
-                entry.eps,
-                entry.clip,
-                entry.split,
-                entry.transposed,
-            )
-            fresh: dict[str, Any] = {
-                "params": [],
-                "role": entry.role,
-                "mup_lr": entry.lr,
-                "lr": lr * entry.lr,
-            }
-            fresh["weight_decay"] = weight_decay * entry.weight_decay
-            if OPTIMIZERS[entry.optimizer].matrices_only:
-                fresh |= {"split": entry.split, "transposed": entry.transposed}
-            if entry.clip is not None:
-                fresh["mup_clip"] = entry.clip
+            key = (e.role, e.lr, e.weight_decay, e.eps, e.clip, e.split, e.transposed)
+            group = groups.setdefault(e.optimizer, {}).setdefault(key, {"params": []})
+            group["params"].append(parameter)
+            group |= {"role": e.role, "mup_lr": e.lr, "lr": lr * e.lr}
+            group["weight_decay"] = weight_decay * e.weight_decay
+            if row(e.optimizer).matrices_only:
+                group |= {"split": e.split, "transposed": e.transposed}
+            if e.clip is not None:
+                group["mup_clip"] = e.clip
             if eps is not None:
-                fresh["eps"] = eps * (1.0 if entry.eps is None else entry.eps)
-            made.setdefault(entry.optimizer, {}).setdefault(key, fresh)["params"].append(parameter)
-        return {name: list(groups.values()) for name, groups in made.items()}
+                group["eps"] = eps * (1.0 if e.eps is None else e.eps)
+        return {name: list(by_key.values()) for name, by_key in groups.items()}
 
     def make_optimizer(
         self,
@@ -297,39 +255,32 @@ class Plan:
         lr: float,
         weight_decay: float = 0.0,
         eps: float | None = None,
-        options: dict[str, dict[str, Any]] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> torch.optim.Optimizer:
         """Return one optimizer for the model; several are combined, and a scheduler drives all of their groups.
+
+        Lion, SOAP and Sophia need `pytorch_optimizer`.
 
         Parameters
         ----------
         lr, weight_decay, eps : base values, those of the base model.
         options : optimizer name → further arguments, e.g. ``{"adamw": {"betas": (0.9, 0.95)}}``.
-
-        Raises
-        ------
-        ImportError
-            Lion, SOAP or Sophia without `pytorch_optimizer`.
         """
-        return assemble(
-            self.param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps), lr, options
-        )
+        groups = self.param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps)
+        return assemble(groups, lr, options)
 
-    def _matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
+    def matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
         """Return (parameter, entry) pairs; wrappers that prefix names (compile, DDP, FSDP) are seen through."""
-        found = {plain(name): parameter for name, parameter in model.named_parameters()}
-        missing = [e.name for e in self.entries if e.name not in found]
-        if missing or len(found) != len(self.entries):
-            other = missing or sorted(set(found) - {e.name for e in self.entries})
+        parameters = {plain(name): parameter for name, parameter in model.named_parameters()}
+        if strangers := sorted(parameters.keys() ^ {e.name for e in self.entries}):
             raise ValueError(
-                f"the plan was made for another model: {other[0]!r} and {len(other) - 1} more do not match"
+                f"the plan was made for another model: {strangers[0]!r} and {len(strangers) - 1} more do not match"
             )
         for e in self.entries:
-            if tuple(found[e.name].shape) != e.shape:
-                raise ValueError(
-                    f"{e.name!r} has shape {tuple(found[e.name].shape)}; the plan was made for {e.shape}"
-                )
-        return [(found[e.name], e) for e in self.entries]
+            shape = tuple(parameters[e.name].shape)
+            if shape != e.shape:
+                raise ValueError(f"{e.name!r} has shape {shape}; the plan was made for {e.shape}")
+        return [(parameters[e.name], e) for e in self.entries]
 
 
 def plan(
@@ -346,29 +297,20 @@ def plan(
     branch_ends: Sequence[str] = BRANCH_ENDS,
     fused: Fused | None = None,
 ) -> Plan:
-    """Compare a model with its base and return the plan.
+    """Compare a model with its base and return the plan; warn of an optimizer whose rule is known to fail.
 
     Parameters
     ----------
-    model, base : nn.Module
-        One architecture at two sizes. They may be the same size; ratios are then 1 and every factor is 1.
-    r_n, r_L : float
-        Width and depth ratio, in place of a base model. Roles then follow from the position alone, and `Plan.initialize_` needs
+    model, base : one architecture at two sizes. They may be the same size; ratios are then 1 and every factor is 1.
+    r_n, r_L : width and depth ratio, in place of a base model. Roles then follow from the position alone, and `Plan.initialize_` needs
         the base's standard deviations.
-    optimizer : str
-        One of `grsd.mup.rules.OPTIMIZERS`, for hidden matrices and all that it can take.
-    other : str
-        For what `optimizer` cannot take or the paper does not give it: with a matrix optimizer, everything but hidden matrices.
-    k : int
-        Layers per residual branch; 1 gives the rules of condition B.1.
-    wd_rule : str
-        "paper": λ as in tables 2–6; "unscaled": λ is not scaled.
-    fused : mapping
-        Pattern of parameter names → `Entry.split`, for matrices that hold several. "heads" stands for (heads of the model, 3).
-    roles : mapping, optional
-        Pattern of parameter names → role, for those that cannot be told from shapes. Patterns are tried in order.
-    branch_ends : patterns of module names
-        Layers whose output is added to the residual stream; they get the block's multiplier.
+    optimizer : one of `grsd.mup.rules.OPTIMIZERS`, for hidden matrices and all that it can take.
+    other : for what `optimizer` cannot take or the paper does not give it: with a matrix optimizer, everything but hidden matrices.
+    k : layers per residual branch; 1 gives the rules of condition B.1.
+    wd_rule : "paper": λ as in tables 2–6; "unscaled": λ is not scaled.
+    roles : pattern of parameter names → role, for those that cannot be told from shapes. Patterns are tried in order.
+    branch_ends : patterns of the modules whose output is added to the residual stream; they get the block's multiplier.
+    fused : pattern of parameter names → `Entry.split`, for matrices that hold several. "heads" stands for (heads of the model, 3).
 
     Raises
     ------
@@ -376,94 +318,40 @@ def plan(
         Another architecture, ratios that differ from layer to layer or are not positive, both a base and ratios, a parameter without
         a role (named, with what to say), a tensor in two roles whose rules differ, no residual stack, no branch end, a pattern that matches
         nothing.
-
-    Warns
-    -----
-    UserWarning
-        For an optimizer whose rule is known to fail: see `grsd.mup.rules.Optimizer.caution`.
     """
-    for name in (optimizer, other):
-        if name not in OPTIMIZERS:
-            raise ValueError(
-                f"no rule for the optimizer {name!r}; there are {', '.join(OPTIMIZERS)}"
-            )
-    if OPTIMIZERS[other].matrices_only:
+    chosen, fused = row(optimizer), FUSED if fused is None else fused
+    if row(other).matrices_only:
         raise ValueError(
             f"other = {other!r} takes matrices only; biases and embeddings need a vector optimizer: 'adamw'"
         )
     if wd_rule not in ("paper", "unscaled"):
         raise ValueError(f'wd_rule must be "paper" or "unscaled", got {wd_rule!r}')
-    if (base is None) == (r_n is None and r_L is None):
-        raise ValueError(
-            "give either base=, a model of the same architecture, or the ratios r_n= and r_L="
-        )
-    caution = OPTIMIZERS[optimizer].caution
-    if caution:
-        warnings.warn(caution, stacklevel=2)
-    stack, depth = stack_of(model)
-    every = [plain(name) for name, _ in model.named_parameters(remove_duplicate=False)]
-    unmatched([*(roles or {})], every, "roles")
-    unmatched([pattern for pattern in fused or {} if pattern not in FUSED], every, "fused")
-    parameters = {plain(name): p for name, p in model.named_parameters()}
-    shared = tied(model)
-    names = [*parameters, *(name for group in shared for name in group[1:])]
-    if base is None:
-        r_n, r_L = (1.0 if r is None else float(r) for r in (r_n, r_L))
-        Scale().at(r_n, r_L)  # refuses what is no ratio
-        pairs: dict[str, Tensor] = {
-            name: parameters[next((g[0] for g in shared if name in g), name)] for name in names
-        }
-        compared = False
-    else:
-        base_stack, base_depth = stack_of(base)
-        if stack != base_stack:
-            raise ValueError(
-                f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model"
-            )
-        base_parameters = {
-            plain(name): p for name, p in base.named_parameters(remove_duplicate=False)
-        }
-        pairs = {name: partner(name, base_parameters, stack, base_depth) for name in names}
-        r_n, r_L = (
-            width_ratio({name: (p, pairs[name]) for name, p in parameters.items()}),
-            depth / base_depth,
-        )
-        compared = r_n != 1.0
-    layout = Layout(
-        {plain(name): m for name, m in model.named_modules()},
-        list(parameters),
-        stack,
-        compared,
-        roles or {},
-    )
+    if chosen.caution:
+        warnings.warn(chosen.caution, stacklevel=2)
 
-    owner = {name: group[0] for group in shared for name in group}
-    assigned = {
-        name: layout.role(name, parameters[owner.get(name, name)], pairs[name]) for name in names
-    }
+    # every parameter's partner in the base model (without one: itself), and the ratios
+    layout, pairs, r_n, r_L = _compared(model, base, r_n, r_L, roles or {})
+    every = [plain(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    unmatched(roles or {}, every, "roles")
+    unmatched([pattern for pattern in fused if pattern not in FUSED], every, "fused")
+    below = [name for name in layout.modules if name.startswith(f"{layout.stack}.")]
+    own = [pattern for pattern in branch_ends if pattern not in BRANCH_ENDS]
+
+    # roles, of tied tensors in each place; then one entry for every tensor
+    assigned = {name: layout.role(name, p, q) for name, (p, q) in pairs.items()}
+    shared = tied(model)
     entries = []
-    for name, p in parameters.items():
-        role = assigned[name]
-        which = optimizer if role == "hidden" or not OPTIMIZERS[optimizer].matrices_only else other
+    for name in layout.names:
+        role, (p, q) = assigned[name], pairs[name]
+        which = optimizer if role == "hidden" or not chosen.matrices_only else other
         found = rule(which, role, k)
         for twin in next((group for group in shared if group[0] == name), ())[1:]:
-            second = rule(which, assigned[twin], k)
-            if (found.lr, found.weight_decay, found.eps) != (
-                second.lr,
-                second.weight_decay,
-                second.eps,
-            ):
-                raise ValueError(
-                    f"{name!r} and {twin!r} are one tensor in the roles {role} and {assigned[twin]}, whose rules differ under "
-                    f"{which}; untie them or choose another optimizer"
-                )
+            _agree(found, rule(which, assigned[twin], k), (name, twin), assigned, which)
         if wd_rule == "unscaled":
             found = replace(found, weight_decay=Scale())
-        values = pairs[name].detach().double()
-        constant = bool((values == values.flatten()[0]).all())
-        std_base = (
-            0.0 if constant else float(values.square().mean().sqrt()) if base is not None else None
-        )
+        values = q.detach().double().flatten()
+        constant = bool((values == values[0]).all())
+        std_base = None if base is None else float(values.square().mean().sqrt())
         entries.append(
             Entry(
                 name=name,
@@ -471,31 +359,92 @@ def plan(
                 shape=tuple(p.shape),
                 optimizer=which,
                 rule=found,
-                multiplier=found.multiplier.at(r_n, r_L),
-                std=math.sqrt(found.variance.at(r_n, r_L)),
-                lr=found.lr.at(r_n, r_L),
-                weight_decay=found.weight_decay.at(r_n, r_L),
-                eps=None if found.eps is None else found.eps.at(r_n, r_L),
-                std_base=std_base,
-                mean_base=float(values.flatten()[0]) if constant else 0.0,
-                split=split_of(name, model, FUSED if fused is None else fused)
-                if role == "hidden"
-                else 1,
-                transposed=p.ndim == 2
-                and type(layout.modules[name.rpartition(".")[0]]).__name__ == "Conv1D",
-                clip=None if found.clip is None else found.clip.at(r_n, r_L),
-                block=int(name.removeprefix(f"{stack}.").partition(".")[0])
-                if name.startswith(f"{stack}.")
-                else None,
+                **_numbers(found, r_n, r_L),
+                std_base=0.0 if constant else std_base,
+                mean_base=float(values[0]) if constant else 0.0,
+                split=split_of(name, model, fused) if role == "hidden" else 1,
+                transposed=p.ndim == 2 and layout.transposed(name),
+                block=layout.block(name),
             )
         )
     multipliers = layout.multipliers(assigned, branch_ends, k, r_n, r_L)
-    below = [name for name in layout.modules if name.startswith(f"{stack}.")]
-    unmatched(
-        [pattern for pattern in branch_ends if pattern not in BRANCH_ENDS], below, "branch_ends"
-    )
-    notes = (*((caution,) if caution else ()), *_heads(model, base))
+    unmatched(own, below, "branch_ends")
+    notes = (*((chosen.caution,) if chosen.caution else ()), *_heads(model, base))
     return Plan(tuple(entries), multipliers, r_n, r_L, min(k, 2), shared, notes)
+
+
+def unscaled(made: Plan) -> Plan:
+    """Return the plan of standard parametrization: the base's variance, multiplier and rate at every size."""
+    entries = tuple(replace(e, **_numbers(e.rule, 1.0, 1.0)) for e in made)
+    return replace(made, entries=entries, multipliers=())
+
+
+def _compared(
+    model: nn.Module,
+    base: nn.Module | None,
+    r_n: float | None,
+    r_L: float | None,
+    roles: Mapping[str, str],
+) -> tuple[Layout, dict[str, tuple[Tensor, Tensor]], float, float]:
+    """Return the model's layout, name → (tensor, the base model's) with tied names, and the ratios."""
+    if (base is None) == (r_n is None and r_L is None):
+        raise ValueError(
+            "give either base=, a model of the same architecture, or the ratios r_n= and r_L="
+        )
+    stack, depth = stack_of(model)
+    parameters = {plain(name): p for name, p in model.named_parameters()}
+    every = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    there, base_depth = every, depth
+    wide, deep = (1.0 if r is None else float(r) for r in (r_n, r_L))
+    Scale().at(wide, deep)  # refuses what is no ratio
+    if base is not None:
+        base_stack, base_depth = stack_of(base)
+        if stack != base_stack:
+            raise ValueError(
+                f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model"
+            )
+        there = {plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {
+        name: (p, partner(name, there, stack, base_depth)) for name, p in every.items()
+    }
+    if base is not None:
+        wide, deep = width_ratio({name: pairs[name] for name in parameters}), depth / base_depth
+    modules = {plain(name): m for name, m in model.named_modules()}
+    compared = base is not None and wide != 1.0
+    return Layout(modules, list(parameters), stack, compared, roles), pairs, wide, deep
+
+
+def _numbers(rule: Rule, r_n: float, r_L: float) -> dict[str, Any]:
+    """Return an entry's numbers: its rule at the ratios."""
+    scales = {one.name: getattr(rule, one.name) for one in fields(rule)}
+    numbers: dict[str, Any] = {n: None if s is None else s.at(r_n, r_L) for n, s in scales.items()}
+    return numbers | {"std": math.sqrt(numbers.pop("variance"))}
+
+
+def _folded(e: Entry, factor: float) -> Entry:
+    """Return the entry of a weight that its multiplier was multiplied into."""
+    power = factor**2 if row(e.optimizer).kind == "gradient" else factor
+    return replace(
+        e,
+        multiplier=1.0,
+        std=e.std * factor,
+        mean_base=e.mean_base * factor,
+        lr=e.lr * power,
+        weight_decay=e.weight_decay / power,
+        eps=None if e.eps is None else e.eps / factor,
+    )
+
+
+def _agree(
+    one: Rule, two: Rule, names: tuple[str, str], roles: Mapping[str, str], optimizer: str
+) -> None:
+    """Refuse a tensor in two roles whose rules differ."""
+    if (one.lr, one.weight_decay, one.eps) != (two.lr, two.weight_decay, two.eps):
+        first, second = names
+        raise ValueError(
+            f"{first!r} and {second!r} are one tensor in the roles {roles[first]} and {roles[second]}, whose rules differ under "
+            f"{optimizer}; untie them or choose another optimizer"
+        )
 
 
 class _Multiply:
@@ -512,13 +461,13 @@ class _Multiply:
 
 
 def _heads(model: nn.Module, base: nn.Module | None) -> tuple[str, ...]:
+    """Return a note where the dimension of attention heads changes."""
     sizes = []
     for m in (model, base):
         config: Any = getattr(m, "config", None)
         heads = getattr(config, "num_attention_heads", None)
-        sizes.append(
-            getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
-        )
+        own = getattr(config, "head_dim", None)
+        sizes.append(own or (config.hidden_size // heads if heads else None))
     if None in sizes or sizes[0] == sizes[1]:
         return ()
     return (
@@ -527,17 +476,13 @@ def _heads(model: nn.Module, base: nn.Module | None) -> tuple[str, ...]:
     )
 
 
-_HEADS: dict[str, str] = {
-    role: role.replace("_bias", " biases") if role.endswith("bias") else f"{role} weights"
-    for role in ROLES
-}
-_ROWS: tuple[tuple[str, Callable[[Rule], Scale | None]], ...] = (
-    ("block multiplier α", lambda r: r.multiplier),
-    ("initial variance σ²", lambda r: r.variance),
-    ("learning rate η", lambda r: r.lr),
-    ("weight decay λ", lambda r: r.weight_decay),
-    ("stabilizer ε", lambda r: r.eps),
-    ("clipping ρ", lambda r: r.clip),
+_ROWS = (  # of a table, in the order of a rule's fields
+    "block multiplier α",
+    "initial variance σ²",
+    "learning rate η",
+    "weight decay λ",
+    "stabilizer ε",
+    "clipping ρ",
 )
 
 

@@ -1,14 +1,15 @@
 """Where the parameters of a model stand: inside the residual stack, before it or after it, and which of their sides grow.
 
 What `grsd.mup.planning` reads off two sizes of one architecture: the stack and its depth, each parameter's partner in the base model, its role, and
-the modules whose inputs or outputs get a multiplier. Names are those of the bare model, whatever wraps it.
+the modules whose inputs or outputs get a multiplier. Names are those of the bare model, whatever wraps it. What names alone can say of a model
+family (the ends of its residual branches, its fused matrices) is a row of `FAMILIES`.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,9 @@ from grsd.mup.rules import ROLES, rule
 
 __all__ = [
     "BRANCH_ENDS",
+    "FAMILIES",
     "FUSED",
+    "Family",
     "Layout",
     "Multiplier",
     "partner",
@@ -32,17 +35,37 @@ __all__ = [
 Side = Literal["input", "output"]
 Fused = Mapping[str, int | tuple[int, int] | Literal["heads"]]
 
-BRANCH_ENDS = (
-    "*.attn.c_proj", "*.mlp.c_proj",  # GPT-2
-    "*.attention.dense", "*.mlp.dense_4h_to_h",  # GPT-NeoX
-    "*.self_attn.o_proj", "*.mlp.down_proj",  # Llama and its kin
-    "*.branch_end",  # grsd.lab.nets.models
-)  # fmt: skip
-"""Layers whose output is added to the residual stream, as patterns of module names; `plan(..., branch_ends=)` names others."""
+
+class Family(NamedTuple):
+    """What a plan knows of a family of transformers by the names of its modules.
+
+    Attributes
+    ----------
+    branch_ends : patterns of the modules whose output is added to the residual stream.
+    fused : pattern of a parameter that holds several matrices → how many stand one after another, or "heads" for Q, K, V of one
+        head after another.
+    """
+
+    branch_ends: tuple[str, ...]
+    fused: Fused
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(("*.attn.c_proj", "*.mlp.c_proj"), {"*.attn.c_attn.weight": 3}),
+    "gpt_neox": Family(
+        ("*.attention.dense", "*.mlp.dense_4h_to_h"),
+        {"*.attention.query_key_value.weight": "heads"},
+    ),
+    "llama": Family(("*.self_attn.o_proj", "*.mlp.down_proj"), {}),
+}
+"""transformers' name of a family → its row. Models of other families that use the same names are known too."""
+
+BRANCH_ENDS = (*(end for f in FAMILIES.values() for end in f.branch_ends), "*.branch_end")
+"""Layers whose output is added to the residual stream, as patterns of module names; `plan(..., branch_ends=)` names others. The last is that of
+`grsd.lab.nets.models`."""
 
 FUSED: Fused = {
-    "*.attn.c_attn.weight": 3,  # GPT-2: Q, K, V one after another
-    "*.attention.query_key_value.weight": "heads",  # GPT-NeoX: Q, K, V of one head after another
+    **{name: split for f in FAMILIES.values() for name, split in f.fused.items()},
     "*.in_proj_weight": 3,  # nn.MultiheadAttention: Q, K, V one after another
 }
 """Matrices that hold several, which a matrix optimizer must treat one by one."""
@@ -64,7 +87,7 @@ class Layout:
     ----------
     modules, names : the model's modules by name, and its parameters' names in order.
     stack : name of the residual stack.
-    compared : bool, a base model of another width says which sides grow; otherwise the position in the model does.
+    compared : a base model of another width says which sides grow; otherwise the position in the model does.
     roles : pattern of names → role, what the user says.
     """
 
@@ -74,39 +97,45 @@ class Layout:
     compared: bool
     roles: Mapping[str, str]
 
+    def owner(self, name: str) -> nn.Module:
+        """Return the module that holds a parameter."""
+        return self.modules[name.rpartition(".")[0]]
+
+    def transposed(self, name: str) -> bool:
+        """Whether a matrix is stored (n_in, n_out)."""
+        return type(self.owner(name)).__name__ == "Conv1D"
+
+    def block(self, name: str) -> int | None:
+        """Return which residual block holds a parameter or module, None outside the stack."""
+        inside = name.startswith(f"{self.stack}.")
+        return int(name.removeprefix(f"{self.stack}.").partition(".")[0]) if inside else None
+
     def role(self, name: str, p: Tensor, partner: Tensor) -> str:
+        """Return the role of a parameter from what the user says, where it stands, and which of its sides grow."""
         for pattern, role in self.roles.items():
             if fnmatch.fnmatchcase(name, pattern):
                 if role not in ROLES:
-                    raise ValueError(
-                        f"roles[{pattern!r}] is {role!r}; there are {', '.join(ROLES)}"
-                    )
+                    known = ", ".join(ROLES)
+                    raise ValueError(f"roles[{pattern!r}] is {role!r}; there are {known}")
                 return role
-        module = self.modules[name.rpartition(".")[0]]
-        inside = name.startswith(self.stack + ".")
+        owner, inside = self.owner(name), self.block(name) is not None
         if p.ndim < 2:
-            grows = p.ndim == 1 and self._grows(
-                p, partner, 0, name
-            )  # a number that stands alone does not
+            # a number that stands alone does not grow
+            grows = p.ndim == 1 and self._grows(p, partner, 0, name)
             return "hidden_bias" if inside else "input_bias" if grows else "output_bias"
-        if isinstance(module, nn.Embedding):
+        if isinstance(owner, nn.Embedding):
             return "input"
-        rows, columns = (1, 0) if type(module).__name__ == "Conv1D" else (0, 1)
+        rows, columns = (1, 0) if self.transposed(name) else (0, 1)
         out, into = (self._grows(p, partner, axis, name) for axis in (rows, columns))
         if inside and out and into:
             return "hidden"
-        if (
-            not inside
-            and out != into
-            and not isinstance(module, nn.Linear)
-            and type(module).__name__ != "Conv1D"
-        ):
+        if not inside and out != into:
+            if isinstance(owner, nn.Linear) or self.transposed(name):
+                return "input" if out else "output"
             raise ValueError(
-                f"cannot tell the role of {name!r}, a matrix {tuple(p.shape)} of a {type(module).__name__} and not of an nn.Linear or "
+                f"cannot tell the role of {name!r}, a matrix {tuple(p.shape)} of a {type(owner).__name__} and not of an nn.Linear or "
                 f"nn.Embedding, so which side is the input is not known; say roles={{{name!r}: 'input'}}, or 'output'"
             )
-        if not inside and out != into:
-            return "input" if out else "output"
         where = "inside" if inside else "outside"
         sides = "both sides" if out and into else "one side" if out or into else "no side"
         raise ValueError(
@@ -117,19 +146,17 @@ class Layout:
     def _grows(self, p: Tensor, partner: Tensor, axis: int, name: str) -> bool:
         if self.compared:
             return p.shape[axis] != partner.shape[axis]
-        # without a second width: what comes before the stack takes inputs in, what comes after puts outputs out
-        stacked = [k for k, other in enumerate(self.names) if other.startswith(self.stack + ".")]
-        if name.startswith(self.stack + "."):
+        if self.block(name) is not None:
             return True
-        before = name in self.names and self.names.index(name) < stacked[0]
-        if p.ndim < 2:  # a norm after the stack has the width too; only a head's bias has not
-            return before or not any(
-                q.ndim == 2 and not isinstance(self.modules[name.rpartition(".")[0]], nn.Embedding)
-                for q in self.modules[name.rpartition(".")[0]].parameters(recurse=False)
-            )
-        transposed = type(self.modules[name.rpartition(".")[0]]).__name__ == "Conv1D"
-        is_out = (axis == 1) if transposed else (axis == 0)
-        return is_out if before else not is_out
+        # without a second width: what comes before the stack takes inputs in, what comes after puts outputs out
+        first = next(i for i, other in enumerate(self.names) if self.block(other) is not None)
+        before = name in self.names[:first]
+        if p.ndim < 2:
+            # a norm after the stack has the width too; only a head's bias has not
+            owner = self.owner(name)
+            matrices = [q for q in owner.parameters(recurse=False) if q.ndim == 2]
+            return before or not matrices or isinstance(owner, nn.Embedding)
+        return (axis == int(self.transposed(name))) == before
 
     def multipliers(
         self,
@@ -139,46 +166,47 @@ class Layout:
         r_n: float,
         r_L: float,
     ) -> tuple[Multiplier, ...]:
-        found = []
+        """Return the factors of every end of a residual branch and of every head, from the roles of all parameters."""
+        alpha, head = (
+            rule("adamw", role, k).multiplier.at(r_n, r_L) for role in ("hidden", "output")
+        )
+        heads = {n.rpartition(".")[0]: n for n, role in assigned.items() if role == "output"}
+        factors: list[Multiplier] = []
         for name, module in self.modules.items():
-            inside = name.startswith(self.stack + ".")
-            if inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in branch_ends):
+            if self.block(name) is not None and _matches(name, branch_ends):
                 parent = name.rpartition(".")[0]
                 if isinstance(self.modules[parent], nn.MultiheadAttention):
                     raise ValueError(
                         f"{name!r} is used by nn.MultiheadAttention without being called, so that a factor on its output would have no "
                         f"effect; name the attention itself, {parent!r}, as the end of the branch"
                     )
-                found.append(
-                    Multiplier(name, rule("adamw", "hidden", k).multiplier.at(r_n, r_L), "output")
-                )
-            elif heads := [
-                n
-                for n, role in assigned.items()
-                if role == "output" and n.rpartition(".")[0] == name
-            ]:
+                factors.append(Multiplier(name, alpha, "output"))
+            elif name in heads:
                 if any(module.children()):
                     raise ValueError(
-                        f"the output weight {heads[0]!r} stands in {name or 'the model itself'!r}, which holds other layers: a factor on its "
+                        f"the output weight {heads[name]!r} stands in {name or 'the model itself'!r}, which holds other layers: a factor on its "
                         "input would act on them too; make it the weight of an nn.Linear of its own"
                     )
-                found.append(
-                    Multiplier(name, rule("adamw", "output", k).multiplier.at(r_n, r_L), "input")
-                )
-        if not any(m.side == "output" for m in found):
+                factors.append(Multiplier(name, head, "input"))
+        sides = {m.side for m in factors}
+        if "output" not in sides:
             raise ValueError(
                 f"no end of a residual branch found in {self.stack!r}: name the layers whose output is added to the stream, "
                 "e.g. branch_ends=['*.mlp.down_proj']"
             )
-        if not any(m.side == "input" for m in found):
+        if "input" not in sides:
             raise ValueError(
                 "no output layer found: name its weight, e.g. roles={'head.weight': 'output'} (at equal widths, and without a base "
                 "model, what is registered before the stack counts as input and what comes after as output)"
             )
-        return tuple(found)
+        return tuple(factors)
 
 
-def unmatched(patterns: Sequence[str], names: Sequence[str], what: str) -> None:
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unmatched(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
     """Refuse a pattern that no name matches: a slip of the pen would change the plan without a word."""
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -189,43 +217,37 @@ def unmatched(patterns: Sequence[str], names: Sequence[str], what: str) -> None:
 
 def tables(model: nn.Module) -> set[str]:
     """Return the names of the embeddings' weights: the norm that counts is that of a row, which is what a token meets."""
-    return {
-        f"{plain(name)}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-    }
+    modules = model.named_modules()
+    return {f"{plain(name)}.weight" for name, m in modules if isinstance(m, nn.Embedding)}
 
 
 def plain(name: str) -> str:
     """Return a name without what torch.compile, DataParallel, FSDP and activation checkpointing put in."""
-    name = re.sub(
-        r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)", "", name
-    )
-    return re.sub(r"^module(\.|$)", "", name.removeprefix("."))
+    wrappers = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
+    return re.sub(r"^module(\.|$)", "", re.sub(wrappers, "", name).removeprefix("."))
 
 
 def split_of(name: str, model: nn.Module, fused: Fused) -> int | tuple[int, int]:
-    for pattern, split in fused.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            config: Any = getattr(model, "config", None)
-            return (int(config.num_attention_heads), 3) if split == "heads" else split
-    return 1
+    """Return how a matrix is fused along its outputs: parts, or (blocks, parts) when parts alternate in blocks."""
+    split = next((s for pattern, s in fused.items() if fnmatch.fnmatchcase(name, pattern)), 1)
+    config: Any = getattr(model, "config", None)
+    return (int(config.num_attention_heads), 3) if split == "heads" else split
 
 
 def stack_of(model: nn.Module) -> tuple[str, int]:
     """Return the name and length of the residual stack: the ModuleList with the most parameters."""
-    lists = [
-        (name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
-    ]
+    modules = model.named_modules()
+    lists = [(name, m) for name, m in modules if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList of residual blocks; put the blocks into one, so that depth can be read"
         )
-    name, found = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return plain(name), len(found)
+    name, stack = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return plain(name), len(stack)
 
 
 def tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of names that share one tensor."""
     groups: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(p), []).append(plain(name))
@@ -244,7 +266,8 @@ def partner(name: str, base: Mapping[str, Tensor], stack: str, base_depth: int) 
 
 
 def width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    found: dict[float, str] = {}
+    """Return the one ratio by which sides grow, from name → (tensor, the base model's); 1 when none does."""
+    ratios: dict[float, str] = {}
     for name, (p, q) in pairs.items():
         if p.ndim != q.ndim:
             raise ValueError(
@@ -252,10 +275,10 @@ def width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
             )
         for a, b in zip(p.shape, q.shape, strict=True):
             if a != b:
-                found.setdefault(a / b, name)
-    if len(found) > 1:
-        (first, one), (second, two) = list(found.items())[:2]
+                ratios.setdefault(a / b, name)
+    if len(ratios) > 1:
+        (first, one), (second, two) = list(ratios.items())[:2]
         raise ValueError(
             f"the layers do not grow alike: {one!r} by {first:g} and {two!r} by {second:g}; scale all widths by one ratio"
         )
-    return next(iter(found), 1.0)
+    return next(iter(ratios), 1.0)

@@ -15,6 +15,7 @@ from grsd import mup, results
 from grsd.experiments import mup_coords
 from grsd.experiments.engine import find, parameters, run
 from grsd.mup.coordcheck import FLAT
+from grsd.mup.registry import OPTIMIZERS
 
 SMALL: dict[str, Any] = {
     "widths": (16, 32, 64),
@@ -54,7 +55,7 @@ def test_pieces_cover_both_axes_and_hold_the_base_once() -> None:
         (*size, s) for size in every[:-1] for s in (0, 1)
     ]  # slow: narrow only
     assert counts["soap_sqrt", "mup"] == counts["shampoo", "sp"] and counts["soap_sqrt", "sp"] == []
-    assert {p["lr"] for p in pieces if p["optimizer"] == "adamw"} == {mup_coords.RATES["adamw"]}
+    assert {p["lr"] for p in pieces if p["optimizer"] == "adamw"} == {OPTIMIZERS["adamw"].rate}
 
 
 @pytest.mark.parametrize("parametrization", ["mup", "sp"])
@@ -67,7 +68,7 @@ def test_one_piece_is_one_run_of_a_coordinate_check(parametrization: Any) -> Non
         depths=(4,),
         base=(16, 2),
         optimizer="muon_kimi",
-        lr=mup_coords.RATES["muon_kimi"],
+        lr=2.0**-9,
         steps=p.steps,
         seeds=(0, 1),
         parametrization=parametrization,
@@ -177,9 +178,9 @@ def test_hidden_alone_leaves_the_rest_and_misses_by_the_powers_that_it_is_given(
 
 
 def test_hidden_alone_has_a_wrong_rule_for_every_optimizer_but_soap() -> None:
-    pieces = mup_coords.pieces(asked(*mup_coords.RATES, trained="hidden"))
+    pieces = mup_coords.pieces(asked(*mup_coords.checked(), trained="hidden"))
     assert {p["optimizer"] for p in pieces if p["parametrization"] == "wrong"} == set(
-        mup_coords.RATES
+        mup_coords.checked()
     ) - {"soap"}
     assert {p["parametrization"] for p in pieces} == {"mup", "wrong"}
     with pytest.raises(ValueError, match=r"trained is 'none'; it can be all or hidden"):

@@ -1,6 +1,6 @@
 """One transformers architecture at many widths and depths, for coordinate checks and sweeps of a model that is not ours.
 
-A configuration is read from a folder, a hub name or a family (`gpt2`, `gpt_neox`, `llama`), and scaled: the dimension of a head, the
+A configuration is read from a folder, a hub name or a family of `grsd.mup.roles.FAMILIES`, and scaled: the dimension of a head, the
 number of heads per width, the ratio of feedforward to model width, and the ratio of query to key heads stay as they are.
 """
 
@@ -18,12 +18,19 @@ from torch.nn import functional
 
 from grsd.lab.data.help_text import text
 from grsd.lab.nets.models import quiet
+from grsd.mup.roles import FAMILIES
 
 __all__ = ["FAMILIES", "configuration", "factory", "next_byte"]
 
-FAMILIES = ("gpt2", "gpt_neox", "llama")
 BYTES = 128  # the vocabulary of `grsd.lab.data.help_text.text`
-HEAD = 16
+SMALL = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 256,
+}
+"""Base sizes of a family, those of them that its configuration has."""
 
 
 def configuration(model: str) -> Any:
@@ -38,14 +45,10 @@ def configuration(model: str) -> Any:
 
     if model in FAMILIES and not Path(model).is_dir():
         with quiet():
-            return AutoConfig.for_model(
-                model,
-                hidden_size=4 * HEAD,
-                num_attention_heads=4,
-                num_hidden_layers=2,
-                **({} if model == "gpt2" else {"intermediate_size": 16 * HEAD}),
-                **({"num_key_value_heads": 4} if model == "llama" else {}),
-            )
+            # sizes that the family's own configuration has
+            known = AutoConfig.for_model(model)
+            sizes = {name: size for name, size in SMALL.items() if hasattr(known, name)}
+            return AutoConfig.for_model(model, **sizes)
     try:
         with quiet():
             return AutoConfig.from_pretrained(model)
@@ -72,11 +75,9 @@ def factory(
     """
     heads, width = config.num_attention_heads, config.hidden_size
     head = int(getattr(config, "head_dim", None) or width // heads)
-    inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", None)
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    unit = width // math.gcd(
-        width, shared
-    )  # at its multiples the number of key heads is whole, and so is that of query heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    # at multiples of it the number of key heads is whole, and so is that of query heads
+    unit = width // math.gcd(width, keys)
 
     def build(n: int, layers: int) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -84,31 +85,25 @@ def factory(
         if n < 1 or layers < 1 or n % unit:
             raise ValueError(
                 f"width {n} and depth {layers}: sizes are positive, and the width is a multiple of {unit} "
-                f"(heads of dimension {head}, {heads // shared} query heads to a key head)"
+                f"(heads of dimension {head}, {heads // keys} query heads to a key head)"
             )
         scaled = copy.deepcopy(config)
-        scaled.hidden_size, scaled.num_attention_heads, scaled.num_hidden_layers = (
-            n,
-            n * heads // width,
-            layers,
-        )
-        for name in ("n_inner", "intermediate_size"):
-            if getattr(scaled, name, None) is not None and inner is not None:
-                setattr(scaled, name, n * inner // width)
-        if getattr(scaled, "num_key_value_heads", None) is not None:
-            scaled.num_key_value_heads = n * shared // width
+        scaled.hidden_size, scaled.num_attention_heads = n, n * heads // width
+        # what grows with the width, where the configuration has it
+        for name in ("n_inner", "intermediate_size", "num_key_value_heads"):
+            size = getattr(config, name, None)
+            if size is not None:
+                setattr(scaled, name, n * size // width)
+        scaled.num_hidden_layers = layers
+        # one entry a layer, in the configurations that have it
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None:
+            scaled.layer_types = [kinds[k % len(kinds)] for k in range(layers)]
         scaled.vocab_size, scaled.max_position_embeddings = vocabulary, positions
         scaled.bos_token_id = scaled.eos_token_id = 0
         scaled.pad_token_id, scaled.use_cache = None, False
-        for name in ("layer_types",):  # one entry a layer, in the configurations that have it
-            if getattr(scaled, name, None) is not None:
-                setattr(
-                    scaled,
-                    name,
-                    [getattr(config, name)[k % len(getattr(config, name))] for k in range(layers)],
-                )
-        for name in vars(scaled):
-            if name.endswith(("dropout", "pdrop")) and isinstance(getattr(scaled, name), float):
+        for name, value in vars(scaled).items():
+            if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
                 setattr(scaled, name, 0.0)
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)

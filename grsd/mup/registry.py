@@ -1,0 +1,364 @@
+"""The optimizers, one row each: what tables, plans, audits, coordinate checks and experiments know about them.
+
+To add one, write a row of `OPTIMIZERS`, and its builder if no library has the optimizer. `grsd.mup.rules.derive` derives the row's
+table a second time from its update, so that neither is believed on the other's word.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import torch
+
+from grsd.mup.optimizers import SSO, Combined, Muon, Shampoo
+from grsd.mup.scales import HALF, MATRICES, ONE, ROLES, Role, Scale, larger, parse
+
+__all__ = ["OPTIMIZERS", "Optimizer", "Rule", "assemble", "row"]
+
+Groups = list[dict[str, Any]]
+Builder = Callable[..., torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one role needs under one optimizer; every field is the factor on the base value.
+
+    Attributes
+    ----------
+    multiplier : α, on the output of the layer (for a hidden layer: of its residual block, once for the block).
+    variance : σ², of the initial weights.
+    lr : η.
+    weight_decay : λ in ΔW = −η (A + λ W): the decay grows with what the update does.
+    eps : ε of the optimizer, or None when it has none that matters.
+    clip : ρ of Sophia, which multiplies the curvature before it divides, or None.
+    """
+
+    multiplier: Scale
+    variance: Scale
+    lr: Scale
+    weight_decay: Scale
+    eps: Scale | None = None
+    clip: Scale | None = None
+
+
+# Of every role, whatever the optimizer: α in blocks of two or more layers, α in blocks of one, σ².
+INITIAL: dict[Role, tuple[Scale, Scale, Scale]] = {
+    "input": (ONE, ONE, ONE),
+    "hidden": (parse("L^-1"), parse("L^-1/2"), parse("n^-1")),
+    "output": (parse("n^-1"), parse("n^-1"), ONE),
+    "input_bias": (ONE, ONE, ONE),
+    "hidden_bias": (parse("L^-1"), parse("L^-1/2"), ONE),
+    "output_bias": (ONE, ONE, ONE),  # not in the paper: a number of fixed size, added after α
+}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One optimizer.
+
+    Attributes
+    ----------
+    words : one line for lists.
+    build : (parameter groups, lr=, **options) → optimizer, as the classes of `torch.optim` are called.
+    kind : "gradient", "sign" or "orthogonal": the A of the first update ΔW = −η A is ∇, an entrywise sign, or U Vᵀ.
+    table : a line for each of η, λ and, where there is one, ε and ρ (Sophia's bound). Cells are those of input, hidden (k ≥ 2 and k = 1,
+        layers of a block) and output matrices, and then the same of biases; without these the optimizer takes matrices only.
+    factor : (scale of n_out, of n_in) → that of the factor on U Vᵀ.
+    eps : what ε is compared with: "entry" (a typical entry of ∇), "square" (the square of ∇'s largest singular value), or None.
+    caution : what a plan with it should say.
+    variant_of : the optimizer that makes the same first step and the same updates, under another rule.
+    rate : base rate of coordinate checks, at which features of their base model change by about a tenth; None leaves it out of them.
+    mistake : exponents of r_n and r_L by which a wrong hidden rate differs from the rule's, in width a rule of another row or role, in
+        depth mostly the rule of blocks of one layer; coordinate checks must tell it apart.
+    options : of the builder, in coordinate checks.
+    exact : options that make the first step the one of the derivation: singular value decompositions, no ε, no decay.
+    first_lr, first : η of that step where it must be small, and how it is made.
+    slow : 1 when every step after the first needs decompositions, 2 when the first needs many, too.
+    """
+
+    words: str
+    build: Builder
+    kind: Literal["gradient", "sign", "orthogonal"]
+    table: str
+    factor: Callable[[Scale, Scale], Scale] = lambda out, into: ONE
+    eps: Literal["entry", "square"] | None = None
+    caution: str = ""
+    variant_of: str | None = None
+    rate: float | None = None
+    mistake: tuple[float, float] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    exact: Mapping[str, Any] = field(default_factory=dict)
+    first_lr: float = 1.0
+    first: Callable[[Any], object] = lambda optimizer: optimizer.step()
+    slow: Literal[0, 1, 2] = 0
+
+    @cached_property
+    def rules(self) -> dict[int, dict[Role, Rule]]:
+        """The table, read: k (2 stands for more) → role → rule."""
+        lines = [line.split() for line in self.table.strip().splitlines()]
+        cells = {name: tuple(map(parse, row)) for name, *row in lines}
+        rules: dict[int, dict[Role, Rule]] = {1: {}, 2: {}}
+        for k, by_role in rules.items():
+            # of the eight columns, hidden roles have one for each k
+            places = (0, 1, 3, 4, 5, 7) if k > 1 else (0, 2, 3, 4, 6, 7)
+            for role, place in zip(ROLES, places, strict=True):
+                if place < len(cells["η"]):
+                    given = (cells[name][place] if name in cells else None for name in "ηλερ")
+                    wide, narrow, variance = INITIAL[role]
+                    by_role[role] = Rule(wide if k > 1 else narrow, variance, *given)  # type: ignore[arg-type]
+        return rules
+
+    @property
+    def matrices_only(self) -> bool:
+        """It cannot take vectors; biases then go to another optimizer."""
+        return set(self.rules[2]) == set(MATRICES)
+
+    @property
+    def clips(self) -> bool:
+        """It keeps the ratio of momentum to curvature in proportion to a bound ρ that scales."""
+        return self.rules[2]["hidden"].clip is not None
+
+
+# --- Builders of what is not built by its class ----------------------------------------------------------------------
+
+RHO = 1e-2  # SophiaH's own default
+
+
+def _sgd(groups: Groups, lr: float, **options: Any) -> torch.optim.Optimizer:
+    plain = [{key: value for key, value in g.items() if key != "eps"} for g in groups]
+    return torch.optim.SGD(plain, lr=lr, **options)
+
+
+def _sso(groups: Groups, lr: float, *, retract: bool = False, **options: Any) -> SSO:
+    optimizer = SSO(groups, lr=lr, **options)
+    if retract:
+        optimizer.retract()
+    return optimizer
+
+
+def _library(name: str) -> Builder:
+    """Return the builder of a class of pytorch_optimizer, which is imported when it is used."""
+
+    def build(groups: Groups, lr: float, **options: Any) -> torch.optim.Optimizer:
+        try:
+            library = importlib.import_module("pytorch_optimizer")
+        except ImportError as missing:
+            raise ImportError(
+                f"{name} comes from the package pytorch_optimizer, which is not installed: pip install pytorch_optimizer"
+            ) from missing
+        optimizer: torch.optim.Optimizer = getattr(library, name)(groups, lr=lr, **options)
+        return optimizer
+
+    return build
+
+
+def _sophia(groups: Groups, lr: float, *, p: float = RHO, **options: Any) -> torch.optim.Optimizer:
+    """Build SophiaH, which moves by η clip(m/h, ±ρ); the paper's Sophia moves by η clip(m/(ρh), ±1): its η is η/ρ here."""
+    for g in groups:
+        bound = p * g.get("mup_clip", 1.0)
+        g |= {"p": bound, "lr": g["lr"] / bound, "mup_lr": g["mup_lr"] / bound}
+        g["create_graph"] = True  # for `grsd.mup.optimizers.backward`: it estimates the curvature
+    return _library("SophiaH")(groups, lr=lr, **options)
+
+
+def _sophia_first(optimizer: Any) -> None:
+    """Step with the curvature of a Gauss-Newton step with one output: the squared gradient."""
+    entries = (p for group in optimizer.param_groups for p in group["params"])
+    optimizer.step(hessian=[p.grad.square() for p in entries if p.grad is not None])
+
+
+def _soap_first(optimizer: Any) -> None:
+    """Step twice: the library's first step only sets up the eigenbases."""
+    optimizer.step()
+    optimizer.step()
+
+
+def _kimi(out: Scale, into: Scale) -> Scale:
+    """0.2 √max(n_in, n_out)."""
+    return larger(out, into) ** HALF
+
+
+def _keller(out: Scale, into: Scale) -> Scale:
+    """√max(1, n_out/n_in)."""
+    return larger(ONE, out / into) ** HALF
+
+
+def _radius(out: Scale, into: Scale) -> Scale:
+    """√(n_out/n_in)."""
+    return (out / into) ** HALF
+
+
+# --- The rows ---------------------------------------------------------------------------------------------------------
+
+#      input    hidden   hidden, k=1   output   | biases: input, hidden, hidden, k=1, output
+_SIGN = """
+    η  1        n^-1     n^-1L^-1/2    1          1       1           L^-1/2       1
+    λ  1        n        n             1          1       1           1            1
+"""
+_BARE = """
+    η  n^1/2    1        L^-1/2        n^1/2
+    λ  n^-1/2   1        1             n^-1/2
+"""
+_KIMI = """
+    η  1        n^-1/2   n^-1/2L^-1/2  1
+    λ  1        n^1/2    n^1/2         1
+"""
+# With statistics of full rank SOAP turns a matrix of ±1, whose spectral norm is about √max(n_in, n_out): Kimi's factor.
+_SOAP = partial(
+    Optimizer,
+    build=_library("SOAP"),
+    kind="orthogonal",
+    rate=2.0**-10,
+    exact={"weight_decay": 0.0},
+    first=_soap_first,
+    slow=2,
+)
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": Optimizer(
+        "SGD",
+        _sgd,
+        "gradient",
+        """
+    η  n        L        1             n          n       nL          n            1
+    λ  n^-1     L^-1     L^-1/2        n^-1       n^-1    n^-1L^-1    n^-1L^-1/2   1
+""",
+        rate=2.0**-3,
+        mistake=(1.0, -1.0),  # the rate of input weights; Table 4 without r_L
+    ),
+    "adamw": Optimizer(
+        "AdamW",
+        torch.optim.AdamW,
+        "sign",
+        _SIGN + "ε  n^-1     n^-1L^-1 n^-1L^-1/2    n^-1       n^-1    n^-1L^-1    n^-1L^-1/2   1",
+        eps="entry",
+        rate=2.0**-11,
+        mistake=(1.0, -0.5),  # no factor of width
+        exact={"eps": 1e-30},  # not 0: dead units have gradients of exactly 0
+    ),
+    "lion": Optimizer(
+        "Lion",
+        _library("Lion"),
+        "sign",
+        _SIGN,
+        rate=2.0**-11,
+        mistake=(1.0, -0.5),
+        exact={"betas": (0.9, 0.99)},
+    ),
+    "sophia": Optimizer(
+        "Sophia with a fixed ρ, where it drifts to a sign",
+        _sophia,
+        "sign",
+        _SIGN,
+        rate=2.0**-11,
+        mistake=(1.0, -0.5),
+        first=_sophia_first,
+    ),
+    "sophia_rho": Optimizer(
+        "Sophia with ρ in proportion to r_n r_L",
+        _sophia,
+        "sign",
+        _SIGN + "ρ  n        nL       nL^1/2        n          n       nL          nL^1/2       1",
+        variant_of="sophia",
+        first=_sophia_first,
+    ),
+    "muon": Optimizer(
+        "Muon with bare U Vᵀ, the paper's",
+        partial(Muon, scaling="bare"),
+        "orthogonal",
+        _BARE,
+        rate=2.0**-9,
+        mistake=(-0.5, -0.5),  # Muon-Kimi's rule for the bare update
+        exact={"exact": True},
+    ),
+    "muon_keller": Optimizer(
+        "Muon with Jordan's factor, torch's default",
+        partial(Muon, scaling="keller"),
+        "orthogonal",
+        """
+    η  1        1        L^-1/2        n^1/2
+    λ  1        1        1             n^-1/2
+""",
+        factor=_keller,
+        exact={"exact": True},
+    ),
+    "muon_kimi": Optimizer(
+        "Muon with Kimi's factor, torch's match_rms_adamw",
+        partial(Muon, scaling="kimi"),
+        "orthogonal",
+        _KIMI,
+        factor=_kimi,
+        rate=2.0**-9,
+        mistake=(0.5, -0.5),  # the rule of bare Muon
+        exact={"exact": True},
+    ),
+    "shampoo": Optimizer(
+        "Shampoo",
+        Shampoo,
+        "orthogonal",
+        _BARE + "ε  n^-1     L^-2     L^-1          n^-1",
+        eps="square",
+        rate=2.0**-9,
+        mistake=(-0.5, -0.5),
+        exact={"eps": 0.0},
+        slow=1,
+    ),
+    "soap": _SOAP(
+        "SOAP at its first step",
+        table=_BARE,
+        caution="soap: the paper's rule (η of hidden matrices not scaled) holds for the first step. Once the averaged statistics have full rank, "
+        "updates grow like √r_n beside it; 'soap_sqrt' scales η for that.",
+    ),
+    "soap_sqrt": _SOAP(
+        "SOAP with statistics of full rank",
+        table=_KIMI,
+        factor=_kimi,
+        variant_of="soap",
+        mistake=(0.5, -0.5),  # the printed rule of SOAP
+    ),
+    "sso": Optimizer(
+        "SSO, on the spectral sphere",
+        _sso,
+        "orthogonal",
+        """
+    η  1        1        L^-1/2        n
+    λ  1        1        1             n^-1
+""",
+        factor=_radius,
+        rate=2.0**-8,
+        mistake=(-0.5, -0.5),
+        # the sphere where Gaussian weights of infinite width start: at width n their norm is below it by a share of order n^(−2/3),
+        # and the first step of a check ends in a small jump onto the sphere
+        options={"radius": 2.0},
+        exact={"exact": True, "bisections": 8, "retract": True},  # the norm does not depend on μ
+        first_lr=1e-3,  # the retraction is not linear in η
+        slow=2,
+    ),
+}
+"""Nine optimizers, some in variants. `soap` has no mistake: in width its own rule is `soap_sqrt`'s."""
+
+
+def row(optimizer: str) -> Optimizer:
+    """Return the row of an optimizer, or refuse a name that has none."""
+    if optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(f"no rule for the optimizer {optimizer!r}; there are {known}")
+    return OPTIMIZERS[optimizer]
+
+
+def assemble(
+    groups: Mapping[str, Groups], lr: float, options: Mapping[str, Mapping[str, Any]] | None = None
+) -> torch.optim.Optimizer:
+    """Return one optimizer from the groups of `Plan.param_groups`; several are put into a `Combined`."""
+    options = options or {}
+    if unknown := sorted(set(options) - set(groups)):
+        raise ValueError(f"options name {unknown[0]!r}; this plan uses {', '.join(groups)}")
+    built = [
+        row(name).build([dict(g) for g in chosen], lr=lr, **options.get(name, {}))
+        for name, chosen in groups.items()
+    ]
+    return built[0] if len(built) == 1 else Combined(built)
