@@ -1,8 +1,9 @@
 """How figures look, and the one figure that every room draws: a shell-energy profile.
 
-Colours are those of Okabe and Ito, told apart by readers with any colour vision, and every line also has a marker and a
-dash pattern of its own. Backgrounds are opaque white, so that a dark page shows them legibly. The caller makes the axes;
-matplotlib is imported when `style` is called. Here too: `Table`, the package's one maker of text tables.
+Colours are those of Okabe and Ito, told apart by readers with any colour vision, and every line also
+has a marker and a dash pattern of its own. Backgrounds are opaque white, so that a dark page shows
+them legibly. The caller makes the axes; only `style` imports matplotlib. Here too: `Table`, the one
+maker of text tables.
 """
 
 from __future__ import annotations
@@ -96,21 +97,22 @@ def shell_profile(
 ) -> Line2D:
     """Draw shell energies against the shells' centres, on logarithmic axes, and return their line.
 
-    A shell of zero energy has no point on a logarithmic axis; if its upper bound is positive, that is drawn as a small
-    downward arrowhead. Axes without labels get them, with units.
+    A shell of zero energy has no point on a logarithmic axis; if its upper bound is positive, that is
+    drawn as a small downward arrowhead. Axes without labels get them, with units.
 
     Parameters
     ----------
     profile : object
-        With `shells.centers` (n,), `shells.edges` (n+1,) and `energies` (n,). Optional: `lower` and `upper` (n,), `floor`
-        (an eigenvalue, below which rounding decides), `below`, `above` and `kernel` (energies that no shell holds).
+        With `shells.centers` (n,), `shells.edges` (n+1,) and `energies` (n,). Optional: `lower` and
+        `upper` (n,), `floor` (an eigenvalue, below which rounding decides), `below`, `above` and
+        `kernel` (energies that no shell holds).
     index : int, optional
         Number in the cycle of colours, markers and line styles; by default the axes' own next one.
     scale : float
         Factor on every energy, e.g. 1 / total to compare shapes.
     interval, floor, remainder : bool
-        Draw a bar [lower, upper] per shell; shade the eigenvalues below `profile.floor`; add the share of energy outside the
-        edges and in ker M to the label.
+        Draw a bar [lower, upper] per shell; shade the eigenvalues below `profile.floor`; add the
+        share of energy outside the edges and in ker M to the label.
     **line
         For `Axes.plot`; it overrides what `index` chose.
     """
@@ -189,10 +191,10 @@ def _shade(ax: Axes, left: float, right: float) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """A small table that a notebook shows as Markdown and a terminal (`str`) as text with aligned columns.
+    """A small table that a notebook shows as Markdown and a terminal (`str`) as aligned text.
 
-    Headings and text cells may hold mathematics between dollar signs. Floats are shown with four significant digits, everything
-    else as `str` gives it.
+    Headings and text cells may hold mathematics between dollar signs. Floats are shown with four
+    significant digits, everything else as `str` gives it.
     """
 
     columns: Sequence[str]
@@ -226,7 +228,7 @@ class Table:
 
 
 def _escaped(cell: str) -> str:
-    """A cell whose bars are escaped; inside mathematics, where an escaped one would lose its backslash, they get a name."""
+    """A cell whose bars are escaped; in mathematics, where that would lose its backslash, they get a name."""
     parts = re.split(r"(\$[^$]*\$)", cell)
     parts[::2] = [re.sub(r"(?<!\\)\|", r"\|", text) for text in parts[::2]]
     parts[1::2] = [
