@@ -1,8 +1,8 @@
 """Stored results: numbers with the command, seeds, versions and hardware that made them.
 
-A result is one JSON file. `save` writes it whole or not at all; `load` and `available` read the results
-that ship with the package (`grsd/data/results`) or those of any other folder. How a result is made again
-is its own `command`; running that command is the business of `grsd.lab`, one layer up.
+A result is one JSON file. `save` writes it whole or not at all; `load` and `available` read the
+results that ship with the package (`grsd/data/results`) or those of any other folder. How a result
+is made again is its own `command`, which `grsd results recompute` runs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -24,21 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from grsd import __version__
-from grsd.scale import cache_dir, scale
-
-__all__ = [
-    "Result",
-    "atomic_write",
-    "available",
-    "cache_dir",
-    "code_fingerprint",
-    "dumps",
-    "largest_difference",
-    "load",
-    "packaged_dir",
-    "provenance",
-    "save",
-]
+from grsd.scale import cache_dir as cache_dir
+from grsd.scale import scale
 
 ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
 PROVENANCE_KEYS = frozenset(
@@ -67,37 +55,30 @@ class Result:
 
     def __post_init__(self) -> None:
         check_id(self.id)
-        if not isinstance(self.data, dict):
-            raise TypeError(
-                f"result {self.id!r}: data is a {type(self.data).__name__}, expected a dict"
-            )
-        if not isinstance(self.provenance, dict):
-            raise TypeError(
-                f"result {self.id!r}: provenance is not a dict; make it with provenance()"
-            )
-        missing = sorted(PROVENANCE_KEYS - set(self.provenance))
-        if missing:
+        for name in ("data", "provenance"):
+            if not isinstance(value := getattr(self, name), dict):
+                kind = type(value).__name__
+                raise TypeError(f"result {self.id!r}: {name} is a {kind}, expected a dict")
+        if missing := sorted(PROVENANCE_KEYS - set(self.provenance)):
             raise ValueError(
-                f"result {self.id!r}: its provenance lacks {missing}; make it with provenance()"
+                f"result {self.id!r}: its provenance lacks {missing}; use provenance()"
             )
 
 
 def code_fingerprint(folder: Path) -> str:
-    """SHA-256 over the Python sources under `folder`: what a cached number must name when that code computed it."""
+    """SHA-256 over the Python sources under `folder`, which a number that they computed must name."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
-        digest.update(
-            path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
-        )
+        name = path.relative_to(folder).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def check_id(name: str) -> str:
     """Return `name` when it can name a result; raise ValueError otherwise."""
     if not isinstance(name, str) or not ID.fullmatch(name):
-        raise ValueError(
-            f"{name!r} cannot name a result; use lower-case letters, digits, '.', '_' and '-'"
-        )
+        allowed = "lower-case letters, digits, '.', '_' and '-'"
+        raise ValueError(f"{name!r} cannot name a result; use {allowed}")
     return name
 
 
@@ -110,7 +91,7 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(
-                f"{where} is {value!r}; only finite numbers are stored (leave the key out instead)"
+                f"{where} is {value!r}; only finite numbers are stored (or leave it out)"
             )
         return float(value)
     if isinstance(value, Path):
@@ -128,32 +109,20 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def dumps(value: Any, *, where: str = "value", sort_keys: bool = True) -> str:
-    """JSON text of `value`, ending in a newline; equal values give equal text, unless the order of keys is to be kept.
+    """JSON text of `value`, ending in a newline; equal values give equal text when keys are sorted.
 
-    Numbers keep full precision (float64 survives the round trip exactly). Arrays become lists.
-
-    Raises
-    ------
-    ValueError
-        If a number is not finite; the message names the place.
-    TypeError
-        If something cannot be held by JSON.
+    Float64 survives the round trip exactly; arrays become lists. A number that is not finite
+    (ValueError) and what JSON cannot hold (TypeError) are named with their place.
     """
-    return (
-        json.dumps(_plain(value, where), indent=1, sort_keys=sort_keys, ensure_ascii=False) + "\n"
-    )
+    plain = _plain(value, where)
+    return json.dumps(plain, indent=1, sort_keys=sort_keys, ensure_ascii=False) + "\n"
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
-    """Write a file whole or not at all, making its folder when needed.
+    """Write a file whole or not at all, making its folder when needed, and return its path.
 
-    The content goes to a temporary file in the same folder, is flushed to the disk and then renamed, so
-    that a reader, or a run that is killed at any moment, sees the old file or the new one.
-
-    Returns
-    -------
-    Path
-        The path written.
+    The content goes to a temporary file in the same folder, is flushed to the disk and then renamed:
+    a reader, or a run that is killed at any moment, sees the old file or the new one.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,52 +142,43 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
 
 
 def revision() -> str:
-    """Git revision of the checkout this package is imported from, "+changes" when it differs from it.
-
-    "unknown" when the package does not live in a git checkout.
-    """
+    """Git revision of the package's checkout, with "+changes" if it was edited; else "unknown"."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return "unknown"
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        command = ["git", "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
         return done.stdout.strip()
 
     try:
-        head = git("rev-parse", "HEAD")
-        return head + ("+changes" if git("status", "--porcelain", "--", "grsd") else "")
+        edited = git("status", "--porcelain", "--", "grsd")
+        return git("rev-parse", "HEAD") + ("+changes" if edited else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    versions = {"grsd": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _hardware() -> dict[str, Any]:
-    found: dict[str, Any] = {
+    hardware: dict[str, Any] = {
         "machine": platform.machine(),
         "system": platform.system(),
         "cores": os.cpu_count(),
     }
-    torch = sys.modules.get(
-        "torch"
-    )  # never imported for this: a result without torch need not load it
-    if torch is not None:
-        found["threads"] = torch.get_num_threads()
+    # torch is never imported for this: a result without torch need not load it
+    if (torch := sys.modules.get("torch")) is not None:
+        hardware["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
-            found["accelerator"] = torch.cuda.get_device_name()
-    return found
+            hardware["accelerator"] = torch.cuda.get_device_name()
+    return hardware
 
 
 def provenance(
@@ -226,38 +186,30 @@ def provenance(
     parameters: Mapping[str, Any],
     seeds: Sequence[int] | Mapping[str, int] = (),
 ) -> dict[str, Any]:
-    """What someone needs to make a result again and to judge it.
+    """What someone needs to make a result again and to judge it; it names no user, host or path.
 
     Parameters
     ----------
     command : sequence of str
-        Arguments of `grsd` that recompute the result, without "grsd" itself: ["shells", "mini-1.3m"].
+        Arguments of `grsd` that recompute the result, without "grsd": ["shells", "mini-1.3m"].
     parameters : mapping
         Everything that sets the numbers and is not in the command.
     seeds : sequence or mapping of int
         Every seed used.
-
-    Returns
-    -------
-    dict
-        With the keys of `PROVENANCE_KEYS`. It names no user, host or path of this machine.
     """
     if isinstance(command, str):
         raise TypeError(f"command is the string {command!r}; give the list of its arguments")
-    versions = {name: found for name in PACKAGES if (found := _version(name)) is not None}
-    made: dict[str, Any] = {
+    made = {
         "command": [str(part) for part in command],
         "parameters": dict(parameters),
         "seeds": dict(seeds) if isinstance(seeds, Mapping) else list(seeds),
         "revision": revision(),
-        "versions": {"grsd": __version__, "python": platform.python_version(), **versions},
+        "versions": _versions(),
         "hardware": _hardware(),
         "scale": scale(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    plain = _plain(made, "provenance")
-    assert isinstance(plain, dict)
-    return plain
+    return {key: _plain(value, f"provenance.{key}") for key, value in made.items()}
 
 
 def packaged_dir() -> Path:
@@ -267,9 +219,8 @@ def packaged_dir() -> Path:
 
 def save(result: Result, folder: str | os.PathLike[str]) -> Path:
     """Write `result` as `<folder>/<id>.json`, whole or not at all; an older one is replaced."""
-    return atomic_write(
-        Path(folder) / f"{result.id}.json", dumps(asdict(result), where=f"result {result.id}")
-    )
+    text = dumps(asdict(result), where=f"result {result.id}")
+    return atomic_write(Path(folder) / f"{result.id}.json", text)
 
 
 def available(folder: str | os.PathLike[str] | None = None) -> list[str]:
@@ -281,12 +232,8 @@ def available(folder: str | os.PathLike[str] | None = None) -> list[str]:
 def load(name: str, folder: str | os.PathLike[str] | None = None) -> Result:
     """Read one result, by default one that ships with the package.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is none of that name; the message lists those there are.
-    ValueError
-        If the file is not a result: cut off, not JSON, without provenance, or under another name.
+    An unknown name is a FileNotFoundError that lists the known ones; a file that is cut off, no
+    result, or stored under another name is a ValueError.
     """
     place = packaged_dir() if folder is None else Path(folder)
     path = place / f"{check_id(name)}.json"
@@ -310,20 +257,19 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Result:
 
 def largest_difference(old: Any, new: Any) -> float | None:
     """Largest |a − b| / max|a| over corresponding lists of numbers; None when the shapes differ."""
+    numbers = (int, float)
     if isinstance(old, dict) and isinstance(new, dict):
-        if set(old) != set(new):
-            return None
-        parts = [largest_difference(old[k], new[k]) for k in old]
+        parts = [(old[k], new[k]) for k in old] if set(old) == set(new) else None
     elif isinstance(old, list) and isinstance(new, list):
-        if len(old) != len(new):
-            return None
-        if old and all(isinstance(x, (int, float)) for x in [*old, *new]):
+        parts = list(zip(old, new, strict=True)) if len(old) == len(new) else None
+        if parts and all(isinstance(x, numbers) for x in [*old, *new]):
             size = max(abs(x) for x in [*old, *new])
-            return max(abs(a - b) for a, b in zip(old, new, strict=True)) / size if size else 0.0
-        parts = [largest_difference(a, b) for a, b in zip(old, new, strict=True)]
-    elif isinstance(old, (int, float)) and isinstance(new, (int, float)):
-        size = max(abs(old), abs(new))
-        return abs(old - new) / size if size else 0.0
+            return max(abs(a - b) for a, b in parts) / size if size else 0.0
+    elif isinstance(old, numbers) and isinstance(new, numbers):
+        return largest_difference([old], [new])
     else:
         return 0.0 if old == new else None
-    return None if None in parts else max((p for p in parts if p is not None), default=0.0)
+    if parts is None:
+        return None
+    below = [largest_difference(a, b) for a, b in parts]
+    return None if None in below else max((d for d in below if d is not None), default=0.0)

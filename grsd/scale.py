@@ -17,18 +17,10 @@ T = TypeVar("T")
 
 
 def scale() -> Scale:
-    """The scale asked for with `GRSD_SCALE`; "cpu" when the variable is unset or empty.
-
-    Raises
-    ------
-    ValueError
-        If `GRSD_SCALE` holds anything but "cpu" or "gpu".
-    """
+    """The scale asked for with `GRSD_SCALE`; "cpu" when the variable is unset or empty."""
     value = os.environ.get("GRSD_SCALE", "").strip().lower() or "cpu"
     if value not in SCALES:
-        raise ValueError(
-            f"GRSD_SCALE is {value!r}; set it to 'cpu' or 'gpu', or leave it unset for 'cpu'."
-        )
+        raise ValueError(f"GRSD_SCALE is {value!r}; set it to 'cpu' or 'gpu', or leave it unset")
     return value
 
 
@@ -37,22 +29,19 @@ def pick(*, cpu: T, gpu: T) -> T:
     return cpu if scale() == "cpu" else gpu
 
 
+def _folder(variable: str) -> Path | None:
+    value = os.environ.get(variable, "").strip()
+    return Path(value).expanduser().absolute() if value else None
+
+
 def cache_dir() -> Path:
     """Folder for suites, corpora and runs: `GRSD_CACHE`, else the user's cache folder.
 
-    Returns an absolute path and does not create it.
+    An absolute path, which may not exist yet.
     """
-    given = os.environ.get("GRSD_CACHE", "").strip()
-    if given:
-        return Path(given).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME", "").strip()
-    return (Path(base).expanduser().absolute() if base else Path.home() / ".cache") / "grsd"
+    return _folder("GRSD_CACHE") or (_folder("XDG_CACHE_HOME") or Path.home() / ".cache") / "grsd"
 
 
 def evidence_dir() -> Path:
-    """Folder where claims record their evidence: `GRSD_EVIDENCE`, else a folder in the cache.
-
-    Returns an absolute path and does not create it.
-    """
-    given = os.environ.get("GRSD_EVIDENCE", "").strip()
-    return Path(given).expanduser().absolute() if given else cache_dir() / "evidence"
+    """Folder where claims record their evidence: `GRSD_EVIDENCE`, else a folder in the cache."""
+    return _folder("GRSD_EVIDENCE") or cache_dir() / "evidence"
