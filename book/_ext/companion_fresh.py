@@ -1,12 +1,13 @@
-"""What of an earlier build may be kept.
+"""What of an earlier build may be kept: runs and evidence of chapters whose stamp still holds.
 
-The notebook cache keys on code cells alone: change the package and the old numbers stay. So, before Sphinx opens its environment:
+The notebook cache keys on code cells alone: change the package and the old numbers stay. So every
+chapter gets a stamp, a hash of all that its numbers depend on: its code cells, the package and its
+data, the lock, Python, torch, the scale, and the folder of the evidence. Before a build, a chapter
+whose stamp changed or whose evidence is missing loses its cached run and its evidence, and so runs
+again.
 
-* the package, its data, the lock, the scale, Python or torch changed: notebook cache, evidence and document trees go;
-* the extension changed, or the last build failed or was interrupted: the document trees go (else a second ``-W`` build passes,
-  because pages that warned are not visited again);
-* a chapter's code cells changed, or one of its claims has no evidence: that chapter's cached run and its evidence go, so that
-  no evidence outlives the code that recorded it and none is missing because the run came from the cache.
+Pages are always read again, from the cache where the stamp holds: pages that warned and are not
+visited a second time would let a second ``-W`` build pass.
 """
 
 from __future__ import annotations
@@ -19,98 +20,73 @@ import shutil
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jupytext
 from companion_views import docname
 from jupyter_cache import get_cache
 from sphinx.application import Sphinx
 from sphinx.config import Config
-from sphinx.environment import BuildEnvironment
 
 from grsd import claims
 
-STATE = "companion.json"
-IGNORED = {"__pycache__", ".ipynb_checkpoints"}
+STAMPS = "companion.json"
 
 
 def setup(app: Sphinx) -> None:
-    """Connect to the first and the last event of a build."""
+    """Connect to the first event of a build."""
     app.connect("config-inited", before, priority=100)
-    app.connect("env-get-outdated", reread)
-    app.connect("build-finished", after)
 
 
-def digest(paths: Iterable[Path], root: Path, *extra: str) -> str:
-    """SHA-256 of names, contents and further strings."""
+def digest(words: Iterable[str | bytes]) -> str:
+    """SHA-256 of several strings."""
     sha = hashlib.sha256()
-    for path in sorted(paths):
-        sha.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    for text in extra:
-        sha.update(text.encode() + b"\0")
+    for word in words:
+        sha.update(hashlib.sha256(word.encode() if isinstance(word, str) else word).digest())
     return sha.hexdigest()
 
 
-def files_under(folder: Path) -> list[Path]:
-    """Files below a folder, without byte code."""
-    return [path for path in folder.rglob("*") if path.is_file() and not IGNORED & set(path.parts)]
-
-
 def code_fingerprint(root: Path) -> str:
-    """Everything that a notebook's numbers depend on besides its own cells."""
-    paths = [
-        *files_under(root / "grsd"),
-        *(p for p in (root / "pyproject.toml", root / "requirements.txt") if p.exists()),
-    ]
-    try:
-        torch = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        torch = "none"
-    return digest(
-        paths, root, os.environ.get("GRSD_SCALE", "cpu"), platform.python_version(), torch
-    )
+    """Hash of everything that a notebook's numbers depend on besides its own cells."""
+    words: list[str | bytes] = [os.environ.get("GRSD_SCALE", "cpu"), platform.python_version()]
+    words.append(metadata.version("torch"))
+    files = [path for path in (root / "grsd").rglob("*") if "__pycache__" not in path.parts]
+    for path in sorted([*files, root / "pyproject.toml", root / "requirements.txt"]):
+        if path.is_file():
+            words += [path.relative_to(root).as_posix(), path.read_bytes()]
+    return digest(words)
 
 
-def chapter_fingerprint(path: Path) -> str:
-    """Hash of a chapter's code cells; prose and captions may change without a new run."""
-    cells = jupytext.read(path).cells
-    return digest([], path, *(cell.source for cell in cells if cell.cell_type == "code"))
+def stamps(root: Path, evidence: Path) -> dict[str, str]:
+    """Chapter → stamp; a page without code cells is no chapter."""
+    package = code_fingerprint(root)
+    found = {}
+    for path in sorted((root / "book").rglob("*.md")):
+        cells = [c.source for c in jupytext.read(path).cells if c.cell_type == "code"]
+        if cells:  # prose and captions may change without a new run
+            name = path.relative_to(root).with_suffix("").as_posix()
+            found[name] = digest([package, str(evidence), *cells])
+    return found
 
 
 def before(app: Sphinx, config: Config) -> None:
-    """Delete what must not be kept, and note that a build is under way."""
+    """Forget the runs and the evidence whose stamp does not hold, and all pages."""
     root, home = Path(app.srcdir), Path(app.doctreedir).parent
-    cache = Path(config.nb_execution_cache_path or home / ".jupyter_cache")
     os.environ.setdefault("GRSD_EVIDENCE", str(home / "evidence"))
-    evidence = Path(os.environ["GRSD_EVIDENCE"])
-    home.mkdir(parents=True, exist_ok=True)
-    state = _load(home / STATE)
-    code = code_fingerprint(root)
-    pages = digest(files_under(Path(__file__).parent), Path(__file__).parent)
-    if state.get("code") != code or state.get("evidence") != str(evidence):
-        shutil.rmtree(cache, ignore_errors=True)
-        _drop(claims.load())
-        state = {}
-    if state.get("pages") != pages or not state.get("finished"):
-        shutil.rmtree(app.doctreedir, ignore_errors=True)
-        Path(app.doctreedir).mkdir(parents=True)
-    chapters, again = _chapters(root, state.get("chapters", {}))
-    _forget(cache, [root / f"{chapter}.md" for chapter in again])
-    app.companion_again = again  # type: ignore[attr-defined]
-    app.companion_state = {
-        "code": code,
-        "evidence": str(evidence),
-        "pages": pages,
-        "chapters": chapters,
-    }  # type: ignore[attr-defined]
-    (home / STATE).write_text(json.dumps(app.companion_state | {"finished": False}, indent=1))  # type: ignore[attr-defined]
-
-
-def _load(path: Path) -> dict[str, Any]:
+    shutil.rmtree(app.doctreedir, ignore_errors=True)
+    Path(app.doctreedir).mkdir(parents=True)
     try:
-        return dict(json.loads(path.read_text()))
+        old = dict(json.loads((home / STAMPS).read_text()))
     except (OSError, ValueError):
-        return {}
+        old = {}
+    new = stamps(root, Path(os.environ["GRSD_EVIDENCE"]))
+    kept = {name for name, stamp in new.items() if old.get(name) == stamp}
+    settled = [claim for claim in claims.load() if claim.verdict != "untested"]
+    kept -= {docname(claim) for claim in settled if not recorded(claim)}
+    for claim in settled:  # file by file: the folder may be anyone's
+        if docname(claim) not in kept:
+            (claims.evidence_dir() / f"{claim.id}.json").unlink(missing_ok=True)
+    forget(Path(config.nb_execution_cache_path or home / ".jupyter_cache"), root, kept)
+    (home / STAMPS).write_text(json.dumps(new, indent=1))
 
 
 def recorded(claim: claims.Claim) -> bool:
@@ -121,48 +97,11 @@ def recorded(claim: claims.Claim) -> bool:
         return False
 
 
-def _drop(unproved: Iterable[claims.Claim]) -> None:
-    """Delete the evidence of these claims, file by file: the folder may be anyone's."""
-    for claim in unproved:
-        (claims.evidence_dir() / f"{claim.id}.json").unlink(missing_ok=True)
-
-
-def _chapters(root: Path, known: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Hashes of the chapters that settle claims, and those whose evidence is stale or missing (it is deleted here)."""
-    current: dict[str, str] = {}
-    again: list[str] = []
-    ledger = [claim for claim in claims.load() if claim.verdict != "untested"]
-    for chapter in sorted({docname(claim) for claim in ledger}):
-        path = root / f"{chapter}.md"
-        if not path.is_file():
-            continue
-        current[chapter] = chapter_fingerprint(path)
-        mine = [claim for claim in ledger if docname(claim) == chapter]
-        if current[chapter] != known.get(chapter) or not all(map(recorded, mine)):
-            again.append(chapter)
-            _drop(mine)
-    return current, again
-
-
-def _forget(cache: Path, notebooks: list[Path]) -> None:
-    """Drop the cached runs of these notebooks."""
-    if not notebooks or not cache.exists():
-        return
-    store = get_cache(str(cache))
-    for record in store.list_cache_records():
-        if Path(record.uri).resolve() in {path.resolve() for path in notebooks}:
-            store.remove_cache(record.pk)
-
-
-def reread(
-    app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
-) -> list[str]:
-    """Chapters to read, and therefore to run, again."""
-    return [name for name in app.companion_again if name in env.found_docs]  # type: ignore[attr-defined]
-
-
-def after(app: Sphinx, exception: Exception | None) -> None:
-    """A build without a warning is one whose document trees may be kept."""
-    finished = exception is None and app._warncount == 0
-    state = app.companion_state | {"finished": finished}  # type: ignore[attr-defined]
-    (Path(app.doctreedir).parent / STATE).write_text(json.dumps(state, indent=1))
+def forget(cache: Path, root: Path, kept: set[str]) -> None:
+    """Drop the cached runs of all notebooks but those of the chapters that are kept."""
+    if cache.exists():
+        paths = {(root / f"{name}.md").resolve() for name in kept}
+        store = get_cache(str(cache))
+        for record in store.list_cache_records():
+            if Path(record.uri).resolve() not in paths:
+                store.remove_cache(record.pk)

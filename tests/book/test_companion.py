@@ -15,7 +15,7 @@ from bs4 import BeautifulSoup
 
 from grsd import claims
 
-from .conftest import CHAPTER, HEADER, IDS, Book, chapter
+from .conftest import CHAPTER, HEADER, IDS, SETUP, Book, chapter
 
 CODE = """```{code-cell} ipython3
 ---
@@ -210,6 +210,18 @@ def test_a_changed_package_discards_the_cached_run(book: Book) -> None:
     book.write("grsd/module.py", "value = 2\n")
     assert book.build()[0] == 0
     assert book.runs == 2
+
+
+def test_a_page_does_not_take_over_the_run_of_another(book: Book) -> None:
+    """The cache of notebooks keys on code alone: the same cells under another name would find it."""
+    contents = (book.root / "_toc.yml").read_text()
+    for name in ("one", "two"):
+        book.write(f"book/{name}.md", f"{HEADER}# Lone\n\n{SETUP}")
+        book.write("_toc.yml", f"{contents}  - file: book/{name}.md\n")
+        assert book.build()[0] == 0
+        (book.root / f"book/{name}.md").unlink()
+        book.write("grsd/module.py", "value = 2\n")
+    assert book.runs == 4  # two pages, before and after the package changed
 
 
 def test_prose_may_change_without_a_run_and_code_may_not(book: Book) -> None:
