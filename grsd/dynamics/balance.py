@@ -1,10 +1,12 @@
 """Energy on the λ axis at one instant: shells with sharp edges, and fluxes through soft ones.
 
-Sharp shells follow 2512.10427, section 3, and add the kernel of M as a shell of its own. Their energies jump when an
-eigenvalue crosses an edge; :mod:`grsd.dynamics.crossings` integrates over that. Soft edges are resolvents of M: their
-energies are smooth in time, and neither an eigenvector nor a gap between eigenvalues enters.
+Sharp shells follow 2512.10427, section 3, and add the kernel of M as a shell of its own. Their
+energies jump when an eigenvalue crosses an edge; :mod:`grsd.dynamics.crossings` integrates over
+that. Soft edges are resolvents of M: their energies are smooth in time, and neither an eigenvector
+nor a gap between eigenvalues enters.
 
-Cells are numbered along the λ axis: 0 is ker M, 1 what lies below the first edge, 2 … N+1 the N shells, N+2 the rest above.
+Cells are numbered along the λ axis: 0 is ker M, 1 what lies below the first edge, 2 … N+1 the N
+shells, N+2 the rest above.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from grsd import checks
 from grsd.dynamics.modes import Modes
 from grsd.spectrum.shells import LogShells
 
@@ -42,8 +45,8 @@ class ShellBalance:
     counts : (N+3,) int, modes in each cell.
     energies : (N+3,), E_α = ½ Σ g_u²; they add up to ½⟨e, e⟩.
     dissipation : (N+3,), D_α = Σ λ_u g_u², energy per time.
-    exchange : (N+3, N+3), `exchange[α, β]` = F_{β→α} = −Σ_{u∈α, v∈β} g_v g_u Ω_{v→u}: what α receives from β per time.
-        Antisymmetric; its diagonal is the sum of Proposition 1, kept as computed.
+    exchange : (N+3, N+3), `exchange[α, β]` = F_{β→α} = −Σ_{u∈α, v∈β} g_v g_u Ω_{v→u}: what α receives
+        from β per time. Antisymmetric; its diagonal is the sum of Proposition 1, kept as computed.
     """
 
     shells: LogShells
@@ -54,9 +57,8 @@ class ShellBalance:
 
     @property
     def rate(self) -> Array:
-        """−D_α + Σ_β F_{β→α}, (N+3,): dE_α/dt as long as no eigenvalue crosses an edge, which is equation (3)."""
-        found: Array = self.exchange.sum(axis=1) - self.dissipation
-        return found
+        """−D_α + Σ_β F_{β→α}, (N+3,): dE_α/dt between two crossings, which is equation (3)."""
+        return self.exchange.sum(axis=1) - self.dissipation
 
     @property
     def leak(self) -> float:
@@ -64,52 +66,37 @@ class ShellBalance:
         return float(self.exchange[0].sum())
 
 
-def shell_balance(found: Modes, shells: LogShells) -> ShellBalance:
-    """Sort the modes of one instant into shells, and compute what the shells lose and exchange.
+def shell_balance(at: Modes, shells: LogShells) -> ShellBalance:
+    """Sort the modes of one instant into shells: what the shells lose and exchange.
 
-    Parameters
-    ----------
-    found : Modes
-        From :func:`grsd.dynamics.modes.modes`.
-    shells : LogShells
-
-    Returns
-    -------
-    ShellBalance
-
-    Raises
-    ------
-    ValueError
-        If no eigenvalue lies between the edges, or an edge separates two eigenvalues that agree to rounding.
-
-    Notes
-    -----
-    Source: 2512.10427, sections 3.2–3.5, with a shell for the kernel. Eigenvalues that repeat inside a cell are harmless:
-    their coupling cancels, whatever the basis. Cost: O(n²).
+    Refused are edges with no eigenvalue between them, or with one that separates two eigenvalues
+    that agree to rounding. Eigenvalues that repeat inside a cell are harmless: their coupling
+    cancels, whatever the basis. Source: 2512.10427, sections 3.2–3.5, with a shell for the kernel.
+    Cost: O(n²).
     """
-    cell = _cells(found, shells)
-    count = len(shells) + 3
+    place = np.searchsorted(shells.edges, at.eigenvalues, side="right") + 1
+    cell, count = np.where(at.in_kernel, 0, place), len(shells) + 3
     if not ((cell >= 2) & (cell < count - 1)).any():
-        low, high = (
-            found.eigenvalues[~found.kernel][[0, -1]] if (~found.kernel).any() else (0.0, 0.0)
-        )
+        outside = at.eigenvalues[~at.in_kernel] if not at.in_kernel.all() else np.zeros(1)
         raise ValueError(
-            f"no eigenvalue lies between the edges {shells.edges[0]:.4g} and {shells.edges[-1]:.4g}: the spectrum outside the "
-            f"kernel runs from {low:.4g} to {high:.4g}. Choose edges there"
+            f"no eigenvalue lies between the edges {shells.edges[0]:.4g} and {shells.edges[-1]:.4g}: "
+            f"the spectrum outside the kernel runs from {outside[0]:.4g} to {outside[-1]:.4g}. "
+            "Choose edges there"
         )
-    x, g = np.where(found.kernel, 0.0, found.eigenvalues), found.coefficients
+    x, g = np.where(at.in_kernel, 0.0, at.eigenvalues), at.coefficients
     gaps = x[None, :] - x[:, None]  # λ_v − λ_u
-    close = np.abs(gaps) <= found.floor
-    alike = cell[:, None] == cell[None, :]
-    torn = close & ~alike & ~found.kernel[:, None] & ~found.kernel[None, :]
+    close, alike = np.abs(gaps) <= at.floor, cell[:, None] == cell[None, :]
+    torn = close & ~alike & ~at.in_kernel[:, None] & ~at.in_kernel[None, :]
     if torn.any():
         u, v = np.argwhere(torn)[0]
         raise ValueError(
-            f"an edge separates the eigenvalues {x[u]:.17g} and {x[v]:.17g}, which agree to rounding ({found.floor:.1g}): "
-            "the exchange between them has no value. Move the edge, or use resolvent_flux"
+            f"an edge separates the eigenvalues {x[u]:.17g} and {x[v]:.17g}, which agree to rounding "
+            f"({at.floor:.1g}): the exchange between them has no value. Move the edge, or use "
+            "resolvent_flux"
         )
+    # −g_v g_u Ω_{v→u}, and 0 between modes of one cell that agree: there the sum cancels anyway
     free = close & alike
-    pairs = -np.where(free, 0.0, np.outer(g, g) * found.matrix / np.where(free, 1.0, gaps))
+    pairs = -np.where(free, 0.0, np.outer(g, g) * at.matrix / np.where(free, 1.0, gaps))
     member = np.zeros((count, len(x)))
     member[cell, np.arange(len(x))] = 1.0
     return ShellBalance(
@@ -121,40 +108,23 @@ def shell_balance(found: Modes, shells: LogShells) -> ShellBalance:
     )
 
 
-def _cells(found: Modes, shells: LogShells) -> NDArray[np.int64]:
-    place = np.searchsorted(shells.edges, found.eigenvalues, side="right") + 1
-    return np.where(found.kernel, 0, place)
-
-
 def cumulative_flux(exchange: ArrayLike) -> Array:
-    """Return J_{≤α} = Σ_{β>α} Σ_{γ≤α} F_{β→γ} for every cell α, as Definition 4.1 has it: energy that moves *down* past α.
+    """Return J_{≤α} = Σ_{β>α} Σ_{γ≤α} F_{β→γ}, (..., c): energy that moves *down* past each cell.
 
-    Parameters
-    ----------
-    exchange : (..., c, c)
-        `exchange[..., γ, β]` = F_{β→γ}, cells in ascending order.
-
-    Returns
-    -------
-    (..., c); the last entry is 0, since nothing lies above.
-
-    Raises
-    ------
-    ValueError
-        If the last two axes differ.
+    `exchange[..., γ, β]` = F_{β→γ}, (..., c, c) with cells in ascending order, as Definition 4.1 has
+    it; the last entry is 0, since nothing lies above.
     """
     f = np.asarray(exchange, dtype=np.float64)
     if f.ndim < 2 or f.shape[-1] != f.shape[-2]:
         raise ValueError(f"exchange has shape {f.shape}; expected one row and one column per cell")
-    return np.stack(
-        [f[..., : a + 1, a + 1 :].sum(axis=(-2, -1)) for a in range(f.shape[-1])], axis=-1
-    )
+    downward = [f[..., : a + 1, a + 1 :].sum(axis=(-2, -1)) for a in range(f.shape[-1])]
+    return np.stack(downward, axis=-1)
 
 
 def _resolvents(
     M: Tensor, error: Tensor, a: float, power: int
 ) -> Iterator[tuple[float, complex, Tensor]]:
-    """Yield (weight, ω, (M − aωI)⁻¹e) for one root ω of ωᵖ = −1 of each conjugate pair; the weights add up to 1."""
+    """Yield (weight, ω, (M − aωI)⁻¹e) for one root of ωᵖ = −1 a conjugate pair; weights sum to 1."""
     identity = torch.eye(len(error), dtype=M.dtype, device=M.device)
     for j in range((power + 1) // 2):
         if 2 * j + 1 == power:  # ω = −1
@@ -166,7 +136,7 @@ def _resolvents(
 
 
 def resolvent_energy(M: Tensor, error: Tensor, edges: ArrayLike, *, power: int = 1) -> Tensor:
-    """Return ½⟨e, σ_a(M)e⟩ for every edge a, σ_a(λ) = λᵖ/(λᵖ + aᵖ): the energy above a soft edge, by linear solves alone.
+    """Return ½⟨e, σ_a(M)e⟩ at every edge a, σ_a(λ) = λᵖ/(λᵖ + aᵖ): the energy above a soft edge.
 
     Parameters
     ----------
@@ -179,26 +149,24 @@ def resolvent_energy(M: Tensor, error: Tensor, edges: ArrayLike, *, power: int =
     Returns
     -------
     Tensor, (k,) float64
-        Differentiable in both modes. The energy below a is ½⟨e, e⟩ less this; differences of neighbours are the energies of
-        soft shells.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Other precisions than float64, shapes that do not fit, edges that are not positive and ascending, power < 1.
+        By linear solves alone, differentiable in both modes. The energy below a is ½⟨e, e⟩ less
+        this; differences of neighbours are the energies of soft shells.
 
     Notes
     -----
-    With the p roots ω of −1, σ_a(M) = (1/p) Σ_ω M(M − aωI)⁻¹: rotated resolvents, each as well conditioned as that of p = 1 up
-    to a factor 1/sin(π/p). The matrix power (M/a)ᵖ + I has the p-th power of that condition instead, and loses its digits.
-    Cost: one dense factorisation per edge and conjugate pair.
+    With the p roots ω of −1, σ_a(M) = (1/p) Σ_ω M(M − aωI)⁻¹: rotated resolvents, each as well
+    conditioned as that of p = 1 up to a factor 1/sin(π/p). The matrix power (M/a)ᵖ + I has the p-th
+    power of that condition instead, and loses its digits. Cost: one dense factorisation per edge
+    and conjugate pair.
     """
-    _check(M, error, power)
-    n = len(error)
-    return torch.stack([
-        sum(((0.5 * weight / n) * (M @ error @ x.real) for weight, _, x in _resolvents(M, error, a, power)), M.new_zeros(()))
-        for a in _edges(edges)
-    ])  # fmt: skip
+    places, n = _checked(M, error, edges, power), len(error)
+    energies = []
+    for a in places:
+        above = M.new_zeros(())
+        for weight, _, x in _resolvents(M, error, a, power):
+            above = above + (0.5 * weight / n) * (M @ error @ x.real)
+        energies.append(above)
+    return torch.stack(energies)
 
 
 @dataclass(frozen=True)
@@ -209,13 +177,14 @@ class Flux:
     ----------
     edges : (k,), positions a.
     above, below : (k,), ½⟨e, σ_a(M)e⟩ and ½⟨e, (1 − σ_a(M))e⟩; the latter holds ker M.
-    total : (k,), J(a) = ½⟨e, Dσ_a(M)[Ṁ] e⟩: energy per time that moves through the edge, positive towards larger λ.
+    total : (k,), J(a) = ½⟨e, Dσ_a(M)[Ṁ] e⟩: energy per time through the edge, upwards positive.
     dissipation_above, dissipation_below : (k,), ⟨e, σ_a(M)M e⟩ and ⟨e, (1 − σ_a(M))M e⟩.
 
     Notes
     -----
-    The balance is d(above)/dt = total − dissipation_above and d(below)/dt = −total − dissipation_below. The advective and the
-    Kato part of `total`, which need eigenvectors, are in :func:`grsd.dynamics.drift.edge_flux`.
+    The balance is d(above)/dt = total − dissipation_above and d(below)/dt = −total −
+    dissipation_below. The advective and the Kato part of `total`, which need eigenvectors, are in
+    :func:`grsd.dynamics.drift.edge_flux`.
     """
 
     edges: Array
@@ -234,40 +203,17 @@ def resolvent_flux(
     *,
     power: int = 1,
 ) -> Flux:
-    """Return the flux of energy through soft edges σ_a(λ) = λᵖ/(λᵖ + aᵖ), and the dissipation on either side.
+    """Return the flux of energy through soft edges σ_a, and the dissipation on either side.
 
-    Parameters
-    ----------
-    M, rate : (n, n) float64, symmetric
-        M and Ṁ.
-    error : (n,) float64
-    edges : (k,), positive and ascending
-        An edge outside the spectrum is allowed; little passes it.
-    power : int
-        p ≥ 1; larger is sharper.
-
-    Returns
-    -------
-    Flux
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :func:`resolvent_energy`.
-
-    Notes
-    -----
-    Dσ_a(M)[Ṁ] = −(a/p) Σ_ω ω (M − aω)⁻¹ Ṁ (M − aω)⁻¹. For p = 1 the flux is (a/2)⟨x, Ṁx⟩ with (M + a)x = e: one solve and one
-    product with Ṁ. Repeated eigenvalues are harmless. Source: the smooth form of 2512.10427, equation (2), with the term that
-    it lacks. Cost: as :func:`resolvent_energy`, on the device of the tensors.
+    Arguments are those of :func:`resolvent_energy`, with `rate` = Ṁ, (n, n) float64 and symmetric.
+    Dσ_a(M)[Ṁ] = −(a/p) Σ_ω ω (M − aω)⁻¹ Ṁ (M − aω)⁻¹. For p = 1 the flux is (a/2)⟨x, Ṁx⟩ with
+    (M + a)x = e: one solve and one product with Ṁ. Repeated eigenvalues are harmless. Source: the
+    smooth form of 2512.10427, equation (2), with the term that it lacks. Cost: as
+    :func:`resolvent_energy`, on the device of the tensors.
     """
     m, r, e = (torch.as_tensor(a) for a in (M, rate, error))
-    _check(m, e, power)
-    if r.shape != m.shape or r.dtype != m.dtype:
-        raise ValueError(
-            f"rate is {r.dtype} of shape {tuple(r.shape)}; M is {m.dtype} of shape {tuple(m.shape)}"
-        )
-    places, n = _edges(edges), len(e)
+    places, n = _checked(m, e, edges, power), len(e)
+    checks.shape("rate", checks.float64("rate", r), (n, n))
     pushed = m @ e
     dissipation = float(e @ pushed) / n
     rows = []
@@ -283,28 +229,12 @@ def resolvent_flux(
     return Flux(places, above, below, total, upper, dissipation - upper)
 
 
-def _edges(edges: ArrayLike) -> Array:
-    found = np.atleast_1d(np.asarray(edges, dtype=np.float64))
-    if (
-        found.ndim != 1
-        or not found.size
-        or not np.isfinite(found).all()
-        or found[0] <= 0
-        or (np.diff(found) <= 0).any()
-    ):
-        raise ValueError(f"edges must be positive, finite and ascending, got {found.tolist()}")
-    return found
-
-
-def _check(M: Tensor, error: Tensor, power: int) -> None:
+def _checked(M: Tensor, error: Tensor, edges: ArrayLike, power: int) -> Array:
+    """Return the edges once everything is what `resolvent_energy` says."""
     for name, a in (("M", M), ("error", error)):
-        if a.dtype != torch.float64:
-            raise TypeError(
-                f"{name} is {a.dtype}; balances close in float64 only, convert the model first"
-            )
-    if error.ndim != 1 or M.shape != (len(error), len(error)):
-        raise ValueError(
-            f"M has shape {tuple(M.shape)} and error {tuple(error.shape)}; expected (n, n) and (n,)"
-        )
-    if int(power) != power or power < 1:
-        raise ValueError(f"power is {power!r}; expected a whole number from 1")
+        checks.float64(name, a, "balances close in float64 only, convert the model first")
+    checks.shape("error", error, ("n",))
+    checks.shape("M", M, (len(error), len(error)))
+    checks.whole("power", power, 1)
+    places = checks.ascending("edges", np.atleast_1d(np.asarray(edges, dtype=np.float64)))
+    return checks.positive("edges", places)

@@ -1,9 +1,7 @@
 """Gradient flow, gradient descent and heavy ball of a network on fixed data, in float64.
 
-A `Problem` is the network as functions of one flat parameter vector; `integrate` and `descend` move it and return a
-`Path`. What the path means mode by mode is in :mod:`grsd.dynamics.modes`.
-
-Conventions: e = target − output, ⟨u, v⟩ = (1/n) Σ u v, L = ½⟨e, e⟩, M = J Jᵀ/n, θ̇ = Jᵀe/n = −∇L, so that ė = −M e.
+`integrate` and `descend` move a :class:`grsd.dynamics.problem.Problem` and return a `Path`. What the
+path means mode by mode is in :mod:`grsd.dynamics.modes`.
 """
 
 from __future__ import annotations
@@ -15,21 +13,13 @@ import numpy as np
 import torch
 from scipy.integrate import quad, solve_ivp
 
+from grsd import checks
 from grsd.dynamics.problem import Problem, Vector
 
-__all__ = [
-    "Path",
-    "Problem",
-    "Vector",
-    "around",
-    "central",
-    "descend",
-    "effective_time",
-    "integrate",
-    "orbit_gap",
-]
+__all__ = ["Path", "around", "central", "descend", "effective_time", "integrate", "orbit_gap"]
 
 Schedule = Callable[[float], float]
+STENCIL = np.array([1 / 280, -4 / 105, 1 / 5, -4 / 5, 0, 4 / 5, -1 / 5, 4 / 105, -1 / 280])
 
 
 @dataclass(frozen=True)
@@ -38,14 +28,15 @@ class Path:
 
     Attributes
     ----------
-    times : (K,) float64. Time of the flow; for gradient descent the effective time τ = Σ η.
+    times : (K,) float64, time of the flow; for gradient descent the effective time τ = Σ η.
     thetas : (K, P) float64.
     losses : (K,) float64, L = ½⟨e, e⟩.
-    error : float. For the flow: estimated global error, the largest ‖θ − θ′‖₂ over `times` against a second run with a
-        hundredfold looser tolerance (so it bounds the looser run); nan if that run was not asked for. For descent: 0, the
-        iterates are what they are.
-    identity : float. For the flow: the largest |L(t) − L(0) + ∫‖θ̇‖²|/L(0), which would be 0; nan for descent.
+    error : float. For the flow: estimated global error, the largest ‖θ − θ′‖₂ over `times` against a
+        second run with a hundredfold looser tolerance (so it bounds the looser run); nan if that run
+        was not asked for. For descent: 0, the iterates are what they are.
     problem : Problem
+    identity : float. For the flow: the largest |L(t) − L(0) + ∫‖θ̇‖²|/L(0), which would be 0; nan for
+        descent.
     """
 
     times: np.ndarray
@@ -73,9 +64,8 @@ def integrate(
 
     Parameters
     ----------
-    problem : Problem
     times : (K,)
-        Monotone, ascending or descending (the flow run backwards); the path starts at `times[0]`.
+        Ascending, or descending for the flow run backwards; the path starts at `times[0]`.
     rtol, atol : float
         Local tolerances of SciPy's `solve_ivp`, per parameter.
     start : (P,), optional
@@ -83,51 +73,32 @@ def integrate(
     schedule : callable, optional
         η(t) > 0.
     step : float
-        Follow `problem.velocity(theta, step)` instead: the flow nearest to gradient descent of that step. `Path.identity` then
-        belongs to the modified loss and is nan.
+        Follow `problem.velocity(theta, step)` instead: the flow nearest to gradient descent of that
+        step. `Path.identity` then belongs to the modified loss and is nan.
     method : str
-        Any explicit method of `solve_ivp`; DOP853 by default.
+        Any explicit method of `solve_ivp`.
     estimate : bool
-        Run again with a hundredfold looser tolerance (about half the cost of the first run) for `Path.error`.
+        Run again with a hundredfold looser tolerance (about half the cost of the first run) for
+        `Path.error`.
     limit : int
-        Evaluations of the velocity, after which the run is given up: the flow is too stiff for an explicit method (about
-        2 λ_max t are needed), or it slides along a kink of a network that is not smooth.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    ValueError
-        Times that are not monotone or not finite, or a flow that the integrator cannot follow.
+        Evaluations of the velocity, after which the run is given up: the flow is too stiff for an
+        explicit method (about 2 λ_max t are needed), or it slides along a kink of a network that is
+        not smooth.
     """
     grid = np.asarray(times, dtype=np.float64)
-    steps = np.diff(grid)
-    if (
-        grid.ndim != 1
-        or len(grid) < 2
-        or not np.isfinite(grid).all()
-        or not (np.all(steps > 0) or np.all(steps < 0))
-    ):
-        raise ValueError(f"times must be two or more finite numbers in strict order, got {grid!r}")
+    sign = -1.0 if grid[-1:] < grid[:1] else 1.0
+    checks.ascending("times", sign * grid, 2, "expected two or more finite numbers in strict order")
     begin = problem.theta if start is None else problem._theta(start)
     first = np.append(begin.detach().cpu().numpy(), 0.0)
-
     calls = 0
 
     def rate(t: float, state: np.ndarray) -> np.ndarray:
         nonlocal calls
         calls += 1
         if calls > limit:
-            why = (
-                f"every sample that crosses a kink ({', '.join(problem.kinks)}) costs many small steps, and a flow that slides along "
-                "one has no solution; loosen rtol and atol, or use a smooth activation"
-                if problem.kinks
-                else "an explicit method needs about 2 λ_max t of them; take shorter times, or raise limit"
-            )
             raise ValueError(
-                f"{method} used {limit} evaluations to get from t = {grid[0]:.4g} to {t:.6g}: {why}"
+                f"{method} used {limit} evaluations to get from t = {grid[0]:.4g} to {t:.6g}: "
+                + _why_stuck(problem)
             )
         v = problem.velocity(state[:-1], step).cpu().numpy()
         factor = 1.0 if schedule is None else float(schedule(t))
@@ -136,32 +107,35 @@ def integrate(
     def run(loosen: float) -> np.ndarray:
         nonlocal calls
         calls = 0
-        done = solve_ivp(
-            rate,
-            (grid[0], grid[-1]),
-            first,
-            method=method,
-            t_eval=grid,
-            rtol=loosen * rtol,
-            atol=loosen * atol,
-        )
+        span, tolerances = (grid[0], grid[-1]), {"rtol": loosen * rtol, "atol": loosen * atol}
+        done = solve_ivp(rate, span, first, method=method, t_eval=grid, **tolerances)
         if not done.success or not np.isfinite(done.y).all():
             raise ValueError(f"{method} stopped at t = {done.t[-1]:.4g}: {done.message}")
-        found: np.ndarray = done.y.T
-        return found
+        return done.y.T
 
+    # the last entry of the state is ∫‖θ̇‖², which must be what the loss lost
     states = run(1.0)
     thetas, spent = states[:, :-1], states[:, -1]
     losses = np.array([problem.loss(theta) for theta in thetas])
-    error = float("nan")
+    error = identity = float("nan")
     if estimate:
         error = float(np.linalg.norm(run(100.0)[:, :-1] - thetas, axis=1).max())
-    identity = float("nan")
     if step == 0:
-        identity = float(
-            np.abs(losses - losses[0] + spent).max() / max(losses[0], np.finfo(float).tiny)
-        )
+        unit = max(losses[0], np.finfo(float).tiny)
+        identity = float(np.abs(losses - losses[0] + spent).max() / unit)
     return Path(grid, thetas, losses, error, problem, identity)
+
+
+def _why_stuck(problem: Problem) -> str:
+    if not problem.kinks:
+        return (
+            "an explicit method needs about 2 λ_max t of them; take shorter times, or raise limit"
+        )
+    return (
+        f"every sample that crosses a kink ({', '.join(problem.kinks)}) costs many small steps, and "
+        "a flow that slides along one has no solution; loosen rtol and atol, or use a smooth "
+        "activation"
+    )
 
 
 def descend(
@@ -178,34 +152,29 @@ def descend(
 
     Parameters
     ----------
-    problem : Problem
     rate : float
         η > 0, in units of time.
-    steps : int
     momentum : float
-        μ in [0, 1): heavy ball. Its clock runs faster, at late times 1/(1 − μ) times; `times` does not contain this factor.
+        μ in [0, 1): heavy ball. Its clock runs faster, at late times 1/(1 − μ) times; `times` does
+        not contain this factor.
     schedule : callable, optional
         Factor of step k = 0, 1, ...
-    start : (P,), optional
     every : int
         Keep every so many steps (the first and the last always).
 
     Returns
     -------
     Path
-        `times` are the effective times τ_k = Σ_{j<k} η_j.
-
-    Raises
-    ------
-    ValueError
-        Arguments out of range, or a loss that diverges; the message gives ηλ_max at the start.
+        `times` are the effective times τ_k = Σ_{j<k} η_j. A loss that diverges is refused with the
+        ηλ_max at the start.
     """
     if not rate > 0 or steps < 1 or every < 1 or not 0 <= momentum < 1:
         raise ValueError(
-            f"need rate > 0, steps ≥ 1, every ≥ 1 and 0 ≤ momentum < 1; got {rate}, {steps}, {every}, {momentum}"
+            "need rate > 0, steps ≥ 1, every ≥ 1 and 0 ≤ momentum < 1; got "
+            f"{rate}, {steps}, {every}, {momentum}"
         )
-    theta = (problem.theta if start is None else problem._theta(start)).detach().clone()
-    drift = torch.zeros_like(theta)
+    begin = (problem.theta if start is None else problem._theta(start)).detach()
+    theta, drift = begin.clone(), torch.zeros_like(begin)
     initial = problem.loss(theta)
     times, thetas, losses, now = [0.0], [theta.cpu().numpy()], [initial], 0.0
     for k in range(steps):
@@ -216,13 +185,11 @@ def descend(
             continue
         loss = problem.loss(theta)
         if not loss <= 1e3 * initial:
-            top = eta * float(
-                torch.linalg.eigvalsh(problem.kernel(problem.theta if start is None else start))[-1]
-            )
-            limit = 2 * (1 + momentum)
+            top = eta * float(torch.linalg.eigvalsh(problem.kernel(begin))[-1])
             raise ValueError(
-                f"the loss went from {initial:.3g} to {loss:.3g} in {k + 1} steps: ηλ_max = {top:.3g} at the start, and a step "
-                f"is stable only while ηλ_max < {limit:.3g}. Take a smaller rate"
+                f"the loss went from {initial:.3g} to {loss:.3g} in {k + 1} steps: ηλ_max = "
+                f"{top:.3g} at the start, and a step is stable only while ηλ_max < "
+                f"{2 * (1 + momentum):.3g}. Take a smaller rate"
             )
         times.append(now)
         thetas.append(theta.cpu().numpy())
@@ -236,16 +203,17 @@ def effective_time(schedule: Schedule, t: np.ndarray | float) -> np.ndarray:
     With it, θ̇ = −η(t)∇L is the flow at time τ(t), exactly.
     """
     ends = np.atleast_1d(np.asarray(t, dtype=np.float64))
-    found = [quad(schedule, 0.0, end, epsabs=1e-13, epsrel=1e-13, limit=500)[0] for end in ends]
-    return np.array(found).reshape(np.shape(t))
+    tau = [quad(schedule, 0.0, end, epsabs=1e-13, epsrel=1e-13, limit=500)[0] for end in ends]
+    return np.array(tau).reshape(np.shape(t))
 
 
 def orbit_gap(path: Path, reference: Path) -> np.ndarray:
-    """Return how far `path` is from the curve of `reference` when time does not count, (K,), relative to ‖e(0)‖.
+    """Return how far `path` is from the curve of `reference` when time does not count, (K,).
 
-    Entry k is the distance from output f(θ_k) to the nearest point of the reference's outputs, taken as a polyline: whatever is
-    left after the best rescaling of time, monotone or not. Resolution: the sagitta of the polyline, so give the reference many
-    times. Cost: a forward pass per time of both, and K·K′·n numbers.
+    Entry k is the distance from output f(θ_k) to the nearest point of the reference's outputs, taken
+    as a polyline, relative to ‖e(0)‖: whatever is left after the best rescaling of time, monotone or
+    not. Resolution: the sagitta of the polyline, so give the reference many times. Cost: a forward
+    pass per time of both, and K·K′·n numbers.
     """
     points = np.array([path.problem.output(theta).cpu().numpy() for theta in path.thetas])
     curve = np.array([reference.problem.output(theta).cpu().numpy() for theta in reference.thetas])
@@ -260,28 +228,27 @@ def orbit_gap(path: Path, reference: Path) -> np.ndarray:
 
 
 def around(problem: Problem, theta: Vector, h: float) -> Path:
-    """Return the flow through θ at the nine times −4h, …, 4h, for `central`: rtol 1e-13, backwards and forwards.
+    """Return the flow through θ at the nine times −4h, …, 4h, for `central`: rtol 1e-13.
 
-    Cost: two short integrations. Against stiff directions the backward half grows like exp(4 h λ_max): keep h λ_max < 1.
+    Cost: two short integrations. Against stiff directions the backward half grows like
+    exp(4 h λ_max): keep h λ_max < 1.
     """
     grid = h * np.arange(5.0)
-    ahead = integrate(problem, grid, start=theta, rtol=1e-13, atol=1e-15, estimate=False)
-    behind = integrate(problem, -grid, start=theta, rtol=1e-13, atol=1e-15, estimate=False)
-    return Path(
-        times=np.concatenate([behind.times[:0:-1], ahead.times]),
-        thetas=np.concatenate([behind.thetas[:0:-1], ahead.thetas]),
-        losses=np.concatenate([behind.losses[:0:-1], ahead.losses]),
-        error=float("nan"),
-        problem=problem,
-        identity=max(ahead.identity, behind.identity),
+    behind, ahead = (
+        integrate(problem, times, start=theta, rtol=1e-13, atol=1e-15, estimate=False)
+        for times in (-grid, grid)
     )
+    times, thetas, losses = (
+        np.concatenate([getattr(behind, name)[:0:-1], getattr(ahead, name)])
+        for name in ("times", "thetas", "losses")
+    )
+    identity = max(ahead.identity, behind.identity)
+    return Path(times, thetas, losses, float("nan"), problem, identity)
 
 
 def central(values: np.ndarray, h: float) -> np.ndarray:
-    """Return the derivative at the middle of nine equidistant values (9, ...) of spacing h, to O(h⁸)."""
-    found = np.asarray(values, dtype=np.float64)
-    if len(found) != 9:
-        raise ValueError(f"the difference needs nine values, got {len(found)}")
-    weights = np.array([1 / 280, -4 / 105, 1 / 5, -4 / 5, 0, 4 / 5, -1 / 5, 4 / 105, -1 / 280]) / h
-    result: np.ndarray = np.tensordot(weights, found, axes=1)
-    return result
+    """Return the derivative in the middle of nine equidistant values (9, ...), to O(h⁸)."""
+    nine = np.asarray(values, dtype=np.float64)
+    if len(nine) != 9:
+        raise ValueError(f"the difference needs nine values, got {len(nine)}")
+    return np.tensordot(STENCIL / h, nine, axes=1)

@@ -1,7 +1,7 @@
-"""One instant in the eigenbasis of M: eigenvalues, their rates, the coupling Ω, and the mode equation.
+"""One instant in the eigenbasis of M: eigenvalues, their rates, the coupling Ω, the mode equation.
 
-Kato's formulas need Ṁ, which :meth:`grsd.dynamics.flow.Problem.kernel_rate` gives by exact autodiff. Where eigenvalues
-repeat, single modes have no derivative; `divided` is the form without gaps.
+Kato's formulas need Ṁ, which :meth:`grsd.dynamics.problem.Problem.kernel_rate` gives by exact
+autodiff. Where eigenvalues repeat, single modes have no derivative; `divided` needs no gaps.
 """
 
 from __future__ import annotations
@@ -15,24 +15,20 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from grsd.dynamics.flow import Path, Problem, Vector
+from grsd import checks
+from grsd.dynamics.flow import Path
+from grsd.dynamics.problem import Problem, Vector
 
-__all__ = ["Modes", "Tracked", "divided", "instant", "modes", "track"]
+__all__ = ["Modes", "Tracked", "divided", "float64_array", "instant", "modes", "track"]
 
 Array = Tensor | np.ndarray
 
 
-def _array(a: Array, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    found: np.ndarray = np.asarray(a.detach().cpu().numpy() if isinstance(a, Tensor) else a)
-    if found.dtype != np.float64:
-        raise TypeError(
-            f"{name} is {found.dtype}; modes are computed in float64, convert the model or the array first"
-        )
-    if found.shape != shape:
-        raise ValueError(f"{name} has shape {found.shape}, expected {shape}")
-    if not np.isfinite(found).all():
-        raise ValueError(f"{name} holds values that are not finite")
-    return found
+def float64_array(name: str, array: Array, sizes: tuple[int | str, ...]) -> np.ndarray:
+    """Return a finite float64 array of that shape, or refuse it; other precisions are no input."""
+    values = np.asarray(array.detach().cpu().numpy() if isinstance(array, Tensor) else array)
+    checks.float64(name, values, "identities hold in float64 only, convert it first")
+    return checks.finite(name, checks.shape(name, values, sizes))
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,7 @@ class Modes:
     vectors : (n, n), columns φ_u with ⟨φ_u, φ_v⟩ = (1/n) Σ φ_u φ_v = δ_uv.
     coefficients : (n,), g_u = ⟨e, φ_u⟩, so that Σ g_u² = ⟨e, e⟩.
     matrix : (n, n), ⟨φ_u, Ṁ φ_v⟩; symmetric to rounding, not made so.
-    rates : (n,), λ̇_u = ⟨φ_u, Ṁ φ_u⟩, the diagonal of `matrix`.
-    kernel : (n,) bool, modes of ker M: λ_u at or below `floor`.
+    in_kernel : (n,) bool, modes of ker M: λ_u at or below `floor`.
     floor : float, n ε λ_max: below it an eigenvalue is rounding.
     """
 
@@ -54,55 +49,48 @@ class Modes:
     vectors: np.ndarray
     coefficients: np.ndarray
     matrix: np.ndarray
-    kernel: np.ndarray
+    in_kernel: np.ndarray
     floor: float
 
     @property
     def rates(self) -> np.ndarray:
-        found: np.ndarray = np.diagonal(self.matrix).copy()
-        return found
+        """λ̇_u = ⟨φ_u, Ṁ φ_u⟩, (n,), the diagonal of `matrix`."""
+        return np.diagonal(self.matrix).copy()
 
     def repeated(self) -> np.ndarray:
         """Pairs (u, u+1) of non-zero eigenvalues that agree to `floor`, as an (r, 2) array."""
-        close = (np.diff(self.eigenvalues) <= self.floor) & ~self.kernel[:-1]
-        u = np.flatnonzero(close)
+        u = np.flatnonzero((np.diff(self.eigenvalues) <= self.floor) & ~self.in_kernel[:-1])
         return np.stack([u, u + 1], axis=1)
 
     @cached_property
     def coupling(self) -> np.ndarray:
-        """Ω, (n, n): `coupling[u, v]` = Ω_{v→u} = ⟨φ_u, Ṁ φ_v⟩/(λ_v − λ_u) = ⟨φ_u, φ̇_v⟩; antisymmetric, 0 on the diagonal.
+        """Ω, (n, n): `coupling[u, v]` = Ω_{v→u} = ⟨φ_u, Ṁ φ_v⟩/(λ_v − λ_u) = ⟨φ_u, φ̇_v⟩.
 
-        Inside ker M the basis is free to turn; the choice here is that it does not, Ω = 0.
-
-        Raises
-        ------
-        ValueError
-            If eigenvalues other than 0 repeat: their eigenvectors have no derivative.
+        Antisymmetric, 0 on the diagonal. Inside ker M the basis is free to turn; the choice here is
+        that it does not, Ω = 0. Other eigenvalues that repeat are refused: their eigenvectors have
+        no derivative.
         """
         if len(pairs := self.repeated()):
-            u, v = pairs[0]
+            first, second = self.eigenvalues[pairs[0]]
             raise ValueError(
-                f"{len(pairs)} pair(s) of eigenvalues repeat, e.g. λ = {self.eigenvalues[u]:.6g} and {self.eigenvalues[v]:.6g} "
-                f"(closer than {self.floor:.1g}): single modes have no derivative there. Use grsd.dynamics.modes.divided, "
-                "or the soft shells of grsd.dynamics.balance, which need no gaps"
+                f"{len(pairs)} pair(s) of eigenvalues repeat, e.g. λ = {first:.6g} and {second:.6g} "
+                f"(closer than {self.floor:.1g}): single modes have no derivative there. Use "
+                "grsd.dynamics.modes.divided, or the soft shells of grsd.dynamics.balance, which "
+                "need no gaps"
             )
         gaps = self.eigenvalues[None, :] - self.eigenvalues[:, None]  # λ_v − λ_u
-        free = np.eye(len(gaps), dtype=bool) | (self.kernel[:, None] & self.kernel[None, :])
+        free = np.eye(len(gaps), dtype=bool) | (self.in_kernel[:, None] & self.in_kernel[None, :])
         return np.where(free, 0.0, self.matrix / np.where(free, 1.0, gaps))
 
     @property
     def vector_rates(self) -> np.ndarray:
         """φ̇, (n, n): column v is Σ_u Ω_{v→u} φ_u."""
-        found: np.ndarray = self.vectors @ self.coupling
-        return found
+        return self.vectors @ self.coupling
 
     @property
     def coefficient_rates(self) -> np.ndarray:
         """ġ, (n,), by the mode equation ġ_u = −λ_u g_u − Σ_v Ω_{v→u} g_v."""
-        found: np.ndarray = (
-            -self.eigenvalues * self.coefficients - self.coupling @ self.coefficients
-        )
-        return found
+        return -self.eigenvalues * self.coefficients - self.coupling @ self.coefficients
 
 
 def modes(M: Array, rate: Array, error: Array, *, floor: float | None = None) -> Modes:
@@ -116,72 +104,58 @@ def modes(M: Array, rate: Array, error: Array, *, floor: float | None = None) ->
     floor : float, optional
         Eigenvalues at or below it belong to ker M; by default n ε λ_max.
 
-    Returns
-    -------
-    Modes
-
-    Raises
-    ------
-    ValueError, TypeError
-        Shapes that do not fit, a matrix that is not symmetric, other precisions than float64.
-
     Notes
     -----
     Cost: one dense eigenproblem. Source: 2512.10427, section 3.1.
     """
-    e = _array(error, "error", (len(error),))
-    n = len(e)
-    a, b = _array(M, "M", (n, n)), _array(rate, "rate", (n, n))
+    n = len(error)
+    e = float64_array("error", error, (n,))
+    a, b = float64_array("M", M, (n, n)), float64_array("rate", rate, (n, n))
     for name, m in (("M", a), ("rate", b)):
-        if np.abs(m - m.T).max() > 1e-10 * max(np.abs(m).max(), np.finfo(float).tiny):
-            raise ValueError(
-                f"{name} is not symmetric: the largest |a − aᵀ| is {np.abs(m - m.T).max():.3g}"
-            )
+        skew = np.abs(m - m.T).max()
+        if skew > 1e-10 * max(np.abs(m).max(), np.finfo(float).tiny):
+            raise ValueError(f"{name} is not symmetric: the largest |a − aᵀ| is {skew:.3g}")
     eigenvalues, columns = np.linalg.eigh((a + a.T) / 2)
-    least = (
-        n * np.finfo(float).eps * max(float(np.abs(eigenvalues).max()), 0.0)
-        if floor is None
-        else floor
-    )
-    if eigenvalues[0] < -max(least, 1e-12 * float(np.abs(eigenvalues).max())):
+    largest = float(np.abs(eigenvalues).max())
+    least = n * np.finfo(float).eps * largest if floor is None else floor
+    if eigenvalues[0] < -max(least, 1e-12 * largest):
         raise ValueError(f"M has the eigenvalue {eigenvalues[0]:.3g}: J Jᵀ has none below 0")
-    matrix = columns.T @ ((b + b.T) / 2) @ columns
     return Modes(
         eigenvalues=eigenvalues,
         vectors=columns * np.sqrt(n),
         coefficients=columns.T @ e / np.sqrt(n),
-        matrix=matrix,
-        kernel=eigenvalues <= least,
+        matrix=columns.T @ ((b + b.T) / 2) @ columns,
+        in_kernel=eigenvalues <= least,
         floor=least,
     )
 
 
 def instant(problem: Problem, theta: Vector) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (M, Ṁ, e) of gradient flow at θ as arrays, ready for `modes`. Cost: about four Jacobians."""
+    """Return (M, Ṁ, e) of gradient flow at θ as arrays, for `modes`. Cost: about four Jacobians."""
     M, rate, error = problem.kernel(theta), problem.kernel_rate(theta), problem.error(theta)
     return M.cpu().numpy(), rate.cpu().numpy(), error.cpu().numpy()
 
 
 def divided(
-    found: Modes,
+    at: Modes,
     function: Callable[[np.ndarray], np.ndarray],
     derivative: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """Return d/dt of function(M(t)) as an (n, n) matrix in the eigenbasis, by Daleckii and Krein, without gaps.
+    """Return d/dt of function(M(t)), (n, n) in the eigenbasis, by Daleckii and Krein, without gaps.
 
-    Its entries are function^[1](λ_u, λ_v) ⟨φ_u, Ṁ φ_v⟩ with the divided difference [function(λ_u) − function(λ_v)]/(λ_u − λ_v),
-    which is `derivative` where the two agree. Repeated eigenvalues are harmless.
+    Its entries are function^[1](λ_u, λ_v) ⟨φ_u, Ṁ φ_v⟩ with the divided difference
+    [function(λ_u) − function(λ_v)]/(λ_u − λ_v), which is `derivative` where the two agree. Repeated
+    eigenvalues are harmless.
     """
-    x = found.eigenvalues
+    x = at.eigenvalues
     gaps, rise = x[:, None] - x[None, :], function(x)[:, None] - function(x)[None, :]
     middle = derivative((x[:, None] + x[None, :]) / 2)
-    near = np.abs(gaps) <= 1e-5 * np.maximum(np.abs(x[:, None]), np.abs(x[None, :])) + found.floor
-    result: np.ndarray = np.where(near, middle, rise / np.where(near, 1.0, gaps)) * found.matrix
-    return result
+    near = np.abs(gaps) <= 1e-5 * np.maximum(np.abs(x[:, None]), np.abs(x[None, :])) + at.floor
+    return np.where(near, middle, rise / np.where(near, 1.0, gaps)) * at.matrix
 
 
 class Tracked(NamedTuple):
-    """Modes followed along a path, named and signed by continuity; no longer in ascending order after a crossing."""
+    """Modes named and signed by continuity; no longer ascending after a crossing."""
 
     eigenvalues: np.ndarray  # (K, n)
     vectors: np.ndarray  # (K, n, n), columns
@@ -189,19 +163,12 @@ class Tracked(NamedTuple):
 
 
 def track(path: Path, to: Modes | None = None) -> Tracked:
-    """Follow every mode along a path: order and sign are those of the largest overlap with the instant before.
+    """Follow every mode along a path: order and sign are those of the largest overlap.
 
-    Parameters
-    ----------
-    path : Path
-        Fine enough that an eigenvector turns by less than 45° between two times. Inside ker M nothing can be followed.
-    to : Modes, optional
-        Compare every instant with this one instead, e.g. with the middle of a stencil.
-
-    Notes
-    -----
-    This is the measuring side: it knows M(t) and e(t), and neither Ṁ nor Kato's formulas. Cost: a Jacobian, an eigenproblem
-    and an assignment per time.
+    An instant is compared with the one before, or with `to` (e.g. the middle of a stencil). The path
+    must be so fine that an eigenvector turns by less than 45° between two times; inside ker M
+    nothing can be followed. This is the measuring side: it knows M(t) and e(t), and neither Ṁ nor
+    Kato's formulas. Cost: a Jacobian, an eigenproblem and an assignment per time.
     """
     problem, n = path.problem, path.problem.samples
     values, vectors, coefficients = [], [], []

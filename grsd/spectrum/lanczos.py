@@ -1,7 +1,8 @@
-"""Lanczos: from products M v to a small tridiagonal matrix that knows the spectral measure of the start vector.
+"""Lanczos: from products M v to a small tridiagonal matrix that knows a start vector's measure.
 
-The measure made from it is in :mod:`grsd.spectrum.measure`. Two recurrences live here: full reorthogonalisation,
-which is what the book uses, and Algorithm 1 of 2512.10427 as printed, which is kept to show what it does.
+The measure made from it is in :mod:`grsd.spectrum.measure`. Two recurrences live here: full
+reorthogonalisation, which the book uses, and Algorithm 1 of 2512.10427 as printed, which is kept to
+show what it does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BREAKDOWN = 8.0  # in units of eps |M|: the products of an exhausted space leave
 
 
 class Operator(Protocol):
-    """What Lanczos needs of M: a symmetric matrix that multiplies vectors (an `NTK`, or a square tensor)."""
+    """What Lanczos needs of M: a symmetric (T, T) matrix that multiplies vectors."""
 
     @property
     def shape(self) -> Any: ...
@@ -31,42 +32,31 @@ class Operator(Protocol):
 
 
 def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = True) -> Tridiagonal:
-    """Run `steps` Lanczos steps on M from `start`.
+    """Run `steps` Lanczos steps on M (an `NTK` or a square tensor) from `start`.
 
     Parameters
     ----------
-    M
-        Symmetric (T, T) operator: an `NTK` or a square tensor.
     start
         (T,), dtype and device of M. Not normalised: its square norm becomes the mass of the measure.
     steps
-        m, between 1 and T.
+        m, between 1 and T. Fewer are returned where the Krylov space is exhausted.
     reorthogonalize
-        True: every new vector is orthogonalised twice against all earlier ones by classical Gram–Schmidt, so that it
-        is orthogonal to rounding, and the recurrence ends at β ≤ 8 eps |M|: the rounding of a product is of that size, so
-        what is left is noise. False: Algorithm 1 of 2512.10427 as printed, which ends only at β = 0.
-
-    Returns
-    -------
-    Tridiagonal
-        alphas (m,) and betas (m-1,) in float64; fewer when the Krylov space was exhausted.
-
-    Raises
-    ------
-    ValueError
-        A start vector that is zero, not finite, or of the wrong shape, dtype or device; steps outside [1, T];
-        a product that is not finite.
+        True: every new vector is orthogonalised twice against all earlier ones by classical
+        Gram–Schmidt, so that it is orthogonal to rounding, and the recurrence ends at
+        β ≤ 8 eps |M|: the rounding of a product is of that size, so what is left is noise.
+        False: Algorithm 1 of 2512.10427 as printed, which ends only at β = 0.
 
     Notes
     -----
-    Cost: m products, 8 m² T further operations and m T numbers of memory. No step waits for the device. Source: 2512.10427,
-    appendix B; for "twice is enough", Parlett, The Symmetric Eigenvalue Problem, section 6.9.
+    Cost: m products, 8 m² T further operations and m T numbers of memory. No step waits for the
+    device. Source: 2512.10427, appendix B; for "twice is enough", Parlett, The Symmetric Eigenvalue
+    Problem, section 6.9.
     """
     size = int(M.shape[0])
     if tuple(start.shape) != (size,) or start.dtype != M.dtype or start.device != M.device:
         raise ValueError(
-            f"M is {tuple(M.shape)} {M.dtype} on {M.device}; the start vector is {tuple(start.shape)} {start.dtype} "
-            f"on {start.device}"
+            f"M is {tuple(M.shape)} {M.dtype} on {M.device}; the start vector is "
+            f"{tuple(start.shape)} {start.dtype} on {start.device}"
         )
     if not 1 <= steps <= size:
         raise ValueError(f"steps must be between 1 and T = {size}, got {steps}")
@@ -75,7 +65,6 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
         raise ValueError(
             f"the start vector has norm {norm}; Lanczos needs a finite vector that is not zero"
         )
-
     alphas, betas = recurrence(M, start / norm, steps, reorthogonalize)
     eps = float(getattr(M, "eps", torch.finfo(M.dtype).eps))
     mass = norm**2 * float(getattr(M, "inner_weight", 1.0))
@@ -85,10 +74,10 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
 def recurrence(
     M: Operator, units: Tensor, steps: int, reorthogonalize: bool = True
 ) -> tuple[NDArray, NDArray]:
-    """Return all alphas and betas, (..., steps) float64, from unit vectors (..., T) that M multiplies together.
+    """Return all alphas and betas, (..., steps) float64, from unit vectors (..., T) at once.
 
-    No step waits for the device: a start whose Krylov space is exhausted goes on with rounding noise, which `tridiagonal`
-    cuts off.
+    No step waits for the device: a start whose Krylov space is exhausted goes on with rounding
+    noise, which `tridiagonal` cuts off.
     """
     lead, size = units.shape[:-1], units.shape[-1]
     basis = units.new_zeros((*lead, steps, size))
@@ -98,12 +87,14 @@ def recurrence(
     for k in range(steps):
         w = (M @ basis[..., k, :])[..., None]
         if reorthogonalize:
+            # the first sweep takes out β_{k−1} q_{k−1} + α_k q_k, the second what rounding left
             seen = basis[..., : k + 1, :]
             inner = seen @ w
             alphas[..., k] = inner[..., k, 0]
             w = w - seen.mT @ inner
             w = w - seen.mT @ (seen @ w)
         else:
+            # three terms, as printed
             if k > 0:
                 w = w - betas[..., k - 1, None, None] * basis[..., k - 1, :, None]
             alphas[..., k] = (basis[..., k, None, :] @ w)[..., 0, 0]
@@ -124,7 +115,16 @@ def tridiagonal(
     reorthogonalized: bool = True,
 ) -> Tridiagonal:
     """Return the part of one `recurrence` that stands above rounding; `size` is T."""
-    used = _usable_steps(alphas, betas, BREAKDOWN * eps if reorthogonalized else 0.0)
+    used, scale = alphas.size, 0.0
+    relative = BREAKDOWN * eps if reorthogonalized else 0.0
+    for k, (alpha, beta) in enumerate(zip(alphas, betas, strict=True)):
+        if not (np.isfinite(alpha) and np.isfinite(beta)):
+            raise ValueError(f"the product with M is not finite at Lanczos step {k + 1}")
+        scale = max(scale, abs(alpha))
+        if beta <= relative * scale:
+            used = k + 1
+            break
+        scale = max(scale, abs(alpha) + beta)  # Gershgorin: a bound of |M| on what was seen
     return Tridiagonal(
         alphas=alphas[:used],
         betas=betas[: used - 1],
@@ -134,16 +134,3 @@ def tridiagonal(
         reorthogonalized=reorthogonalized,
         exhausted=used < alphas.size,
     )
-
-
-def _usable_steps(alphas: NDArray[np.float64], betas: NDArray[np.float64], relative: float) -> int:
-    """Return how many steps stand before β falls to `relative` times the largest Gershgorin bound seen so far."""
-    scale = 0.0
-    for k, (alpha, beta) in enumerate(zip(alphas, betas, strict=True)):
-        if not (np.isfinite(alpha) and np.isfinite(beta)):
-            raise ValueError(f"the product with M is not finite at Lanczos step {k + 1}")
-        scale = max(scale, abs(alpha))
-        if beta <= relative * scale:
-            return k + 1
-        scale = max(scale, abs(alpha) + beta)
-    return int(alphas.size)

@@ -1,24 +1,27 @@
-"""The spectral measure of a vector: where on the λ axis its energy lies, and how sure one can be of it.
+"""The spectral measure of a vector: where on the λ axis its energy lies, and how sure one can be.
 
-Nodes and weights come from :mod:`grsd.spectrum.lanczos` (Gauss quadrature) or from a dense eigendecomposition (exact).
-Binning into shells is in :mod:`grsd.spectrum.shells`.
+Nodes and weights come from :mod:`grsd.spectrum.lanczos` (Gauss quadrature) or from a dense
+eigendecomposition (exact). What a binned measure is, is in :mod:`grsd.spectrum.shells`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import eigh_tridiagonal, solve_banded
 
+from grsd import checks
 from grsd.spectrum.shells import LogShells, ShellProfile
 
 Array = NDArray[np.float64]
-FLOOR = 4.0  # products are right to about eps; nodes within 4 eps of zero, relative to the largest, are rounding
-RITZ = 1e7  # a Radau corner this large moves no node by more than 1e-7 of the spectrum: the edge is a Ritz value
+FLOOR = 4.0  # in eps of the largest node: products are right to eps, nodes this near 0 are rounding
+RITZ = (
+    1e7  # a Radau corner this large moves no node by over 1e-7 of the spectrum: a is a Ritz value
+)
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,16 @@ class Tridiagonal:
 
     Attributes
     ----------
-    alphas : (m,) float64, diagonal.
-    betas : (m-1,) float64, off-diagonal, positive.
+    alphas, betas : (m,) and (m-1,) float64, the diagonal, and the positive off-diagonal.
     mass : float, ⟨start, start⟩ in the operator's inner product (1/n Σ for ``normalize="mean"``).
     residual : float, β_m, the norm of what the last step left over; 0 when m = T.
     eps : float, relative accuracy of a product.
     reorthogonalized : bool, False for Algorithm 1 as printed.
-    exhausted : bool, True when the recurrence ended early because nothing above rounding was left.
+    exhausted : bool, True when it ended early because nothing above rounding was left.
     """
 
-    alphas: NDArray[np.float64]
-    betas: NDArray[np.float64]
+    alphas: Array
+    betas: Array
     mass: float
     residual: float
     eps: float
@@ -49,37 +51,33 @@ class Tridiagonal:
         return int(self.alphas.size)
 
     def measure(self) -> SpectralMeasure:
-        """Return the Gauss quadrature of the start vector's spectral measure: m nodes and weights."""
-        return SpectralMeasure.from_tridiagonal(self)
+        """Return the Gauss quadrature of the start vector's measure (Golub and Welsch).
+
+        Its m nodes are the Ritz values, its weights mass · U₁ᵢ².
+        """
+        nodes, first = _eigen_first(self.alphas, self.betas)
+        floor = FLOOR * self.eps * float(np.abs(nodes).max())
+        return SpectralMeasure(nodes, self.mass * first, floor, self)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists and numbers; `from_json` gives the same object bit for bit."""
-        return {
-            "alphas": self.alphas.tolist(),
-            "betas": self.betas.tolist(),
-            "mass": self.mass,
-            "residual": self.residual,
-            "eps": self.eps,
-            "reorthogonalized": self.reorthogonalized,
-            "exhausted": self.exhausted,
-        }
+        return asdict(self) | {"alphas": self.alphas.tolist(), "betas": self.betas.tolist()}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Tridiagonal:
-        """Rebuild a Tridiagonal from `to_json`."""
         arrays = {key: np.asarray(record[key], dtype=np.float64) for key in ("alphas", "betas")}
         return cls(**{**record, **arrays})
 
 
 @dataclass(frozen=True)
 class SpectralMeasure:
-    """A discrete measure μ = Σ wᵢ δ(λ − θᵢ) that stands for the spectral measure of a start vector.
+    """A discrete measure μ = Σ wᵢ δ(λ − θᵢ) that stands for the spectral measure of a vector.
 
     Attributes
     ----------
     nodes : (m,) float64, ascending: Ritz values, or eigenvalues when the measure is exact.
     weights : (m,) float64, ≥ 0, summing to the mass ⟨start, start⟩.
-    floor : float, 4 eps · max node: eigenvalues below it are rounding, and count as the kernel of M.
+    floor : float, 4 eps · max node: nodes up to it are rounding, and count as the kernel of M.
     tridiagonal : the Lanczos matrix it was made from, or None when nodes and weights are exact.
     """
 
@@ -89,28 +87,17 @@ class SpectralMeasure:
     tridiagonal: Tridiagonal | None = None
 
     @classmethod
-    def from_tridiagonal(cls, tridiagonal: Tridiagonal) -> SpectralMeasure:
-        """Gauss quadrature: nodes are the Ritz values, weights mass · U₁ᵢ² (Golub and Welsch)."""
-        nodes, first = _eigen_first(tridiagonal.alphas, tridiagonal.betas)
-        return cls(
-            nodes,
-            tridiagonal.mass * first,
-            FLOOR * tridiagonal.eps * float(np.abs(nodes).max()),
-            tridiagonal,
-        )
-
-    @classmethod
     def exact(
         cls, eigenvalues: ArrayLike, energies: ArrayLike, *, eps: float = 2.0**-52
     ) -> SpectralMeasure:
-        """Return the measure of a dense eigendecomposition: eigenvalues (T,) and g_u² (T,) in the same inner product."""
+        """Return the measure of a dense eigendecomposition: eigenvalues (T,) and g_u² (T,)."""
         nodes, weights = np.asarray(eigenvalues, float), np.asarray(energies, float)
         if nodes.ndim != 1 or nodes.shape != weights.shape or nodes.size == 0:
             raise ValueError(
                 f"eigenvalues {nodes.shape} and energies {weights.shape} must be equal vectors"
             )
-        if not (np.isfinite(nodes).all() and np.isfinite(weights).all() and (weights >= 0).all()):
-            raise ValueError("eigenvalues and energies must be finite, and no energy negative")
+        checks.finite("eigenvalues", nodes)
+        checks.at_least("energies", weights, 0.0, "no energy is negative")
         order = np.argsort(nodes)
         return cls(nodes[order], weights[order], FLOOR * eps * float(np.abs(nodes).max()))
 
@@ -118,51 +105,50 @@ class SpectralMeasure:
     def mass(self) -> float:
         return float(self.weights.sum())
 
+    @property
+    def in_kernel(self) -> NDArray[np.bool_]:
+        """Which nodes cannot be told from ker M, (m,)."""
+        return self.nodes <= self.floor
+
     def moments(self, count: int) -> Array:
-        """Return ∫ λᵏ dμ for k = 0 … count−1. With m Lanczos steps the first 2m are those of the true measure."""
+        """Return ∫ λᵏ dμ for k < count. The first 2m of m Lanczos steps are the true measure's."""
         return np.array([np.sum(self.weights * self.nodes**k) for k in range(count)])
 
     def cdf_bounds(self, edges: ArrayLike) -> tuple[Array, Array]:
-        """Return lower and upper bounds of μ(−∞, a) for every edge a: the Chebyshev–Markov–Stieltjes inequalities.
+        """Return lower and upper bounds (n,) of μ(−∞, a) for every one of n finite edges a.
 
-        Parameters
-        ----------
-        edges
-            (n,) finite edges, in the units of λ.
-
-        Returns
-        -------
-        lower, upper : (n,) float64
-            With the 2m moments and the residual that m steps know, μ(−∞, a) of *any* measure on the line that has them
-            lies between the two, and both ends are attained: they are read off the quadrature that has a as one of its
-            nodes (Gauss–Radau). Edges within `floor` of a node are counted to both sides. An exact measure gives equal
-            ends. Different measures attain them at different edges, so differences of bounds hold and are not sharp.
+        These are the Chebyshev–Markov–Stieltjes inequalities. With the 2m moments and the residual
+        that m steps know, μ(−∞, a) of *any* measure on the line that has them lies between the two,
+        and both ends are attained: they are read off the quadrature that has a as one of its nodes
+        (Gauss–Radau). Edges within `floor` of a node are counted to both sides. An exact measure
+        gives equal ends. Different measures attain the bounds at different edges, so differences of
+        bounds hold and are not sharp.
 
         Notes
         -----
-        The bounds hold for Lanczos vectors that are orthogonal to rounding; for a tridiagonal matrix made without
-        reorthogonalisation they are those of another measure. Cost: one (m+1)-sized tridiagonal problem per edge.
-        Source: Golub and Meurant, Matrices, Moments and Quadrature, section 6.2; Krein and Nudelman, chapter 3.
+        The bounds hold for Lanczos vectors that are orthogonal to rounding; a tridiagonal matrix
+        made without reorthogonalisation gives those of another measure. Cost: one (m+1)-sized
+        tridiagonal problem per edge. Source: Golub and Meurant, Matrices, Moments and Quadrature,
+        section 6.2; Krein and Nudelman, chapter 3.
         """
-        points = np.asarray(edges, float)
-        if points.ndim != 1 or not np.isfinite(points).all():
-            raise ValueError(f"edges must be a vector of finite numbers, got {edges!r}")
+        points = checks.finite("edges", np.asarray(edges, float), "expected finite numbers")
+        checks.shape("edges", points, ("n",))
         if self.tridiagonal is None:
             below = np.array([self.weights[self.nodes < a].sum() for a in points])
             return below, below.copy()
         pairs = [self._radau(float(a), self.tridiagonal) for a in points]
-        lower, upper = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
-        # F is non-decreasing, so a bound at one edge holds beyond it too
+        lower, upper = np.array(pairs).reshape(-1, 2).T
+        # μ(−∞, a) does not decrease in a, so a bound at one edge holds beyond it too
         order = np.argsort(points)
         lower[order] = np.maximum.accumulate(lower[order])
         upper[order] = np.minimum.accumulate(upper[order][::-1])[::-1]
         return lower, upper
 
     def _radau(self, a: float, tri: Tridiagonal) -> tuple[float, float]:
-        if a <= 0.0:  # M is positive semidefinite
-            return 0.0, float(
-                self.weights[self.nodes <= self.floor].sum()
-            ) if a > -self.floor else 0.0
+        if a <= -self.floor:  # M is positive semidefinite
+            return 0.0, 0.0
+        if a <= 0.0:
+            return 0.0, float(self.weights[self.in_kernel].sum())
         extended = _with_node(tri, a)
         nodes, weights = self.nodes, self.weights
         under, up_to = nodes < a - self.floor, nodes <= a + self.floor
@@ -175,18 +161,15 @@ class SpectralMeasure:
         return float(weights[under].sum()), float(weights[up_to].sum())
 
     def shells(self, shells: LogShells) -> ShellProfile:
-        """Bin the energy ½ μ into logarithmic shells, with an interval for each; nothing outside them is dropped.
+        """Bin the energy ½ μ into logarithmic shells, with an interval for each.
 
-        The energies, `below`, `above` and `kernel` add up to half the mass.
+        The energies, `below`, `above` and `kernel` add up to half the mass: nothing is dropped.
         """
-        edges, nodes, half = shells.edges, self.nodes, 0.5 * self.weights
-        kernel = nodes <= self.floor
+        edges, nodes, half, kernel = shells.edges, self.nodes, 0.5 * self.weights, self.in_kernel
         index = np.where(kernel, -1, np.searchsorted(edges, nodes, side="right") - 1)
         inside = [half[index == i] for i in range(len(shells))]
         low, high = self.cdf_bounds(edges)
-        if (
-            self.tridiagonal is None and kernel.any()
-        ):  # kernel nodes are in no shell, whatever the edges
+        if self.tridiagonal is None and kernel.any():  # exact: kernel nodes are in no shell
             low = high = np.array([self.weights[(nodes < a) & ~kernel].sum() for a in edges])
         return ShellProfile(
             shells=shells,
@@ -211,9 +194,9 @@ def _eigen_first(diagonal: Array, off: Array) -> tuple[Array, Array]:
 
 
 def _with_node(tri: Tridiagonal, a: float) -> tuple[Array, Array] | None:
-    """Extend T_m by one row so that a becomes an eigenvalue (Gauss–Radau); None when T_m needs no extension.
+    """Extend T_m by one row so that a becomes an eigenvalue (Gauss–Radau).
 
-    It needs none when every moment is known (no residual), or when a is a Ritz value already.
+    None when no extension is needed: every moment is known (no residual), or a is a Ritz value.
     """
     m, beta = tri.steps, tri.residual
     if beta == 0.0:
@@ -226,6 +209,7 @@ def _with_node(tri: Tridiagonal, a: float) -> tuple[Array, Array] | None:
         last = float(solve_banded((1, 1), banded, right, check_finite=False)[-1])
     except np.linalg.LinAlgError:
         return None
+    # the Schur complement of T_{m+1} − a vanishes
     corner = a + beta * last
     if not abs(corner) < RITZ * float(np.abs(tri.alphas).max()):
         return None

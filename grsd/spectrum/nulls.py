@@ -1,18 +1,20 @@
 """What a profile must be compared with before it is read as evidence.
 
-Each null model destroys one thing that a claim rests on and keeps the rest. Untrained weights are the fourth null: they
-need no code here, only the checkpoint at step 0.
+Each null model destroys one thing that a claim rests on and keeps the rest. Untrained weights are
+the fourth null: they need no code here, only the checkpoint at step 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from grsd import checks
 from grsd.spectrum.lanczos import Operator, lanczos
 from grsd.spectrum.measure import SpectralMeasure
 from grsd.spectrum.observables import IGNORE
@@ -20,24 +22,23 @@ from grsd.spectrum.shells import LogShells, ShellProfile
 
 
 def random_start(like: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Return a Gaussian vector of the same shape, dtype, device and norm: M is kept, the error's direction is not."""
+    """Return a Gaussian vector of the same norm: M is kept, the error's direction is not."""
     draw = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-    scale: Tensor = torch.linalg.vector_norm(like) / torch.linalg.vector_norm(draw)
-    return draw * scale
+    return draw * (torch.linalg.vector_norm(like) / torch.linalg.vector_norm(draw))
 
 
 def random_signs(like: Tensor, *, generator: torch.Generator) -> Tensor:
     """Return `like` with a fair random sign on every row.
 
-    How large the error is on each token is kept, how it is coordinated between tokens is not: what remains of a profile is
-    the expectation of the diagonal, Σ e_i² times the spectral measure of row i.
+    How large the error is on each token is kept, how it is coordinated between tokens is not: what
+    remains of a profile is, in the mean, Σ e_i² times the spectral measure of row i.
     """
     signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int64).mul_(2).sub_(1)
     return like * signs.to(like)
 
 
 def shuffled(targets: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Return the counted targets in random order: their frequencies are kept, their relation to the inputs is not."""
+    """Return the counted targets in random order: kept is how often each occurs, lost is where."""
     flat = targets.reshape(-1).clone()
     counted = torch.nonzero(flat != IGNORE).squeeze(1)
     order = torch.randperm(counted.numel(), generator=generator).to(counted.device)
@@ -48,13 +49,12 @@ def shuffled(targets: Tensor, *, generator: torch.Generator) -> Tensor:
 def density_of_states(
     M: Operator, *, probes: int, steps: int, generator: torch.Generator
 ) -> list[SpectralMeasure]:
-    """Return `probes` measures of Gaussian start vectors, scaled so that each has mass T: weights count eigenvalues.
+    """Return `probes` measures of Gaussian start vectors, each of mass T: weights count eigenvalues.
 
-    The mean of their shell masses estimates the number n_α of eigenvalues per shell (stochastic Lanczos quadrature;
-    Lin, Saad and Yang 2016). Cost: probes · steps products.
+    The mean of their shell masses estimates the number n_α of eigenvalues per shell (stochastic
+    Lanczos quadrature; Lin, Saad and Yang 2016). Cost: probes · steps products.
     """
-    if probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}")
+    checks.at_least("probes", probes, 1)
     size = int(M.shape[0])
     unit = torch.ones(size, dtype=M.dtype, device=M.device)
     measures = []
@@ -65,60 +65,42 @@ def density_of_states(
 
 
 def counts(measures: Sequence[SpectralMeasure], shells: LogShells) -> np.ndarray:
-    """Return the estimated number of eigenvalues per shell, (probes, n), from `density_of_states`."""
+    """Return the estimated number of eigenvalues per shell, (probes, n), of `density_of_states`."""
     return np.stack([2.0 * mu.shells(shells).energies for mu in measures])
 
 
 def frozen_kernel(measure: SpectralMeasure, time: float, shells: LogShells) -> ShellProfile:
-    """Return the profile that a kernel frozen at `measure` would show after `time`: every weight times exp(−2λt).
+    """Return the profile of a kernel frozen at `measure` after `time`: every weight × exp(−2λt).
 
-    This is the null of no spectral transport (c0 = 0 in 2512.10427): each mode decays where it stands. The interval of
-    a shell is that of the measure, damped by the factors at its two edges.
+    This is the null of no spectral transport (c0 = 0 in 2512.10427): each mode decays where it
+    stands. The interval of a shell is that of the measure, damped by the factors at its two edges.
     """
-    if not (np.isfinite(time) and time >= 0):
-        raise ValueError(f"time must be finite and not negative, got {time}")
-    damped = SpectralMeasure(
-        measure.nodes, measure.weights * np.exp(-2.0 * measure.nodes * time), measure.floor
-    )
-    before, after = measure.shells(shells), damped.shells(shells)
+    checks.at_least("time", time, 0)
+    decayed = measure.weights * np.exp(-2.0 * measure.nodes * time)
+    before = measure.shells(shells)
+    after = SpectralMeasure(measure.nodes, decayed, measure.floor).shells(shells)
     slow, fast = np.exp(-2.0 * shells.edges[:-1] * time), np.exp(-2.0 * shells.edges[1:] * time)
-    return ShellProfile(
-        shells=shells,
-        energies=after.energies,
-        lower=before.lower * fast,
-        upper=before.upper * slow,
-        below=after.below,
-        above=after.above,
-        kernel=after.kernel,
-        floor=after.floor,
-        minima=after.minima,
-        counts=after.counts,
-    )
+    return replace(after, lower=before.lower * fast, upper=before.upper * slow)
 
 
 def fit_frozen_kernel(measure: SpectralMeasure, energy: float) -> float:
-    """Return the time at which the frozen kernel's total energy ½ Σ w exp(−2λt) has fallen to `energy`.
+    """Return the time at which a frozen kernel's energy ½ Σ w exp(−2λt) has fallen to `energy`.
 
-    Raises
-    ------
-    ValueError
-        The energy is above the initial one, or at most what the kernel of M can never lose.
+    An energy above the initial one, or at most what the kernel of M can never lose, is refused.
     """
-    start = 0.5 * measure.mass
-    stays = 0.5 * float(measure.weights[measure.nodes <= measure.floor].sum())
+    start, stays = 0.5 * measure.mass, 0.5 * float(measure.weights[measure.in_kernel].sum())
     if not stays < energy <= start:
         raise ValueError(
-            f"a frozen kernel can only fall from {start:.6g} to above {stays:.6g}; asked for {energy:.6g}"
+            f"a frozen kernel can only fall from {start:.6g} to above {stays:.6g}; asked for "
+            f"{energy:.6g}"
         )
 
     def excess(log_time: float) -> float:
-        return (
-            0.5 * float(np.sum(measure.weights * np.exp(-2.0 * measure.nodes * np.exp(log_time))))
-            - energy
-        )
+        decay = np.exp(-2.0 * measure.nodes * np.exp(log_time))
+        return 0.5 * float(np.sum(measure.weights * decay)) - energy
 
-    positive = measure.nodes[measure.nodes > measure.floor]
-    low, high = np.log(1e-12 / positive.max()), np.log(1e3 / positive.min())
+    moving = measure.nodes[~measure.in_kernel]
+    low, high = np.log(1e-12 / moving.max()), np.log(1e3 / moving.min())
     if excess(low) <= 0:
         return 0.0
     return float(np.exp(brentq(excess, low, high, xtol=1e-12)))

@@ -1,7 +1,7 @@
 """What f is: the rows whose Jacobian makes the operator, and the error that lives on them.
 
-An observable turns a model's output into T numbers, one per row of the Jacobian, and says which error vector
-belongs to them. The operator itself lives in :mod:`grsd.spectrum.operator.ntk`.
+An observable turns a model's output into T numbers, one per row of the Jacobian, and says which
+error vector belongs to them. The operator itself lives in :mod:`grsd.spectrum.operator.ntk`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-IGNORE = (
-    -100
-)  # target value of a token that is not counted (the convention of torch and transformers)
+IGNORE = -100  # the target of a token that is not counted, as in torch and transformers
 
 
 @runtime_checkable
 class Observable(Protocol):
-    """Maps a model's output to the rows f of the operator (structural type: any object with these methods will do)."""
+    """Maps a model's output to the rows f of the operator; any object with these methods will do."""
 
     def rows(self, output: Tensor) -> Tensor:
         """Return f, shape (T,), differentiable with respect to `output`."""
@@ -31,12 +29,12 @@ class Observable(Protocol):
         ...
 
     def samples(self, rows: Tensor) -> int:
-        """Return the number of samples that the T rows come from (the divisor of ``normalize="mean"``)."""
+        """Return how many samples the T rows come from (the divisor of ``normalize="mean"``)."""
         ...
 
 
 def raw_output(output: Any) -> Tensor:
-    """Take the tensor out of what a model returned: a tensor, an object with `logits`, or a tuple led by a tensor."""
+    """Take the tensor out of a model's output: itself, its `logits`, or the first of a tuple."""
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
@@ -45,8 +43,9 @@ def raw_output(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(
-        f"the model returned {type(output).__name__}; expected a tensor, an object with .logits, or a tuple that starts with "
-        "a tensor: wrap the model in a module whose forward returns the one that the rows are made of"
+        f"the model returned {type(output).__name__}; expected a tensor, an object with .logits, or "
+        "a tuple that starts with a tensor: wrap the model in a module whose forward returns the "
+        "one that the rows are made of"
     )
 
 
@@ -57,16 +56,19 @@ def _check_targets(targets: Tensor, shape: torch.Size, what: str) -> None:
         )
 
 
-def _check_classes(targets: Tensor, classes: int) -> Tensor:
-    """Return the mask of counted targets after checking that every one of them is a class of the model."""
+def _counted(targets: Tensor, output: Tensor, what: str) -> Tensor:
+    """Return the mask of counted targets; `output` holds classes on its last axis."""
+    if output.ndim < 2:
+        raise ValueError(f"{what}, the model returned {tuple(output.shape)}")
+    _check_targets(targets, output.shape[:-1], "logits")
     counted = targets != IGNORE
     if not bool(counted.any()):
         raise ValueError(f"no target is counted: all {targets.numel()} are {IGNORE}")
     low, high = int(targets[counted].min()), int(targets[counted].max())
-    if low < 0 or high >= classes:
+    if low < 0 or high >= output.shape[-1]:
         raise ValueError(
-            f"targets run from {low} to {high}, but the model's output has {classes} classes: "
-            "the tokenizer or the labels do not belong to this model"
+            f"targets run from {low} to {high}, but the model's output has {output.shape[-1]} "
+            "classes: the tokenizer or the labels do not belong to this model"
         )
     return counted
 
@@ -75,15 +77,9 @@ def _check_classes(targets: Tensor, classes: int) -> Tensor:
 class Outputs:
     """Regression: every scalar output is a row, and e = target − output.
 
-    Parameters
-    ----------
-    targets
-        Same shape as the model's output, or None when only the operator is wanted.
-
-    Notes
-    -----
-    For outputs of shape (n, d) there are T = n·d rows and n samples. Under the flow of L = (1/2n)‖e‖² the error
-    obeys ė = −M e exactly (2512.10427, section 2.2).
+    `targets` have the shape of the model's output, or are None when only the operator is wanted.
+    For outputs of shape (n, d) there are T = n·d rows and n samples. Under the flow of
+    L = (1/2n)‖e‖² the error obeys ė = −M e exactly (2512.10427, section 2.2).
     """
 
     targets: Tensor | None = None
@@ -112,26 +108,16 @@ class Outputs:
 class ClassLogits:
     """Classification: every logit is a row, and the error is δ = onehot(target) − softmax.
 
-    Parameters
-    ----------
-    targets
-        int64, the model's output shape without its last axis (the classes); values in [0, C).
-
-    Notes
-    -----
-    T = n·C rows from n samples. δ = −n ∂L/∂f for the mean cross-entropy L, so ḟ = M δ exactly; δ itself obeys
-    δ̇ = −H M δ with H = blockdiag(diag q − q qᵀ), not −M δ.
+    `targets` are int64 in [0, C), of the output's shape without its last axis (the classes).
+    T = n·C rows from n samples. δ = −n ∂L/∂f for the mean cross-entropy L, so ḟ = M δ exactly;
+    δ itself obeys δ̇ = −H M δ with H = blockdiag(diag q − q qᵀ), not −M δ.
     """
 
     targets: Tensor
 
     def rows(self, output: Tensor) -> Tensor:
-        if output.ndim < 2:
-            raise ValueError(
-                f"class logits need shape (..., classes), the model returned {tuple(output.shape)}"
-            )
-        _check_targets(self.targets, output.shape[:-1], "logits")
-        if not bool(_check_classes(self.targets, output.shape[-1]).all()):
+        counted = _counted(self.targets, output, "class logits need shape (..., classes)")
+        if not bool(counted.all()):
             raise ValueError(
                 f"ClassLogits counts every sample; drop those with target {IGNORE} first"
             )
@@ -148,28 +134,19 @@ class ClassLogits:
 
 @dataclass(frozen=True)
 class TokenLogProb:
-    """Language modelling: row i is f_i = log q(y_i | x_i), and e = −log q (2512.10427, equation 24).
+    """Language modelling: row i is f_i = log q(y_i | x_i), and e = −log q (2512.10427, eq. 24).
 
-    Parameters
-    ----------
-    targets
-        int64, shape (B, L), aligned with logits of shape (B, L, V); tokens with target −100 give no row.
-
-    Notes
-    -----
-    T counted tokens are T rows and T samples. Under the flow of L = (1/T) Σ e the error obeys ė = −M·1 exactly,
-    not ė = −M e: what evolves is shown by the start vector 1, what the paper draws by the start vector e.
+    `targets` are int64 (B, L), aligned with logits (B, L, V); tokens with target −100 give no row.
+    T counted tokens are T rows and T samples. Under the flow of L = (1/T) Σ e the error obeys
+    ė = −M·1 exactly, not ė = −M e: what evolves is shown by the start vector 1, what the paper
+    draws by the start vector e.
     """
 
     targets: Tensor
 
     def rows(self, output: Tensor) -> Tensor:
-        if output.ndim < 2:
-            raise ValueError(
-                f"token logits need shape (batch, length, vocabulary), got {tuple(output.shape)}"
-            )
-        _check_targets(self.targets, output.shape[:-1], "logits")
-        counted = _check_classes(self.targets, output.shape[-1])
+        what = "token logits need shape (batch, length, vocabulary)"
+        counted = _counted(self.targets, output, what)
         if bool(counted.all()):  # no copy of the logits
             logits, targets = output.flatten(0, -2), self.targets.flatten()
         else:

@@ -1,7 +1,8 @@
 """Logarithmic shells of the λ axis, and the profile of energy over them.
 
-A profile never loses mass: what lies below or above the edges and what lies in the kernel of M is reported beside the
-shells. Statistics of a profile (peak, frontier, unimodality) carry the profile's intervals.
+A profile never loses mass: what lies below or above the edges and what lies in the kernel of M is
+reported beside the shells. Statistics of a profile (peak, frontier, unimodality) carry its
+intervals.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from grsd import checks
 
 Array = NDArray[np.float64]
 SHOULDER = 0.01  # what stands lower than this share of the peak is no second peak
@@ -25,22 +28,17 @@ class LogShells:
     edges: Array  # (n+1,)
 
     def __post_init__(self) -> None:
-        edges = np.asarray(self.edges, float)
-        if edges.ndim != 1 or edges.size < 2:
-            raise ValueError(f"shells need at least two edges, got {edges.tolist()}")
-        if not np.isfinite(edges).all() or edges[0] <= 0 or (np.diff(edges) <= 0).any():
-            raise ValueError(f"edges must be positive, finite and ascending, got {edges.tolist()}")
-        object.__setattr__(self, "edges", edges)
+        edges = checks.ascending("edges", self.edges, 2)
+        object.__setattr__(self, "edges", checks.positive("edges", edges))
 
     @classmethod
     def spanning(cls, lo: float, hi: float, *, ratio: float = 2.0) -> LogShells:
-        """Return shells of width log `ratio` with edges at whole powers of `ratio`, so that [lo, hi] lies inside.
+        """Return shells of width log `ratio` with edges at its whole powers, [lo, hi] inside.
 
-        Edges at whole powers make the shells of different batches, checkpoints and models the same ones.
+        Edges at whole powers make the shells of different batches, checkpoints and models the same.
         """
-        if not (np.isfinite(ratio) and ratio > 1):
-            raise ValueError(f"ratio must be a finite number above 1, got {ratio}")
-        if not (np.isfinite(lo) and np.isfinite(hi) and 0 < lo <= hi):
+        checks.between("ratio", ratio, 1, np.inf, "()")
+        if not 0 < lo <= hi < np.inf:
             raise ValueError(f"shells span 0 < lo <= hi < inf, got lo = {lo}, hi = {hi}")
         first = int(np.floor(np.log(lo) / np.log(ratio)))
         last = int(np.floor(np.log(hi) / np.log(ratio))) + 1
@@ -57,7 +55,7 @@ class LogShells:
 
 @dataclass(frozen=True)
 class Binned:
-    """What a profile and an average of profiles share: energy per shell with an interval, and what no shell holds."""
+    """Energy per shell with an interval, and what no shell holds: of a profile or an average."""
 
     shells: LogShells
     energies: Array
@@ -85,7 +83,6 @@ class Binned:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Rebuild what `to_json` wrote."""
         values: dict[str, Any] = {"shells": LogShells(np.asarray(record["edges"], float))}
         for field in fields(cls)[1:]:
             value = record[field.name]
@@ -103,7 +100,7 @@ class ShellProfile(Binned):
     below, above : float, energy of nodes under the first and over the last edge.
     kernel : float, energy of nodes at or under `floor`, which cannot be told from ker M.
     floor : float, rounding floor on the λ axis.
-    minima : (n,), the smallest energy of a single node in the shell (NaN where there is none), as 2512.10427 Figure 1.
+    minima : (n,), the smallest energy of a node in the shell (NaN for none), as 2512.10427 Figure 1.
     counts : (n,), how many nodes lie in the shell.
     """
 
@@ -117,9 +114,11 @@ class AveragedProfile(Binned):
 
     Attributes
     ----------
-    energies : (n,), mean over batches.  sem : (n,), standard error of that mean (0 for one batch).
+    energies, sem : (n,), mean over batches, and the standard error of that mean (0 for one batch).
     lower, upper : (n,), mean quadrature interval widened by two standard errors.
-    below, above, kernel : float, means.  floor : float, the largest of the batches.  batches : int.
+    below, above, kernel : float, means.
+    floor : float, the largest of the batches.
+    batches : int
     """
 
     sem: Array
@@ -127,32 +126,29 @@ class AveragedProfile(Binned):
 
 
 def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
-    """Average profiles of independent batches. All must be on the same shells."""
+    """Average profiles of independent batches, all on the same shells."""
     if not profiles:
         raise ValueError("no profile to average")
-    edges = profiles[0].shells.edges
-    if any(
-        p.shells.edges.shape != edges.shape or (p.shells.edges != edges).any() for p in profiles
-    ):
+    shells, count = profiles[0].shells, len(profiles)
+    if not all(np.array_equal(p.shells.edges, shells.edges) for p in profiles):
         raise ValueError(
             "profiles on different shells cannot be averaged; bin them with the same LogShells"
         )
     energies = np.stack([p.energies for p in profiles])
-    count = len(profiles)
-    sem = (
-        energies.std(axis=0, ddof=1) / np.sqrt(count)
-        if count > 1
-        else np.zeros(len(profiles[0].shells))
-    )
+    sem = energies.std(axis=0, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(len(shells))
+    means = {
+        name: np.mean([getattr(p, name) for p in profiles], axis=0)
+        for name in ("lower", "upper", "below", "above", "kernel")
+    }
     return AveragedProfile(
-        shells=profiles[0].shells,
+        shells=shells,
         energies=energies.mean(axis=0),
         sem=sem,
-        lower=np.maximum(np.mean([p.lower for p in profiles], axis=0) - 2 * sem, 0.0),
-        upper=np.mean([p.upper for p in profiles], axis=0) + 2 * sem,
-        below=float(np.mean([p.below for p in profiles])),
-        above=float(np.mean([p.above for p in profiles])),
-        kernel=float(np.mean([p.kernel for p in profiles])),
+        lower=np.maximum(means["lower"] - 2 * sem, 0.0),
+        upper=means["upper"] + 2 * sem,
+        below=float(means["below"]),
+        above=float(means["above"]),
+        kernel=float(means["kernel"]),
         floor=max(p.floor for p in profiles),
         batches=count,
     )
@@ -165,13 +161,14 @@ class ProfileStatistics:
     Attributes
     ----------
     peak : float, centre of the shell with the most energy.
-    peak_low, peak_high : float, outer edges of all shells that may hold the peak, given the intervals.
-    median, frontier : float, λ below which 50 % and 99 % of the energy in the shells lies (log-linear inside a shell).
-    dip : float, the deepest valley: the largest min(E_i, E_k)/E_j with i < j < k, at least 1; 1 for one peak. Shoulders
-        under 1 % of the peak's energy make no valley.
+    peak_low, peak_high : float, outer edges of all shells that may hold the peak by the intervals.
+    median, frontier : float, λ below which 50 % and 99 % of the energy in the shells lies
+        (log-linear inside a shell).
+    dip : float, the deepest valley: the largest min(E_i, E_k)/E_j with i < j < k, at least 1; 1 for
+        one peak. Shoulders under 1 % of the peak's energy make no valley.
     unimodal : bool, no such valley survives the intervals: nowhere min(lower_i, lower_k) > upper_j.
-    slope : float, d log E / d log λ on the low side: least squares from the first shell with energy to the peak
-        (NaN with fewer than three shells there).
+    slope : float, d log E / d log λ on the low side: least squares from the first shell with energy
+        to the peak (NaN with fewer than three shells there).
     """
 
     peak: float
@@ -185,24 +182,22 @@ class ProfileStatistics:
 
 
 def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
-    """Return peak, frontier, unimodality and low-side slope of a profile, with its own intervals."""
+    """Return peak, frontier, unimodality and low-side slope of a profile, with its intervals."""
     e, edges, centers = profile.energies, profile.shells.edges, profile.shells.centers
     if not e.sum() > 0:
         raise ValueError(
             "no energy in any shell: the edges miss the spectrum, see below, above and kernel"
         )
     top = int(e.argmax())
-    may = np.flatnonzero(profile.upper >= profile.lower.max())
+    may_peak = np.flatnonzero(profile.upper >= profile.lower.max())
     rising = np.flatnonzero(e[: top + 1] > 0)
-    slope = (
-        float(np.polyfit(np.log(centers[rising]), np.log(e[rising]), 1)[0])
-        if rising.size >= 3
-        else float("nan")
-    )
+    slope = float("nan")
+    if rising.size >= 3:
+        slope = float(np.polyfit(np.log(centers[rising]), np.log(e[rising]), 1)[0])
     return ProfileStatistics(
         peak=float(centers[top]),
-        peak_low=float(edges[may[0]]),
-        peak_high=float(edges[may[-1] + 1]),
+        peak_low=float(edges[may_peak[0]]),
+        peak_high=float(edges[may_peak[-1] + 1]),
         median=_quantile(e, edges, 0.5),
         frontier=_quantile(e, edges, FRONTIER),
         dip=_valley(e, e, SHOULDER * e.max()),
@@ -212,7 +207,7 @@ def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
 
 
 def _quantile(energies: Array, edges: Array, share: float) -> float:
-    """Return the λ below which `share` of the energy lies, with the energy of a shell spread evenly over log λ."""
+    """Return the λ below which `share` of the energy lies, that of a shell even over log λ."""
     cumulative = np.concatenate([[0.0], np.cumsum(energies)]) / energies.sum()
     place = int(np.searchsorted(cumulative, share))
     inside = (share - cumulative[place - 1]) / (cumulative[place] - cumulative[place - 1])
@@ -220,7 +215,10 @@ def _quantile(energies: Array, edges: Array, share: float) -> float:
 
 
 def _valley(shoulders: Array, floor: Array, least: float) -> float:
-    """Return max over i < j < k of min(shoulders_i, shoulders_k) / floor_j where that min is at least `least`; or 1."""
+    """Return the largest min(shoulders_i, shoulders_k)/floor_j ≥ 1 over i < j < k.
+
+    Only pairs whose lower shoulder is at least `least` count.
+    """
     left = np.maximum.accumulate(shoulders)[:-2]
     right = np.maximum.accumulate(shoulders[::-1])[::-1][2:]
     walls, bottom = np.minimum(left, right), floor[1:-1]

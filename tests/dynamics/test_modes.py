@@ -82,14 +82,16 @@ def test_the_kernel_takes_part() -> None:
     p = problem(n=40, widths=(3, 5, 1))  # 26 parameters
     theta = integrate(p, [0, 1.0], estimate=False).thetas[-1]
     m = modes(*instant(p, theta))
-    assert int(m.kernel.sum()) == 14 and np.all(m.coupling[np.ix_(m.kernel, m.kernel)] == 0)
+    assert int(m.in_kernel.sum()) == 14 and np.all(
+        m.coupling[np.ix_(m.in_kernel, m.in_kernel)] == 0
+    )
     g, e = m.coefficients, p.error(theta).numpy()
 
     def outside(at: np.ndarray) -> float:
         q, x = np.linalg.qr(p.jacobian(at).numpy())[0], p.error(at).numpy()
         return 0.5 * float(x @ x - np.sum((q.T @ x) ** 2)) / p.samples
 
-    formula = -g[m.kernel] @ m.coupling[np.ix_(m.kernel, ~m.kernel)] @ g[~m.kernel]
+    formula = -g[m.in_kernel] @ m.coupling[np.ix_(m.in_kernel, ~m.in_kernel)] @ g[~m.in_kernel]
     best = min(
         abs(central(np.array([outside(x) for x in around(p, theta, h).thetas]), h) / formula - 1)
         for h in (0.02, 0.01, 0.005)
@@ -119,7 +121,9 @@ def test_repeated_eigenvalues_are_refused_and_the_kernel_is_not() -> None:
         _ = m.coupling
     low = modes(*symmetric(6, 1, np.array([0, 0, 0, 1, 2, 3.0])))
     assert (
-        int(low.kernel.sum()) == 3 and len(low.repeated()) == 0 and np.isfinite(low.coupling).all()
+        int(low.in_kernel.sum()) == 3
+        and len(low.repeated()) == 0
+        and np.isfinite(low.coupling).all()
     )
 
 

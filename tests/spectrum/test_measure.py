@@ -122,7 +122,7 @@ def test_exact_measure_has_no_interval() -> None:
     ("eigenvalues", "energies", "words"),
     [
         ([1.0], [1.0, 2.0], "equal vectors"),
-        ([1.0], [-1.0], "no energy negative"),
+        ([1.0], [-1.0], "no energy is negative"),
         ([float("nan")], [1.0], "finite"),
     ],
 )
