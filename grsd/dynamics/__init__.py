@@ -1,9 +1,9 @@
-"""How the picture moves: error in function space, its modes, shells and fluxes, transport, and test loss.
+"""How the picture moves: error in function space, its modes, shells and fluxes, transport, test loss.
 
-``problem`` is a network on its data as functions of one parameter vector, ``flow`` moves it, ``modes`` reads one instant in the
-eigenbasis of M. ``balance`` says what changes the energy of a shell at an instant, ``crossings`` integrates that over time, ``drift`` bins
-what moves along the λ axis. ``transport`` is the continuum, with ``transport_solvers``; ``generalization`` is about test loss, and ``mismatch_window``
-about the transport model's account of it.
+``problem`` is a network on its data as functions of one parameter vector, ``flow`` moves it, ``modes``
+reads one instant in the eigenbasis of M. ``balance`` says what changes the energy of a shell at an
+instant, ``crossings`` integrates that over time, ``drift`` bins what moves along the λ axis.
+``transport`` is the continuum, with ``transport_solvers``; ``generalization`` is about test loss.
 """
 
 from grsd.dynamics import (
@@ -12,7 +12,6 @@ from grsd.dynamics import (
     drift,
     flow,
     generalization,
-    mismatch_window,
     modes,
     problem,
     transport,
@@ -25,7 +24,6 @@ __all__ = [
     "drift",
     "flow",
     "generalization",
-    "mismatch_window",
     "modes",
     "problem",
     "transport",

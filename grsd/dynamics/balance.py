@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from grsd import checks
-from grsd.dynamics.modes import Modes
+from grsd.dynamics.modes import Modes, in_float64
 from grsd.spectrum.shells import LogShells
 
 __all__ = [
@@ -213,7 +213,7 @@ def resolvent_flux(
     """
     m, r, e = (torch.as_tensor(a) for a in (M, rate, error))
     places, n = _checked(m, e, edges, power), len(e)
-    checks.shape("rate", checks.float64("rate", r), (n, n))
+    checks.shape("rate", in_float64("rate", r), (n, n))
     pushed = m @ e
     dissipation = float(e @ pushed) / n
     rows = []
@@ -232,9 +232,9 @@ def resolvent_flux(
 def _checked(M: Tensor, error: Tensor, edges: ArrayLike, power: int) -> Array:
     """Return the edges once everything is what `resolvent_energy` says."""
     for name, a in (("M", M), ("error", error)):
-        checks.float64(name, a, "balances close in float64 only, convert the model first")
+        in_float64(name, a)
     checks.shape("error", error, ("n",))
     checks.shape("M", M, (len(error), len(error)))
     checks.whole("power", power, 1)
-    places = checks.ascending("edges", np.atleast_1d(np.asarray(edges, dtype=np.float64)))
+    places = checks.ascending("edges", np.atleast_1d(np.asarray(edges, np.float64)), 1)
     return checks.positive("edges", places)

@@ -19,15 +19,22 @@ from grsd import checks
 from grsd.dynamics.flow import Path
 from grsd.dynamics.problem import Problem, Vector
 
-__all__ = ["Modes", "Tracked", "divided", "float64_array", "instant", "modes", "track"]
+__all__ = ["Modes", "Tracked", "as_array", "divided", "in_float64", "instant", "modes", "track"]
 
 Array = Tensor | np.ndarray
 
 
-def float64_array(name: str, array: Array, sizes: tuple[int | str, ...]) -> np.ndarray:
-    """Return a finite float64 array of that shape, or refuse it; other precisions are no input."""
-    values = np.asarray(array.detach().cpu().numpy() if isinstance(array, Tensor) else array)
-    checks.float64(name, values, "identities hold in float64 only, convert it first")
+def in_float64(name: str, array: Array) -> Array:
+    """Return an array or tensor of float64; other precisions are refused with a TypeError."""
+    if str(array.dtype) not in ("float64", "torch.float64"):
+        raise TypeError(f"{name} is {array.dtype}; identities hold in float64 only, convert it")
+    return array
+
+
+def as_array(name: str, array: Array, sizes: tuple[int | str, ...]) -> np.ndarray:
+    """Return a finite float64 array of that shape, or refuse it."""
+    in_float64(name, array)
+    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
     return checks.finite(name, checks.shape(name, values, sizes))
 
 
@@ -109,8 +116,8 @@ def modes(M: Array, rate: Array, error: Array, *, floor: float | None = None) ->
     Cost: one dense eigenproblem. Source: 2512.10427, section 3.1.
     """
     n = len(error)
-    e = float64_array("error", error, (n,))
-    a, b = float64_array("M", M, (n, n)), float64_array("rate", rate, (n, n))
+    e = as_array("error", error, (n,))
+    a, b = as_array("M", M, (n, n)), as_array("rate", rate, (n, n))
     for name, m in (("M", a), ("rate", b)):
         skew = np.abs(m - m.T).max()
         if skew > 1e-10 * max(np.abs(m).max(), np.finfo(float).tiny):

@@ -1,7 +1,8 @@
 """Three numerical routes through ∂ₜε + ∂_λ(vε) = −2λε for any drift v = (λ/t) H(λt).
 
-`characteristics` follows densities and needs ∂_λv, as the closed form of :mod:`grsd.dynamics.transport` does. `particles` follows lumps
-of energy and does not; `finite_volume` moves energy between fixed cells. These two share no step with that derivation.
+`characteristics` follows densities and needs ∂_λv, as the closed form of
+:mod:`grsd.dynamics.transport` does. `particles` follows lumps of energy and does not;
+`finite_volume` moves energy between fixed cells. These two share no step with that derivation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.integrate import solve_ivp
 
-from grsd.dynamics.transport import CovariantDrift, Spectrum
+from grsd import checks
+from grsd.dynamics.transport import CovariantDrift, Spectrum, panels_of
 
 __all__ = [
     "Characteristics",
@@ -27,10 +29,9 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-WINDOW = (
-    1e-14,
-    1e3,
-)  # eigenvalues; wide enough for three decades of time from t0 = 1 and a cutoff near 1
+Drift = CovariantDrift | float
+Window = tuple[float, float]
+WINDOW = (1e-14, 1e3)  # wide enough for three decades of time from t0 = 1 and a cutoff near 1
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Characteristics:
     def loss(self) -> Array:
         """∫ε dλ over the points, (K,), by the trapezoidal rule in log λ."""
         s, h = np.log(self.positions), self.positions * self.densities
-        found: Array = np.sum(0.5 * np.diff(s, axis=1) * (h[:, 1:] + h[:, :-1]), axis=1)
-        return found
+        return np.sum(0.5 * np.diff(s, axis=1) * (h[:, 1:] + h[:, :-1]), axis=1)
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class Particles:
 
     @property
     def loss(self) -> Array:
-        found: Array = self.energies.sum(axis=1)
-        return found
+        return self.energies.sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,13 @@ class FiniteVolume:
 
     @property
     def loss(self) -> Array:
-        found: Array = self.energies.sum(axis=1)
-        return found
+        return self.energies.sum(axis=1)
 
     @property
     def budget(self) -> Array:
-        """Relative defect of energy + escaped + dissipated against the energy at the start, (K,): rounding only."""
+        """Relative defect of energy + escaped + dissipated against the start, (K,): rounding only."""
         total = self.loss + self.escaped + self.dissipated
-        found: Array = np.abs(total / total[0] - 1.0)
-        return found
+        return np.abs(total / total[0] - 1.0)
 
     @property
     def centers(self) -> Array:
@@ -101,24 +98,23 @@ class FiniteVolume:
 
 def characteristics(
     eps0: Spectrum,
-    drift: CovariantDrift | float,
+    drift: Drift,
     times: ArrayLike,
     *,
-    window: tuple[float, float] = WINDOW,
+    window: Window = WINDOW,
     count: int = 800,
     dissipation: bool = True,
     divergence: bool = True,
     rtol: float = 1e-9,
 ) -> Characteristics:
-    """Integrate d log λ/d log t = H and d log ε/d log t = −2λt − t∂_λv from points spaced evenly in log λ (DOP853).
+    """Integrate d log λ/d log t = H and d log ε/d log t = −2λt − t∂_λv from points even in log λ.
 
-    Parameters
-    ----------
-    times : (K,) ascending, the first is t0.
-    dissipation : False drops −2λε.
-    divergence : False drops −∂_λv: equation (10) of 2512.10427 as printed.
+    `times` (K,) ascend, and the first is t0. Without `dissipation` −2λε is dropped; without
+    `divergence` −∂_λv is, which is equation (10) of 2512.10427 as printed. Integrator: DOP853.
     """
-    rule, when, u = _drift(drift), _checked(times), _points(window, count)
+    rule, when = _drift(drift), _instants(times)
+    checks.at_least("count", count, 3, "expected at least three points")
+    u = np.geomspace(*_bounds(window), count)
     start = _positive(eps0, u)
     first = np.concatenate([np.log(u), np.log(np.where(start > 0.0, start, 1.0))])
 
@@ -139,34 +135,31 @@ def characteristics(
         raise ValueError(
             f"the characteristics could not be followed to t = {when[-1]}: {done.message}"
         )
-    logs = done.y.T
-    return Characteristics(
-        when, np.exp(logs[:, : u.size]), np.where(start > 0.0, np.exp(logs[:, u.size :]), 0.0)
-    )
+    positions, densities = np.split(np.exp(done.y.T), 2, axis=1)
+    return Characteristics(when, positions, np.where(start > 0.0, densities, 0.0))
 
 
 def particles(
     eps0: Spectrum,
-    drift: CovariantDrift | float,
+    drift: Drift,
     times: ArrayLike,
     *,
-    window: tuple[float, float] = WINDOW,
+    window: Window = WINDOW,
     count: int = 4000,
     seed: int = 0,
     dissipation: bool = True,
     step: float = 0.05,
 ) -> Particles:
-    """Move lumps of energy by v and let each decay at the rate 2λ; nothing else (fourth-order Runge–Kutta in log t).
+    """Move lumps of energy by v and let each decay at the rate 2λ; nothing else.
 
-    One lump is drawn at random from each of `count` equal strata of log λ and carries the energy of its stratum, ε0(u) u Δlog u.
-    The Jacobian of the flow is never computed: where lumps spread out, the density falls.
+    One lump is drawn at random from each of `count` equal strata of log λ and carries the energy of
+    its stratum, ε0(u) u Δlog u. The Jacobian of the flow is never computed: where lumps spread out,
+    the density falls. Fourth-order Runge–Kutta with `step` in log t.
     """
-    rule, when = _drift(drift), _checked(times)
-    low, high = _window(window)
-    if count < 2:
-        raise ValueError(f"count = {count}; expected at least two particles")
-    if not 0.0 < step <= 0.2:
-        raise ValueError(f"step = {step} in log t; expected 0 < step ≤ 0.2")
+    rule, when = _drift(drift), _instants(times)
+    low, high = _bounds(window)
+    checks.at_least("count", count, 2, "expected at least two particles")
+    checks.between("step", step, 0.0, 0.2, "(]", "expected 0 < step ≤ 0.2 in log t")
     width = math.log(high / low) / count
     draw = np.random.default_rng(seed).random(count)
     s = math.log(low) + width * (np.arange(count) + draw)
@@ -177,8 +170,8 @@ def particles(
         x = np.exp(place + tau)
         return rule.speed(x), 2.0 * x if dissipation else np.zeros_like(x)
 
-    taus, places, energies = np.log(when), [np.exp(s)], [energy]
-    for before, after in pairwise(taus):
+    places, energies = [np.exp(s)], [energy]
+    for before, after in pairwise(np.log(when)):
         steps = math.ceil((after - before) / step)
         d = (after - before) / steps
         for k in range(steps):
@@ -196,31 +189,25 @@ def particles(
 
 def finite_volume(
     eps0: Spectrum,
-    drift: CovariantDrift | float,
+    drift: Drift,
     times: ArrayLike,
     *,
-    window: tuple[float, float] = WINDOW,
+    window: Window = WINDOW,
     cells: int = 800,
     cfl: float = 0.45,
     dissipation: bool = True,
 ) -> FiniteVolume:
-    """Conservative finite volumes in log λ and log t: second order, van Leer's limiter, Heun's step, exact damping (Strang).
+    """Conservative finite volumes in log λ and log t, second order.
 
-    With s = log λ, τ = log t and h = λε, (7) reads ∂_τh + ∂_s(Hh) = −2λt h. What leaves one cell enters its neighbour, so that the
-    budget closes to rounding. Nothing enters through the ends.
-
-    Parameters
-    ----------
-    cfl : float in (0, ½], cells that a signal may cross in one step; beyond ½ the limited scheme may go negative.
+    With s = log λ, τ = log t and h = λε, (7) reads ∂_τh + ∂_s(Hh) = −2λt h: van Leer's limiter, Heun's
+    step, exact damping (Strang). What leaves one cell enters its neighbour, so that the budget
+    closes to rounding; nothing enters through the ends. `cfl` in (0, ½] is how many cells a signal
+    may cross in one step: beyond ½ the limited scheme may go negative.
     """
-    rule, when = _drift(drift), _checked(times)
-    low, high = _window(window)
-    if not 0.0 < cfl <= 0.5:
-        raise ValueError(
-            f"cfl = {cfl}: a signal may cross at most half a cell per step; use 0 < cfl ≤ 0.5"
-        )
-    if cells < 8:
-        raise ValueError(f"cells = {cells}; expected at least 8")
+    rule, when = _drift(drift), _instants(times)
+    low, high = _bounds(window)
+    checks.between("cfl", cfl, 0.0, 0.5, "(]", "a signal may cross at most half a cell per step")
+    checks.at_least("cells", cells, 8)
     s = np.linspace(math.log(low), math.log(high), cells + 1)
     ds, faces, middles = s[1] - s[0], np.exp(s), np.exp(0.5 * (s[1:] + s[:-1]))
     h = _cell_energies(eps0, s) / ds
@@ -232,23 +219,27 @@ def finite_volume(
         padded = np.concatenate([[0.0, 0.0], values, [0.0, 0.0]])
         a, b = padded[1:-1] - padded[:-2], padded[2:] - padded[1:-1]
         alike = np.sign(a) * np.sign(b) > 0.0
-        tilt = np.where(
-            alike, 2.0 * a * (b / np.where(alike, a + b, 1.0)), 0.0
-        )  # van Leer; no product to underflow
+        # van Leer's slope 2ab/(a + b), without a product that may underflow
+        tilt = np.where(alike, 2.0 * a * (b / np.where(alike, a + b, 1.0)), 0.0)
         left, right = padded[1:-1] + 0.5 * tilt, padded[1:-1] - 0.5 * tilt
         return np.where(H > 0.0, H * left[:-1], H * right[1:])
 
-    taus, kept, escaped, dissipated = np.log(when), [h * ds], [0.0], [0.0]
+    def damped(values: Array, span: float) -> tuple[Array, float]:
+        rest = values * np.exp(-2.0 * middles * span)
+        return rest, float(np.sum(values - rest)) * ds
+
+    kept, escaped, dissipated = [h * ds], [0.0], [0.0]
     out = lost = 0.0
-    for before, after in pairwise(taus):
+    for before, after in pairwise(np.log(when)):
         steps = max(1, math.ceil((after - before) / longest))
         d = (after - before) / steps
         for k in range(steps):
+            # half of the damping, a Heun step of the drift, the other half
             tau = before + k * d
-            times3 = np.exp([tau, tau + d / 2, tau + d])
+            begin, middle, end = np.exp([tau, tau + d / 2, tau + d])
             if dissipation:
-                damped = h * np.exp(-2.0 * middles * (times3[1] - times3[0]))
-                lost, h = lost + float(np.sum(h - damped)) * ds, damped
+                h, taken = damped(h, middle - begin)
+                lost += taken
             if fastest > 0.0:
                 first = flux(h, tau)
                 second = flux(h - d / ds * np.diff(first), tau + d)
@@ -256,8 +247,8 @@ def finite_volume(
                 h = h - d / ds * np.diff(mean)
                 out += d * float(mean[-1] - mean[0])
             if dissipation:
-                damped = h * np.exp(-2.0 * middles * (times3[2] - times3[1]))
-                lost, h = lost + float(np.sum(h - damped)) * ds, damped
+                h, taken = damped(h, end - middle)
+                lost += taken
         kept.append(h * ds)
         escaped.append(out)
         dissipated.append(lost)
@@ -265,64 +256,44 @@ def finite_volume(
 
 
 def fitted_exponent(times: ArrayLike, loss: ArrayLike, *, after: float = 0.0) -> float:
-    """Return s of the least-squares line log L = const − s log t over t > after; at least three points of positive loss."""
+    """Return s of the least-squares line log L = const − s log t over t > after."""
     t, L = np.asarray(times, float), np.asarray(loss, float)
     chosen = t > after
     if t.shape != L.shape or np.count_nonzero(chosen) < 3 or np.any(L[chosen] <= 0.0):
         raise ValueError(
-            f"{np.count_nonzero(chosen)} points after t = {after}; expected three or more with positive loss"
+            f"{np.count_nonzero(chosen)} points after t = {after}; expected three or more with "
+            "positive loss"
         )
     return -float(np.polyfit(np.log(t[chosen]), np.log(L[chosen]), 1)[0])
 
 
-def _drift(drift: CovariantDrift | float) -> CovariantDrift:
+def _drift(drift: Drift) -> CovariantDrift:
     return drift if isinstance(drift, CovariantDrift) else CovariantDrift.linear(float(drift))
 
 
-def _checked(times: ArrayLike) -> Array:
-    when = np.asarray(times, float)
-    if (
-        when.ndim != 1
-        or when.size < 2
-        or not np.isfinite(when).all()
-        or when[0] <= 0.0
-        or np.any(np.diff(when) <= 0.0)
-    ):
-        raise ValueError(
-            f"times {times!r} must be ascending, positive and at least two; the first is t0"
-        )
-    return when
+def _instants(times: ArrayLike) -> Array:
+    why = "expected two or more in ascending order, positive; the first is t0"
+    return checks.positive("times", checks.ascending("times", times, 2, why), why)
 
 
-def _window(window: tuple[float, float]) -> tuple[float, float]:
+def _bounds(window: Window) -> Window:
     low, high = window
     if not 0.0 < low < high < math.inf:
         raise ValueError(f"the window [{low}, {high}] holds no mass; give 0 < low < high < ∞")
     return float(low), float(high)
 
 
-def _points(window: tuple[float, float], count: int) -> Array:
-    low, high = _window(window)
-    if count < 3:
-        raise ValueError(f"count = {count}; expected at least three points")
-    return np.geomspace(low, high, count)
-
-
 def _positive(eps0: Spectrum, u: Array) -> Array:
-    found = np.asarray(eps0(u), float)
-    if found.shape != u.shape or not np.isfinite(found).all() or np.any(found < 0.0):
-        raise ValueError("ε0 must return one finite density ≥ 0 for every eigenvalue")
-    if not np.any(found > 0.0):
+    values = np.asarray(eps0(u), float)
+    checks.at_least("ε0", checks.shape("ε0", values, u.shape), 0, "expected a density ≥ 0")
+    if not np.any(values > 0.0):
         raise ValueError(
-            f"ε0 has no mass at the eigenvalues from {u[0]:.3g} to {u[-1]:.3g}; widen the window"
+            f"ε0 has no mass at the eigenvalues from {u.min():.3g} to {u.max():.3g}; widen the window"
         )
-    return found
+    return values
 
 
 def _cell_energies(eps0: Spectrum, s: Array) -> Array:
-    nodes, weights = np.polynomial.legendre.leggauss(4)
-    half = 0.5 * np.diff(s)[:, None]
-    points = np.exp(0.5 * (s[1:] + s[:-1])[:, None] + half * nodes)
-    values = _positive(eps0, points.ravel()).reshape(points.shape)
-    found: Array = np.sum(half * weights * points * values, axis=1)
-    return found
+    nodes, weights = panels_of(s[0], s[-1], s.size - 1, 4)
+    points = np.exp(nodes)
+    return np.sum(weights * points * _positive(eps0, points.ravel()).reshape(points.shape), axis=1)

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from grsd import statistics
 from grsd.dynamics import drift, flow, modes, transport
+from grsd.dynamics.problem import Problem
 from grsd.dynamics.transport_solvers import fitted_exponent
 from grsd.experiments import two_layer_forms
 from grsd.experiments.engine import Experiment, Piece, rounded
@@ -97,7 +99,7 @@ def problem(
 
 
 def follow(
-    at: flow.Problem, until: float = 1000.0, points: int = 25, rtol: float = 1e-7
+    at: Problem, until: float = 1000.0, points: int = 25, rtol: float = 1e-7
 ) -> tuple[flow.Path, list[modes.Modes]]:
     """Integrate gradient flow and return the path at 0 and at times even in log t from 0.1, with its modes.
 
@@ -271,19 +273,19 @@ def _group(members: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str
             row[part] = float(value)
         centre = float((w * mean).sum())
         found[part] = {
-            "mean": drift.interval([one["summaries"]["1"][part]["mean"] for one in members]),
-            "spread": drift.interval([one["summaries"]["1"][part]["spread"] for one in members]),
+            "mean": statistics.mean([one["summaries"]["1"][part]["mean"] for one in members]),
+            "spread": statistics.mean([one["summaries"]["1"][part]["spread"] for one in members]),
             "seed_sd": float(np.sqrt((w * field.var(axis=0, ddof=1)).sum())),
             "field_sd": float(np.sqrt((w * (mean - centre) ** 2).sum())),
         }
         found[part]["field"] = mean[::2]
-    found["cancelled"] = drift.interval([_cancelled(one) for one in members])
-    found["negative"] = drift.interval(
+    found["cancelled"] = statistics.mean([_cancelled(one) for one in members])
+    found["negative"] = statistics.mean(
         [one["summaries"]["1"]["total"]["negative"] for one in members]
     )
-    found["correlation"] = drift.interval([one["correlation"] for one in members])
+    found["correlation"] = statistics.mean([one["correlation"] for one in members])
     found["exponents"] = {
-        name: drift.interval([m["exponents"][name] for m in members])
+        name: statistics.mean([m["exponents"][name] for m in members])
         for name in members[0]["exponents"]
     }
     return found, rows
@@ -301,16 +303,16 @@ def _trends(
     """Slopes over all runs: of logarithms against log size (`log_…`), else per doubling of the size."""
     doublings = np.log2([run[axis] for run in runs])
     found: dict[str, Any] = {
-        "cancelled": drift.trend(doublings, [_cancelled(run) for run in runs]),
-        "correlation": drift.trend(doublings, [run["correlation"] for run in runs]),
+        "cancelled": statistics.slope(doublings, [_cancelled(run) for run in runs]),
+        "correlation": statistics.slope(doublings, [run["correlation"] for run in runs]),
     }
     for part in PARTS:
         summary = [run["summaries"]["1"][part] for run in runs]
-        found[f"mean_{part}"] = drift.trend(doublings, [s["mean"] for s in summary])
-        found[f"log_spread_{part}"] = drift.trend(
+        found[f"mean_{part}"] = statistics.slope(doublings, [s["mean"] for s in summary])
+        found[f"log_spread_{part}"] = statistics.slope(
             doublings, np.log2([s["spread"] for s in summary])
         )
-        found[f"log_seed_{part}"] = drift.trend(
+        found[f"log_seed_{part}"] = statistics.slope(
             doublings, np.log2([row[part] for row in deviations])
         )
     return found
@@ -333,11 +335,11 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
     ]
     rows: list[list[object]] = []
     for g in result["groups"]:
-        means = [str(drift.Interval(*g[part]["mean"])) for part in PARTS]
+        means = [str(statistics.Interval(*g[part]["mean"])) for part in PARTS]
         others = [
             f"{g['total']['spread'][0]:.2f}",
             f"{g['total']['seed_sd']:.2f}",
-            str(drift.Interval(*g["cancelled"])),
+            str(statistics.Interval(*g["cancelled"])),
         ]
         exponents = [f"{g['exponents'][k][0]:.2f}" for k in ("measured", "frozen")]
         rows.append([g["n"], g["h"], f"{g['gamma']:.3g}", *means, *others, *exponents])

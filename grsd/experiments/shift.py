@@ -18,7 +18,8 @@ import torch
 from scipy import stats
 from scipy.optimize import isotonic_regression
 
-from grsd.dynamics import drift, modes
+from grsd import statistics
+from grsd.dynamics import modes
 from grsd.experiments import tanh_stack
 from grsd.experiments.engine import Experiment, Piece, rounded
 from grsd.experiments.tanh_stack import TanhStack
@@ -225,11 +226,11 @@ def crossing(
 
 
 def _summary(values: list[float]) -> dict[str, Any]:
-    found = drift.interval(values)
+    found = statistics.mean(values)
     error = found.sd / math.sqrt(len(values))
-    t = found.mean / error if error > 0 else 0.0
+    t = found.value / error if error > 0 else 0.0
     return {
-        "mean": found.mean,
+        "mean": found.value,
         "error": error,
         "low": found.low,
         "high": found.high,
@@ -291,7 +292,7 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -
             doublings = np.concatenate(
                 [[math.log2(g["depth"])] * len(g[name]["slopes"]) for g in groups]
             )
-            trends[name] = drift.trend(
+            trends[name] = statistics.slope(
                 doublings, np.concatenate([g[name]["slopes"] for g in groups])
             )
     found: dict[str, Any] = rounded({"groups": groups, "crossings": crossings, "trends": trends}, 4)

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from grsd.dynamics import drift, flow
+from grsd import statistics
+from grsd.dynamics import flow
 from grsd.dynamics.modes import Modes, instant, modes
+from grsd.dynamics.problem import Problem
 from grsd.experiments.engine import Experiment, Piece, rounded
 from grsd.lab.data import images
 from grsd.lab.nets import architectures, models
@@ -162,7 +164,7 @@ def data(samples: int, *, seed: int, cifar: str = "") -> images.Images:
     return images.Images((small - small.mean()) / small.std(correction=0), y)
 
 
-def relax(problem: flow.Problem, level: float, rtol: float = 1e-5, steps: int = STEPS) -> flow.Path:
+def relax(problem: Problem, level: float, rtol: float = 1e-5, steps: int = STEPS) -> flow.Path:
     """Follow gradient flow until the loss has fallen to `level` of its first value, and return the path at a few times.
 
     The path ends at the first of the times λ_max(0)⁻¹ 2^(k/4)/32 with a loss at or below `level`, t∗; its others are 0 and
@@ -254,7 +256,7 @@ def measure(piece: Piece) -> dict[str, Any]:
     seed = piece["seed"]
     x, y = data(piece["samples"], seed=1000 + seed, cifar=piece["cifar"])
     net = model(piece["family"], piece["width"], piece["depth"], seed=seed).to(piece["device"])
-    at = flow.Problem(net, x.to(piece["device"]), y.to(piece["device"]))
+    at = Problem(net, x.to(piece["device"]), y.to(piece["device"]))
     path = flow.Path(
         np.zeros(1), at.theta.cpu().numpy()[None], np.array([at.loss(at.theta)]), 0.0, at, 0.0
     )
@@ -362,7 +364,7 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -
 
 
 def _interval(values: list[float]) -> list[float]:
-    return list(drift.interval(values))
+    return list(statistics.mean(values))
 
 
 def _group(members: list[dict[str, Any]]) -> dict[str, Any]:
@@ -457,15 +459,15 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
                 fifth = (
                     f"{g['collapse'][0]:.2f} ({g['collapse_null'][0]:.2f})" if end == "end" else "–"
                 )
-                words = [str(drift.Interval(*a["tails"][1]))]
+                words = [str(statistics.Interval(*a["tails"][1]))]
                 words += [
-                    str(drift.Interval(*a[k]))
+                    str(statistics.Interval(*a[k]))
                     for k in ("scalar_all", "overlap", "jacobian", "clock", "slope")
                 ]
                 words += [
                     f"{a['rms'][0]:.2f} ({a['floor'][0]:.2f})",
                     fifth,
-                    str(drift.Interval(*a["ranks"])),
+                    str(statistics.Interval(*a["ranks"])),
                 ]
                 rows.append(
                     [

@@ -1,6 +1,6 @@
 """Closed forms for the two-layer net of `grsd.lab.nets.models`: outputs, kernel and kernel rate without autodiff.
 
-`TwoLayerProblem` is a `grsd.dynamics.flow.Problem` whose quantities are written out, which makes n of several hundred
+`TwoLayerProblem` is a `grsd.dynamics.problem.Problem` whose quantities are written out, which makes n of several hundred
 affordable: no Jacobian of size n × P exists. The tests compare every one of them with autodiff.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grsd.dynamics.flow import Problem, Vector
+from grsd.dynamics.problem import Problem, Vector
 from grsd.lab.nets.models import TwoLayer
 
 __all__ = ["TwoLayerProblem"]

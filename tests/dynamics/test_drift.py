@@ -7,16 +7,10 @@ import pytest
 import torch
 
 from grsd.dynamics.balance import resolvent_flux
-from grsd.dynamics.drift import (
-    Drift,
-    constant_drift_loss,
-    edge_flux,
-    interval,
-    realizability,
-    trend,
-)
-from grsd.dynamics.flow import Problem, around, central, integrate
+from grsd.dynamics.drift import Drift, constant_drift_loss, edge_flux
+from grsd.dynamics.flow import around, central, integrate
 from grsd.dynamics.modes import Modes, instant, modes
+from grsd.dynamics.problem import Problem
 from grsd.dynamics.transport import PowerSpectrum, loss, loss_exponent
 from grsd.dynamics.transport_solvers import fitted_exponent
 from grsd.lab.nets.models import mlp
@@ -175,45 +169,6 @@ def test_constant_drift_agrees_with_the_closed_form_of_the_continuum_and_the_pri
     assert fitted_exponent(t[late], printed[late]) == pytest.approx(exact.printed, abs=2e-3)
 
 
-def test_realizability_holds_along_a_flow_and_catches_what_no_network_can_do(net: Problem) -> None:
-    times = np.append(0.0, np.geomspace(0.1, 100, 20))
-    path = integrate(net, times, rtol=1e-9, estimate=False)
-    spectra, speeds = [], []
-    for theta in path.thetas:
-        spectra.append(np.linalg.eigvalsh(net.kernel(theta).numpy()))
-        v = net.velocity(theta)
-        j, moved = (net.jacobian(torch.as_tensor(theta) + x * v) for x in (0.0, 1e-5))
-        speeds.append(
-            float(torch.linalg.matrix_norm((moved - j) / 1e-5, 2)) / math.sqrt(12) / float(v.norm())
-        )
-    ratio = realizability(
-        times, path.losses, np.array(spectra), 1.05 * max(speeds)
-    )  # 5 %: the grid misses the maximum
-    assert 0 < ratio <= 1
-    assert (
-        realizability(times, path.losses, np.array(spectra), max(speeds) * ratio / 2) > 1
-    )  # B too small
-    planted = spectra[-1] * (
-        1 + times[:, None]
-    )  # eigenvalues that keep growing while the loss stands still
-    assert realizability(times, path.losses, planted, max(speeds)) > 1
-
-
-def test_intervals_cover_and_trends_find_a_slope() -> None:
-    r = np.random.default_rng(0)
-    covered = sum(
-        found.low <= 0 <= found.high
-        for found in (interval(r.standard_normal(6)) for _ in range(2000))
-    )
-    assert abs(covered / 2000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)  # four standard errors
-    x = np.repeat(np.arange(4.0), 6)
-    covered = 0
-    for _ in range(500):
-        found = trend(x, -0.5 * x + r.standard_normal(24))
-        covered += found.low <= -0.5 <= found.high
-    assert abs(covered / 500 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 500)
-
-
 def test_bad_input_is_refused_in_a_sentence() -> None:
     at = modes(*_random())
     with pytest.raises(ValueError, match="edges must be positive"):
@@ -231,11 +186,3 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         constant_drift_loss(np.ones(1), np.ones(1), -1.0, 1.0, np.ones(1))
     with pytest.raises(ValueError, match="no later than the times"):
         constant_drift_loss(np.ones(1), np.ones(1), 0.5, 1.0, np.array([0.5]))
-    with pytest.raises(ValueError, match="two or more values"):
-        interval([1.0])
-    with pytest.raises(ValueError, match="three or more points"):
-        trend([1, 1, 1], [1, 2, 3])
-    with pytest.raises(ValueError, match="do not fit together"):
-        realizability(np.ones(2), np.ones(3), np.ones((2, 2)), 1.0)
-    with pytest.raises(ValueError, match="B must be positive"):
-        realizability(np.ones(2), np.ones(2), np.ones((2, 2)), 0.0)

@@ -8,16 +8,8 @@ import torch
 from scipy.linalg import expm
 from torch import Tensor, nn
 
-from grsd.dynamics.flow import (
-    Path,
-    Problem,
-    around,
-    central,
-    descend,
-    effective_time,
-    integrate,
-    orbit_gap,
-)
+from grsd.dynamics.flow import Path, around, central, descend, effective_time, integrate, orbit_gap
+from grsd.dynamics.problem import Problem
 from grsd.lab.nets.architectures import res_mlp
 from grsd.lab.nets.models import mlp
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from grsd.dynamics.flow import Problem, around, central, integrate
+from grsd.dynamics.flow import around, central, integrate
 from grsd.dynamics.modes import Modes, divided, instant, modes, track
+from grsd.dynamics.problem import Problem
 from grsd.lab.nets.models import mlp
 
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from grsd.cli import main
 from grsd.dynamics import flow
 from grsd.dynamics.modes import modes
+from grsd.dynamics.problem import Problem
 from grsd.experiments import engine, tour
 from grsd.renorm.diagnostics.blocks import Blocks
 from grsd.spectrum import shells
@@ -22,9 +23,9 @@ from grsd.spectrum.measure import SpectralMeasure
 from grsd.spectrum.nulls import frozen_kernel
 
 
-def problem(family: str = "MLP", samples: int = 24, seed: int = 0) -> flow.Problem:
+def problem(family: str = "MLP", samples: int = 24, seed: int = 0) -> Problem:
     x, y = tour.data(samples, seed=1000 + seed)
-    return flow.Problem(tour.model(family, 8, 2, seed=seed), x, y)
+    return Problem(tour.model(family, 8, 2, seed=seed), x, y)
 
 
 @pytest.mark.parametrize("family", tour.FAMILIES)

@@ -268,7 +268,7 @@ def two_layer(
         Dimension d of one input.
     width : int, h
     gamma : float
-        γ > 0. For γ = 0 exactly, use `grsd.dynamics.flow.Problem.linearized`.
+        γ > 0. For γ = 0 exactly, use `grsd.dynamics.problem.Problem.linearized`.
     activation : str
         As in `mlp`. With a smooth one M(t) is smooth.
     seed : int

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grsd.dynamics.flow import Path, Problem
+from grsd.dynamics.flow import Path
+from grsd.dynamics.problem import Problem
 from grsd.renorm.diagnostics import couplings
 from grsd.renorm.diagnostics.bandedness import bandedness
 from grsd.renorm.diagnostics.block_matrices import Grams, grams

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grsd.dynamics.flow import Problem
+from grsd.dynamics.problem import Problem
 from grsd.lab.nets import models
 from grsd.lab.nets.planted import TiedNet, smooth_task
 from grsd.renorm.diagnostics.block_matrices import grams

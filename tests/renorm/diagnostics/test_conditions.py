@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grsd.dynamics.flow import Problem
+from grsd.dynamics.problem import Problem
 from grsd.lab.nets.models import gpt2, mlp
 from grsd.lab.nets.planted import GroupedNets, NeighbourChain, SumOfNets, smooth_task
 from grsd.renorm.diagnostics.bandedness import bandedness

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from grsd.dynamics import modes
-from grsd.dynamics.flow import Problem, integrate
+from grsd.dynamics.flow import integrate
+from grsd.dynamics.problem import Problem
 from grsd.lab.nets.models import gpt2, gpt_neox, mlp
 from grsd.lab.nets.planted import TiedNet, smooth_task
 from grsd.renorm.diagnostics import couplings

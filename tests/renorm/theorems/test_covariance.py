@@ -12,8 +12,9 @@ from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
 from grsd.dynamics.drift import edge_flux
-from grsd.dynamics.flow import Problem, around, central, integrate
+from grsd.dynamics.flow import around, central, integrate
 from grsd.dynamics.modes import Modes, instant, modes
+from grsd.dynamics.problem import Problem
 from grsd.dynamics.transport import CovariantDrift
 from grsd.lab.nets.models import mlp
 from grsd.renorm.theorems.closed_forms import (

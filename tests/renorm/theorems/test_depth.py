@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grsd.dynamics.flow import Problem
+from grsd.dynamics.problem import Problem
 from grsd.lab.nets.architectures import res_conv, res_mlp
 from grsd.renorm.diagnostics.blocks import Blocks
 from grsd.renorm.theorems import depth
