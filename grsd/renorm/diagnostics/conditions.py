@@ -247,7 +247,7 @@ def _spectrum(
     if matrices is None:
         return (None, None, None), None
     modes = matrices.modes()
-    held = ~modes.kernel
+    held = ~modes.in_kernel
     if not held.all():
         notes.append(
             f"M has rank {int(held.sum())} of {len(held)} at t = {time:.4g} (to rounding): J is rank-deficient on these rows; "
