@@ -167,7 +167,7 @@ def measure(piece: Piece) -> dict[str, Any]:
         "span": first.span,
         "deviation": first.deviation,
         "modes": first.modes,
-        "kernel": first.kernel,
+        "kernel": first.left_out,
         "top": lam[-1],
         "trace": lam.sum(),
     }

@@ -1,22 +1,28 @@
-"""Diagnostic D1, locality of the Jacobian's motion: how much of J̇^(l) comes from parameters far from block l.
+"""Diagnostic D1, locality: how much of J̇^(l) comes from parameters far from block l.
 
-Condition 1 of 2512.18209 says J̇^(l) ∈ span{J^(m) : |m − l| ≤ K} and leaves open with which coefficients. `bandedness` measures three
-readings side by side: the motion itself, J̇^(l) = Σ_m G_lm with the tail B_l(K) = ‖Σ_{|m−l|>K} G_lm‖/‖J̇^(l)‖; scalar coefficients, which
-exist between blocks of one shape; and operators on the parameter side, J̇^(l) = Σ_m J^(m)B_m, whose residual is never shown without the
-norm of the coefficients and the rank that makes it empty.
+Condition 1 of 2512.18209 says J̇^(l) ∈ span{J^(m) : |m − l| ≤ K} and leaves open with which
+coefficients. `bandedness` measures three readings side by side: the motion itself, J̇^(l) = Σ_m
+G_lm with the tail B_l(K) = ‖Σ_{|m−l|>K} G_lm‖/‖J̇^(l)‖; scalar coefficients, which exist between
+blocks of one shape; and operators on the parameter side, J̇^(l) = Σ_m J^(m)B_m, whose residual is
+never shown without the norm of the coefficients and the rank that makes it empty.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from grsd.renorm.diagnostics.block_matrices import Grams
+from grsd import checks
+from grsd.renorm.diagnostics.block_matrices import BlockMatrices
 from grsd.renorm.diagnostics.blocks import Blocks
 
 __all__ = ["Bandedness", "RightSpan", "bandedness", "right_span"]
+
+Bands = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,9 @@ class RightSpan:
     ----------
     residual : (L, k), ‖rest‖_F/‖J̇^(l)‖_F. Read from squares: values below 1e-7 or so are zero.
     coefficient : (L, k), ‖B‖_op in 1/time: how fast the neighbours would have to turn into J̇^(l).
-    rank : (L, k) int, of the neighbours' range, out of T. Where it is T, the residual is 0 whatever J̇^(l) is.
+    rank : (L
+        K) int, of the neighbours' range, out of T. Where it is T, the residual is 0 whatever J̇^(l)
+        is.
     rows : int, T.
     """
 
@@ -39,8 +47,7 @@ class RightSpan:
     @property
     def vacuous(self) -> np.ndarray:
         """(L, k) bool: the neighbours span all of function space, so membership says nothing."""
-        found: np.ndarray = self.rank == self.rows
-        return found
+        return np.asarray(self.rank == self.rows)
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,18 @@ class Bandedness:
     Attributes
     ----------
     names : tuple of str, the L blocks.
-    parts, parts_error : (L, L), ‖G_lm‖_F/‖J̇^(l)‖_F, column m. Parts may cancel, so their squares need not sum to 1.
+    parts, parts_error : (L
+        L), ‖G_lm‖_F/‖J̇^(l)‖_F, column m. Parts may cancel: squares need not sum to 1.
     tails, tails_error : (L, L), B_l(K), column K = 0 … L − 1; the last is 0.
     pooled, pooled_error : (L,), √(Σ_l ‖tail_l(K)‖²/Σ_l ‖J̇^(l)‖²): one number a K.
-    mixture : (L, L), Σ_l ⟨G_lm, G_lk⟩/Σ_l ‖J̇^(l)‖², column m by column k: how much of all motion is owed to blocks m and k. Sums to 1.
+    mixture : (L
+        L), Σ_l ⟨G_lm, G_lk⟩/Σ_l ‖J̇^(l)‖², how much of all motion is owed to blocks m and k. Sums
+        to 1.
     norms : (L,), ‖J̇^(l)‖_F/√n, per time. A block that does not move has nan in its row.
     bands : tuple of int, the K of `scalar` and `right`.
-    scalar : (L, k), least ‖J̇^(l) − Σ a_m J^(m)‖_F/‖J̇^(l)‖_F over the blocks m within K that have the shapes of block l.
+    scalar : (L
+        K), least ‖J̇^(l) − Σ a_m J^(m)‖_F/‖J̇^(l)‖_F over the blocks m within K of the shapes of
+        block l.
     alike : (L, k) int, how many those are, l itself among them.
     right : RightSpan or None, where T × T matrices were at hand.
     probes : int, random output vectors used; 0 for the exact value from all T rows.
@@ -72,7 +84,7 @@ class Bandedness:
     pooled_error: np.ndarray
     mixture: np.ndarray
     norms: np.ndarray
-    bands: tuple[int, ...]
+    bands: Bands
     scalar: np.ndarray
     alike: np.ndarray
     right: RightSpan | None
@@ -82,25 +94,24 @@ class Bandedness:
     @property
     def worst(self) -> np.ndarray:
         """(L,), max_l B_l(K), what the condition bounds."""
-        found: np.ndarray = np.nanmax(self.tails, axis=0)
-        return found
+        return np.nanmax(self.tails, axis=0)
 
     @property
     def unlocal(self) -> np.ndarray:
-        """(L,), what `pooled` would be if distance played no part: all J̇^(l) made of the others' motion in one and the same mixture.
+        """(L,), what `pooled` would be if distance played no part.
 
-        The mixture is the measured one, averaged over l (`mixture`), so that blocks that move faster count for more. A tail
-        below this line is locality; a tail that only falls with K is not.
+        All J̇^(l) are then made of the others' motion in one and the same mixture. That is the
+        measured one, averaged over l (`mixture`), so that blocks that move faster count for more. A
+        tail below this line is locality; a tail that only falls with K is not.
         """
-        count = len(self.names)
+        place = np.arange(len(self.names))
+        distance = np.abs(place[:, None] - place[None, :])
         weight = np.nan_to_num(self.norms) ** 2
-        place = np.arange(count)
-        found = np.zeros(count)
+        squares = np.zeros(len(place))
         for band in place:
-            far = (np.abs(place[:, None] - place[None, :]) > band).astype(float)
-            found[band] = weight @ np.einsum("im,mk,ik->i", far, self.mixture, far) / weight.sum()
-        result: np.ndarray = np.sqrt(np.maximum(found, 0.0))
-        return result
+            far = (distance > band).astype(float)
+            squares[band] = weight @ np.einsum("im,mk,ik->i", far, self.mixture, far) / weight.sum()
+        return np.sqrt(np.maximum(squares, 0.0))
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -117,157 +128,144 @@ def _ratio(top: np.ndarray, bottom: np.ndarray, exact: bool) -> tuple[np.ndarray
 
 
 def _scalar(
-    gram: np.ndarray, lean: np.ndarray, square: np.ndarray, shapes: tuple, bands: tuple[int, ...]
+    gram: np.ndarray, lean: np.ndarray, square: np.ndarray, shapes: tuple, bands: Bands
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Least-squares residual of J̇^(l) by multiples of the J^(m) of its shape, from inner products."""
+    """Least-squares residual of J̇^(l) by multiples of the J^(m) of its shape."""
     count = len(square)
-    residual, alike = (
-        np.full((count, len(bands)), np.nan),
-        np.zeros((count, len(bands)), dtype=np.int64),
-    )
-    for i in range(count):
-        for k, band in enumerate(bands):
-            near = [m for m in range(count) if abs(m - i) <= band and shapes[m] == shapes[i]]
-            alike[i, k] = len(near)
-            if square[i] > 0:
-                system, aim = gram[np.ix_(near, near)], lean[i, near]
-                solution = np.linalg.lstsq(system, aim, rcond=1e-12)[0]
-                residual[i, k] = np.sqrt(max(0.0, 1 - float(aim @ solution) / square[i]))
+    residual = np.full((count, len(bands)), np.nan)
+    alike = np.zeros((count, len(bands)), dtype=np.int64)
+    for i, k in np.ndindex(residual.shape):
+        near = [m for m in range(count) if abs(m - i) <= bands[k] and shapes[m] == shapes[i]]
+        alike[i, k] = len(near)
+        if square[i] > 0:
+            aim = lean[i, near]
+            solution = np.linalg.lstsq(gram[np.ix_(near, near)], aim, rcond=1e-12)[0]
+            residual[i, k] = math.sqrt(max(0.0, 1 - float(aim @ solution) / float(square[i])))
     return residual, alike
 
 
-def right_span(found: Grams, bands: tuple[int, ...]) -> RightSpan:
+def right_span(matrices: BlockMatrices, bands: Bands) -> RightSpan:
     """Express every J̇^(l) by operators on the parameters of the blocks within K.
 
-    With M_K = Σ_{|m−l|≤K} M^(m) = VΛVᵀ on its range, the residual is that of R^(l) outside the range, and the smallest B has
-    ‖B‖² = λ_max(Λ^{-1/2}Vᵀ R^(l) V Λ^{-1/2}). Cost: L·k eigenproblems of size T.
+    With M_K = Σ_{|m−l|≤K} M^(m) = VΛVᵀ on its range, the residual is that of R^(l) outside the
+    range, and the smallest B has ‖B‖² = λ_max(Λ^{-1/2}Vᵀ R^(l) V Λ^{-1/2}). Cost: L·k eigenproblems
+    of size T.
     """
-    count, rows = len(found.names), found.kernel.shape[0]
-    residual, coefficient = (
-        np.full((count, len(bands)), np.nan),
-        np.full((count, len(bands)), np.nan),
-    )
+    count, rows = len(matrices.names), len(matrices.drive)
+    residual, coefficient = np.full((2, count, len(bands)), np.nan)
     rank = np.zeros((count, len(bands)), dtype=np.int64)
-    for i in range(count):
-        total = float(np.trace(found.rates[i]))
-        for k, band in enumerate(bands):
-            values, vectors = np.linalg.eigh(
-                found.kernels[max(0, i - band) : i + band + 1].sum(axis=0)
-            )
-            held = values > rows * found.eps * max(float(values[-1]), np.finfo(float).tiny)
-            rank[i, k] = int(held.sum())
-            if total > 0 and held.any():
-                outside = vectors[:, ~held]
-                residual[i, k] = np.sqrt(
-                    max(0.0, float(np.trace(outside.T @ found.rates[i] @ outside))) / total
-                )
-                whitened = vectors[:, held] / np.sqrt(values[held])
-                coefficient[i, k] = np.sqrt(
-                    np.linalg.norm(whitened.T @ found.rates[i] @ whitened, 2)
-                )
+    for i, k in np.ndindex(rank.shape):
+        near = matrices.kernels[max(0, i - bands[k]) : i + bands[k] + 1].sum(axis=0)
+        values, vectors = np.linalg.eigh(near)
+        held = values > rows * matrices.eps * max(float(values[-1]), np.finfo(float).tiny)
+        rank[i, k] = int(held.sum())
+        moved = matrices.rates[i]
+        if (total := float(np.trace(moved))) > 0 and held.any():
+            outside = vectors[:, ~held]
+            left = max(0.0, float(np.trace(outside.T @ moved @ outside)))
+            residual[i, k] = np.sqrt(left / total)
+            whitened = vectors[:, held] / np.sqrt(values[held])
+            coefficient[i, k] = np.sqrt(np.linalg.norm(whitened.T @ moved @ whitened, 2))
     return RightSpan(residual, coefficient, rank, rows)
+
+
+def _probes(blocks: Blocks, probes: int | None, seed: int) -> Tensor:
+    """Output vectors u as rows: random signs, E uuᵀ = 1, or for None the identity, Σ uuᵀ = 1."""
+    if probes is None:
+        return torch.eye(blocks.size, dtype=blocks.dtype, device=blocks.device)
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (probes, blocks.size), generator=generator) * 2 - 1
+    return signs.to(blocks.device, blocks.dtype)
 
 
 def bandedness(
     blocks: Blocks,
     *,
     probes: int | None = None,
-    bands: tuple[int, ...] | None = None,
-    grams: Grams | None = None,
+    bands: Bands | None = None,
+    matrices: BlockMatrices | None = None,
     seed: int = 0,
 ) -> Bandedness:
     """Measure D1 at one instant.
 
     Parameters
     ----------
-    blocks : Blocks
     probes : int, optional
-        Random sign vectors u on the outputs: E‖Gᵀu‖² = ‖G‖_F². By default all T unit vectors instead, which is exact.
+        Random sign vectors u on the outputs: E‖Gᵀu‖² = ‖G‖_F². By default all T unit vectors
+        instead, which is exact.
     bands : tuple of int, optional
         K of the scalar and the right-operator reading; by default 0, 1, 2 and L − 1.
-    grams : Grams, optional
+    matrices : BlockMatrices, optional
         Of the same blocks, for the right-operator reading.
-    seed : int
-
-    Returns
-    -------
-    Bandedness
 
     Raises
     ------
     ValueError
-        Fewer than two probes; J̇ = 0, whose parts have no shares: a model that is linear in its parameters, or a flow that has
-        come to rest.
+        Fewer than two probes; J̇ = 0, whose parts have no shares: a model that is linear in its
+        parameters, or a flow that has come to rest.
 
     Notes
     -----
-    Standard errors are jackknifed over probes. Cost: 4 + 6 L forward passes a probe and L·P numbers of memory; the error of
-    B falls like 1/√probes, and 16 probes give about a tenth of B or better. Source: 2512.18209, Condition 1.
+    Standard errors are jackknifed over probes. Cost: 4 + 6 L forward passes a probe and L·P numbers
+    of memory; the error of B falls like 1/√probes, and 16 probes give about a tenth of B or better.
+    Source: 2512.18209, Condition 1.
     """
-    before, count = blocks.passes, len(blocks)
-    if probes is not None and probes < 2:
-        raise ValueError(
-            f"probes is {probes}: two or more are needed for a standard error, or None for the exact value"
-        )
-    chosen = (
-        bands
-        if bands is not None
-        else tuple(sorted({min(k, count - 1) for k in (0, 1, 2, count - 1)}))
-    )
-    if any(k < 0 for k in chosen):
-        raise ValueError(f"bands are {chosen}: a distance between blocks is 0 or more")
-    if probes is None:
-        vectors = torch.eye(blocks.size, dtype=blocks.dtype, device=blocks.device)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (probes, blocks.size), generator=generator) * 2 - 1
-        vectors = signs.to(blocks.device, blocks.dtype)
-    parts, tails = np.zeros((len(vectors), count, count)), np.zeros((len(vectors), count, count))
+    before, count, exact = blocks.passes, len(blocks), probes is None
+    check_probes(probes)
+    if bands is None:
+        bands = tuple(sorted({min(k, count - 1) for k in (0, 1, 2, count - 1)}))
+    checks.at_least("bands", bands, 0, "a distance between blocks is 0 or more")
+    vectors = _probes(blocks, probes, seed)
+
+    # inner products over all probes: squares of G_lm, of the tails and of J̇^(l), one a probe for
+    # the errors;
+    # ⟨G_lm, G_lk⟩, ⟨J^(l), J^(m)⟩ and ⟨J̇^(l), J^(m)⟩ summed
+    parts, tails = np.zeros((2, len(vectors), count, count))
     squares = np.zeros((len(vectors), count))
-    gram, lean, mixture = (np.zeros((count, count)) for _ in range(3))
+    mixture, gram, lean = np.zeros((3, count, count))
     for p, u in enumerate(vectors):
         pieces, pulled = blocks.pieces(u), blocks.vjp(u)
         for i in range(count):
-            stack = torch.stack([piece[i] for piece in pieces])
-            before_m = torch.cat([torch.zeros_like(stack[:1]), stack.cumsum(0)])
-            whole = before_m[-1]
-            parts[p, i] = stack.square().sum(1).cpu().numpy()
+            moved = torch.stack([piece[i] for piece in pieces])  # Gᵀu of block i, row m
+            # sums over m < k: the part beyond a band is a difference of them
+            sums = torch.cat([torch.zeros_like(moved[:1]), moved.cumsum(0)])
+            whole = sums[-1]
+            parts[p, i] = moved.square().sum(1).cpu().numpy()
             squares[p, i] = float(whole.square().sum())
-            mixture += (stack @ stack.T).cpu().numpy()
+            mixture += (moved @ moved.T).cpu().numpy()
             for band in range(count - 1):
-                outside = before_m[max(0, i - band)] + whole - before_m[min(count, i + band + 1)]
-                if i - band > 0 or i + band + 1 < count:
-                    tails[p, i, band] = float(outside.square().sum())
+                low, high = max(0, i - band), min(count, i + band + 1)
+                if low > 0 or high < count:
+                    tails[p, i, band] = float((sums[low] + whole - sums[high]).square().sum())
             for m in range(count):
                 if blocks.shapes[m] == blocks.shapes[i]:
                     gram[i, m] += float(pulled[i] @ pulled[m])
                     lean[i, m] += float(whole @ pulled[m])
     if not squares.any():
         raise ValueError(
-            "J̇ = 0: the model is linear in its parameters, or nothing moves them (zero error); locality of no motion is no statement"
+            "J̇ = 0: the model is linear in its parameters, or nothing moves them (zero error); "
+            "locality of no motion is no statement"
         )
-    exact = probes is None
-    share, share_error = _ratio(parts, squares[:, :, None], exact)
-    tail, tail_error = _ratio(tails, squares[:, :, None], exact)
-    pooled, pooled_error = _ratio(tails.sum(axis=1), squares.sum(axis=1)[:, None], exact)
-    scalar, alike = _scalar(gram, lean, squares.sum(axis=0), blocks.shapes, chosen)
-    weight = 1 if exact else len(vectors)
+    square = squares.sum(axis=0)
+    scalar, alike = _scalar(gram, lean, square, blocks.shapes, bands)
+    samples = blocks.samples * (1 if exact else len(vectors))
     return Bandedness(
-        names=blocks.names,
-        parts=share,
-        parts_error=share_error,
-        tails=tail,
-        tails_error=tail_error,
-        pooled=pooled,
-        pooled_error=pooled_error,
+        blocks.names,
+        *_ratio(parts, squares[:, :, None], exact),
+        *_ratio(tails, squares[:, :, None], exact),
+        *_ratio(tails.sum(axis=1), squares.sum(axis=1)[:, None], exact),
         mixture=mixture / squares.sum(),
-        norms=np.where(
-            squares.any(axis=0), np.sqrt(squares.sum(axis=0) / weight / blocks.samples), np.nan
-        ),
-        bands=chosen,
+        norms=np.where(square > 0, np.sqrt(square / samples), np.nan),
+        bands=bands,
         scalar=scalar,
         alike=alike,
-        right=right_span(grams, chosen) if grams is not None else None,
+        right=None if matrices is None else right_span(matrices, bands),
         probes=0 if exact else len(vectors),
         passes=blocks.passes - before,
     )
+
+
+def check_probes(probes: int | None) -> None:
+    """Refuse a single probe."""
+    why = "two or more are needed for a standard error, or None for the exact value"
+    checks.at_least("probes", 2 if probes is None else probes, 2, why)

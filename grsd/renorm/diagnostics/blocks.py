@@ -1,12 +1,14 @@
-"""The Jacobian of a model in blocks J = (J^(1), …, J^(L)), and how each moves: as products, and dense for small models.
+"""The Jacobian of a model in blocks J = (J^(1), …, J^(L)), and how each of them moves.
 
-Along θ̇ = J∗e every block has J̇^(l) = Σ_m G_lm, where G_lm = d/ds J^(l) along the m-th block of θ̇. The sum
-is exact. (J̇^(l))ᵀu is a Hessian product: Jᵀu with its graph, then the gradient of ⟨Jᵀu, θ̇⟩. The order matters
-in PyTorch 2: the gradient of Jθ̇ instead, with Jθ̇ taken as the derivative of Jᵀu by u, is wrong for layer
-normalisation, whose third derivative by its input is not kept.
+Along θ̇ = J∗e every block has J̇^(l) = Σ_m G_lm, where G_lm = d/ds J^(l) along the m-th block of
+θ̇. The sum is exact. (J̇^(l))ᵀu is a Hessian product: Jᵀu with its graph, then the gradient of
+⟨Jᵀu, θ̇⟩. The order matters in PyTorch 2: the gradient of Jθ̇ instead, with Jθ̇ taken as the
+derivative of Jᵀu by u, is wrong for layer normalisation, whose third derivative by its input is not
+kept.
 
-Conventions of :mod:`grsd.dynamics`: ⟨u, v⟩ = (1/n) Σ uv and J∗ = Jᵀ/n, so ‖J‖² is the largest eigenvalue of
-M = J Jᵀ/n. The products below are with J and Jᵀ themselves.
+Conventions of :mod:`grsd.dynamics`: ⟨u, v⟩ = (1/n) Σ uv and J∗ = Jᵀ/n, so ‖J‖² is the largest
+eigenvalue of M = J Jᵀ/n. The products below are with J and Jᵀ themselves,
+and passes are forward passes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ __all__ = ["BlockKernel", "Blocks", "State"]
 State = Tensor | Mapping[str, Tensor]  # one flat vector (P,), or by name (buffers may be there)
 Parts = tuple[Tensor, ...]  # one tensor a block
 
-# A forward pass costs 1 and its backward pass 2; a backward pass through a graph of 3, 6, … costs twice that.
+# A forward pass costs 1 and its backward pass 2; a backward pass through a graph of 3, 6, … costs
+# twice that.
 FORWARD, VJP, JVP, RATE_VJP, RATE_JVP = 1, 2, 6, 8, 18
 
 
@@ -41,13 +44,14 @@ class Blocks:
     split : "auto", "layers", a list or a mapping
         As in :func:`grsd.renorm.diagnostics.splitting.split_parameters`.
     state : Tensor (P,) or mapping, optional
-        Parameters to use instead of the model's own: the trainable ones as one vector in their order, or by
-        name (a `state_dict`, with its buffers).
+        Parameters to use instead of the model's own: the trainable ones as one vector in their
+        order, or by name (a `state_dict`, with its buffers).
     along : Tensor (P,) or mapping, optional
-        θ̇, where it is not that of the gradient flow, e.g. a step of an optimizer divided by its time.
+        θ̇, where it is not that of the gradient flow, e.g. a step of an optimizer divided by its
+        time.
     drive : callable, optional
-        From rows to −n ∂L/∂f, (T,), so that θ̇ = Jᵀ drive/n. By default 1 for `TokenLogProb`, whose loss is its
-        mean, and the observable's error otherwise.
+        From rows to −n ∂L/∂f, (T,), so that θ̇ = Jᵀ drive/n. By default 1 for `TokenLogProb`, whose
+        loss is its mean, and the observable's error otherwise.
     trainable : sequence of str, optional
         Names of the parameters that J is taken over; by default those that require a gradient.
 
@@ -59,14 +63,15 @@ class Blocks:
     outputs : Tensor (T,), f.
     samples : int, n.
     reused : dict, parameter → how often it enters the computation, where that is more than once.
-    kinks : tuple of str, operations without a continuous second derivative (ReLU, max, …): J̇ is that between kinks.
+    kinks : tuple of str
+        Operations without a continuous second derivative (ReLU, max, …): J̇ is that between kinks.
     passes : int, work done so far in units of one forward pass (backward 2, Hessian product 8, …).
 
     Raises
     ------
     ValueError
-        Fewer than two blocks, active dropout, outputs that do not depend on the parameters, a state that does
-        not fit.
+        Fewer than two blocks, active dropout, outputs that do not depend on the parameters, a state
+        that does not fit.
     """
 
     def __init__(
@@ -133,7 +138,7 @@ class Blocks:
 
     @classmethod
     def of(cls, problem: Problem, theta: State | None = None, *, split: Split = "auto") -> Blocks:
-        """Return the blocks of a `grsd.dynamics.Problem` at θ (by default its own), with e = target − f as the drive."""
+        """Return the blocks of a `Problem` at θ (by default its own); the drive is e = target − f."""
         return cls(
             problem._model,
             problem.inputs,
@@ -145,7 +150,7 @@ class Blocks:
         )
 
     def at(self, state: State, along: State | None = None) -> Blocks:
-        """Return the same blocks of the same model at other parameters. Cost: five forward passes."""
+        """Return the same blocks of the same model at other parameters. Cost: 5 passes."""
         return Blocks(
             self._model,
             self._inputs,
@@ -195,29 +200,29 @@ class Blocks:
     # ---- products with J and with its rate
 
     def vjp(self, u: Tensor) -> Parts:
-        """Return J^(l)ᵀ u for every l, each (p_l,). Cost: 2 forward passes."""
+        """Return J^(l)ᵀ u for every l, each (p_l,). Cost: 2 passes."""
         self.passes += VJP
         return self._blocked(self._grad([self.rows], self._leaves, [u]))
 
     def jvp(self, v: Tensor, block: int) -> Tensor:
-        """Return J^(l) v for v of shape (p_l,), (T,). Cost: at most 6 forward passes."""
+        """Return J^(l) v for v of shape (p_l,), (T,). Cost: at most 6 passes."""
         self.passes += JVP
         span = self._spans[block]
         return self._grad(self._pulled[span], [self._probe], self._split(v, block))[0]
 
     def jvp_all(self, v: Sequence[Tensor]) -> Tensor:
-        """Return J v = Σ_l J^(l) v_l for one vector a block, (T,). Cost: 6 forward passes."""
+        """Return J v = Σ_l J^(l) v_l for one vector a block, (T,). Cost: 6 passes."""
         self.passes += JVP
         return self._grad(self._pulled, [self._probe], self._split_all(v))[0]
 
     def rate_vjp(self, u: Tensor) -> Parts:
-        """Return (J̇^(l))ᵀ u for every l. Cost: 8 forward passes (a Hessian product)."""
+        """Return (J̇^(l))ᵀ u for every l. Cost: 8 passes (a Hessian product)."""
         self.passes += RATE_VJP
         pulled = self._grad([self.rows], self._leaves, [u], keep=True)
         return self._blocked(self._grad(pulled, self._leaves, self._velocity))
 
     def pieces(self, u: Tensor) -> list[Parts]:
-        """Return G_lmᵀ u at [m][l], each (p_l,), for all m. Cost: 2 + 6 L forward passes; L·P numbers."""
+        """Return G_lmᵀ u at [m][l], each (p_l,), for all m. Cost: 2 + 6 L passes; L·P numbers."""
         self.passes += VJP + (RATE_VJP - VJP) * len(self)
         pulled = self._grad([self.rows], self._leaves, [u], keep=True)
         return [
@@ -226,7 +231,7 @@ class Blocks:
         ]
 
     def rate_jvp(self, v: Sequence[Tensor]) -> Tensor:
-        """Return J̇ v = Σ_l J̇^(l) v_l, (T,), for one vector a block. Cost: about 18 forward passes."""
+        """Return J̇ v = Σ_l J̇^(l) v_l, (T,), for one vector a block. Cost: about 18 passes."""
         if self._bent is None:
             self._bent = self._grad(self._pulled, self._leaves, self._velocity, keep=True)
             self.passes += RATE_VJP - VJP
@@ -234,14 +239,15 @@ class Blocks:
         return self._grad(self._bent, [self._probe], self._split_all(v))[0]
 
     def kernel(self, block: int | None = None) -> BlockKernel:
-        """Return M^(l) = J^(l) J^(l)ᵀ/n, or M for None, as an operator on (T,) vectors. Cost: 8 forward passes a product."""
+        """Return M^(l) = J^(l) J^(l)ᵀ/n, or M for None, as an operator. Cost: 8 passes a product."""
         return BlockKernel(self, block)
 
     def rate_gap(self, seed: int = 0) -> float:
-        """Return how far J̇ᵀu by autodiff is from a difference quotient of Jᵀu, relative, for one random u: the best of three steps.
+        """Return how far J̇ᵀu by autodiff is from a difference quotient of Jᵀu, for one random u.
 
-        It should be below 1e-5 in float64 and about 1e-2 in float32. More means that an operation has no
-        second derivative, or a wrong one. Cost: 50 forward passes a step.
+        Relative, the best of three steps. It should be below 1e-5 in float64 and about 1e-2 in
+        float32. More means that an operation has no second derivative, or a wrong one. Cost: 50
+        forward passes a step.
         """
         generator = torch.Generator().manual_seed(seed)
         u = torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.outputs)
@@ -257,7 +263,8 @@ class Blocks:
             self.passes += there.passes
             return gradient
 
-        # steps as large as the parameters allow: rounding weighs least, if the network does not bend within them
+        # steps as large as the parameters allow: rounding weighs least, if the network does not
+        # bend within them
         fastest = max(float(v.abs().max()) for v in self._velocity)
         largest = max(float(leaf.detach().abs().max()) for leaf in self._leaves)
         gap = float("inf")
@@ -274,7 +281,7 @@ class Blocks:
     # ---- dense, for small models
 
     def jacobian(self, only: slice = slice(None)) -> Parts:
-        """Return J^(l), (T, p_l), of every block or of those in a slice. Cost: T backward passes, T·P numbers."""
+        """Return J^(l), (T, p_l), of every block or of a slice. Cost: T gradients, T·P numbers."""
         self.passes += VJP * self.size
         spans = self._spans[only]
         first = spans[0].start
@@ -284,7 +291,7 @@ class Blocks:
         return tuple(torch.cat(rows[s.start - first : s.stop - first], dim=1) for s in spans)
 
     def rate(self, only: slice = slice(None)) -> Parts:
-        """Return J̇^(l), (T, p_l), of every block or of those in a slice. Cost: T Hessian products, T·P numbers."""
+        """Return J̇^(l), (T, p_l), of every block or of a slice. Cost: T Hessian products."""
         rows = [self.rate_vjp(unit)[only] for unit in self._units()]
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
@@ -346,7 +353,7 @@ class Blocks:
         return [part for block, one in enumerate(v) for part in self._split(one, block)]
 
     def _named(self, state: State | None, what: str) -> dict[str, Tensor]:
-        """The values of a flat vector or a mapping by name; a mapping may hold more than the trainable ones."""
+        """A state by name; a mapping may hold more than the trainable parameters."""
         if state is None:
             return {}
         if isinstance(state, Mapping):
@@ -355,13 +362,15 @@ class Blocks:
                 if name not in named or named[name].shape != shape:
                     seen = tuple(named[name].shape) if name in named else "nothing"
                     raise ValueError(
-                        f"{what}: the model's {name!r} has shape {tuple(shape)}, the snapshot has {seen}"
+                        f"{what}: the model's {name!r} has shape {tuple(shape)}, the snapshot has "
+                        f"{seen}"
                     )
         else:
             total = sum(shape.numel() for shape in self._flat_shapes.values())
             if state.shape != (total,):
                 raise ValueError(
-                    f"{what} has shape {tuple(state.shape)}; the model has {total} trainable parameters"
+                    f"{what} has shape {tuple(state.shape)}; the model has {total} trainable "
+                    "parameters"
                 )
             parts = _shaped(state, list(self._flat_shapes.values()))
             named = dict(zip(self._flat_shapes, parts, strict=True))
@@ -377,14 +386,18 @@ def _shaped(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 class BlockKernel:
-    """M^(l) = J^(l) J^(l)ᵀ/n of one block, or M of all of them, as a symmetric operator on (T,) vectors."""
+    """M^(l) = J^(l) J^(l)ᵀ/n of one block, or M of all, as a symmetric operator on (T,)."""
 
     def __init__(self, blocks: Blocks, block: int | None) -> None:
         self.blocks, self.block = blocks, block
-        self.shape, self.dtype, self.device = (blocks.size, blocks.size), blocks.dtype, blocks.device
+        self.shape, self.dtype, self.device = (
+            (blocks.size, blocks.size),
+            blocks.dtype,
+            blocks.device,
+        )
 
     def __matmul__(self, u: Tensor) -> Tensor:
-        """Return M^(l) u. Cost: 8 forward passes."""
+        """Return M^(l) u. Cost: 8 passes."""
         pulled = self.blocks.vjp(u)
         if self.block is None:
             return self.blocks.jvp_all(pulled) / self.blocks.samples

@@ -1,8 +1,10 @@
-"""Diagnostics D5 and D6: is there one velocity field, and does it depend on λ and t through λt alone?
+"""Diagnostics D5 and D6: is there one velocity field, and does it depend on λt alone?
 
-Every mode of M moves at ṡ = λ̇/λ, s = log λ. Theorem 1 of 2512.18209 speaks of a field v(λ, t): modes of equal λ would have to move alike.
-`roughness` asks that at one instant (D6). Lemma 1 with (U), one field that is covariant under t → t/a, makes t·ṡ a function of λt;
-`collapse` asks that along a path (D5). Both compare spread with spread and are 0 for what the paper states and 1 for no relation at all.
+Every mode of M moves at ṡ = λ̇/λ, s = log λ. Theorem 1 of 2512.18209 speaks of a field v(λ, t):
+modes of equal λ would have to move alike. `roughness` asks that at one instant (D6). Lemma 1 with
+(U), one field that is covariant under t → t/a, makes t·ṡ a function of λt; `collapse` asks that
+along a path (D5). Both compare spread with spread and are 0 for what the paper states and 1 for no
+relation at all.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
+from grsd import checks
+
 __all__ = ["Collapse", "Roughness", "collapse", "roughness"]
 
 LEAST = 8  # modes, or points a bin
+NO_LOGARITHM = "it has no logarithm: leave ker M out, it has no place on the axis of s"
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,13 @@ class Roughness:
     Attributes
     ----------
     value : float
-        Σ (ṡ_{u+1} − ṡ_u)²/(2 Σ (ṡ_u − mean)²): 0 for a smooth function of λ, 1 for values without an order, up to 2 if they alternate.
+        Σ (ṡ_{u+1} − ṡ_u)²/(2 Σ (ṡ_u − mean)²): 0 for a smooth function of λ, 1 for values without
+        an order, up to 2 if they alternate.
     ranks : float
         The same of the ranks of ṡ (Bartels), on which a few wild modes weigh no more than others.
     null_error : float
-        Standard deviation of `ranks` around 1, and of `value` if ṡ is Gaussian, where ṡ has no relation to λ.
+        Standard deviation of `ranks` around 1, and of `value` if ṡ is Gaussian, where ṡ has no
+        relation to λ.
     modes : int
     """
 
@@ -47,12 +54,14 @@ class Collapse:
     Attributes
     ----------
     value : float
-        Variance within bins of log(λt), about each bin's own straight line, over the total variance, both by their degrees of
-        freedom: 0 if t·ṡ is one function of λt, about 1 if it has no relation to it.
+        Variance within bins of log(λt), about each bin's own straight line, over the total
+        variance, both by their degrees of freedom: 0 if t·ṡ is one function of λt, about 1 if it
+        has no relation to it.
     error : float, jackknife over modes (all times of a mode go together).
     null, null_error : float
-        Mean and standard deviation of `value` after the ṡ(t) of the modes were dealt out anew among them: no relation between a
-        mode's λ and its ṡ, the same λ(t), the same ṡ(t). Where all modes move alike it equals `value`: that is not evidence.
+        Mean and standard deviation of `value` after the ṡ(t) of the modes were dealt out anew among
+        them: no relation between a mode's λ and its ṡ, the same λ(t), the same ṡ(t). Where all
+        modes move alike it equals `value`: that is not evidence.
     bins, points, modes : int
     """
 
@@ -66,31 +75,20 @@ class Collapse:
 
 
 def roughness(eigenvalues: ArrayLike, speeds: ArrayLike) -> Roughness:
-    """Measure D6 at one instant.
+    """Measure D6 at one instant, from λ > 0 and ṡ = λ̇/λ of 8 modes or more, (n,) each.
 
-    Parameters
-    ----------
-    eigenvalues : (n,), λ > 0; the order does not matter
-    speeds : (n,), ṡ = λ̇/λ
-
-    Raises
-    ------
-    ValueError
-        Fewer than 8 modes, λ not positive, values not finite, or shapes that differ.
-
-    Notes
-    -----
-    If all ṡ agree to rounding, they are a smooth function: 0. The ratio resolves features of ṡ(λ) wider than the spacing of the
-    modes, and noise of variance share q gives about q. Source of the null: von Neumann (1941), variance (n − 2)/(n² − 1).
+    The order does not matter. If all ṡ agree to rounding, they are a smooth function: 0. The ratio
+    resolves features of ṡ(λ) wider than the spacing of the modes, and noise of variance share q
+    gives about q. Source of the null: von Neumann (1941), variance (n − 2)/(n² − 1).
     """
     lam, v = np.asarray(eigenvalues, dtype=np.float64), np.asarray(speeds, dtype=np.float64)
     if lam.ndim != 1 or lam.shape != v.shape:
         raise ValueError(f"eigenvalues {lam.shape} and speeds {v.shape}: expected two arrays (n,)")
-    _check(lam, v)
-    if len(lam) < LEAST:
-        raise ValueError(f"{len(lam)} modes: an order of fewer than {LEAST} says nothing")
-    ordered = v[np.argsort(lam, kind="stable")]
     count = len(lam)
+    checks.at_least("modes", count, LEAST, f"an order of fewer than {LEAST} says nothing")
+    checks.positive("eigenvalues", lam, NO_LOGARITHM)
+    checks.finite("speeds", v)
+    ordered = v[np.argsort(lam, kind="stable")]
     error = math.sqrt((count - 2) / (count**2 - 1))
     return Roughness(_neumann(ordered), _neumann(rankdata(ordered)), error, count)
 
@@ -100,15 +98,6 @@ def _neumann(v: np.ndarray) -> float:
     if spread <= len(v) * (1e-12 * float(np.abs(v).max())) ** 2:
         return 0.0
     return float((np.diff(v) ** 2).sum()) / (2 * spread)
-
-
-def _check(lam: np.ndarray, v: np.ndarray) -> None:
-    if not (np.isfinite(lam).all() and np.isfinite(v).all()):
-        raise ValueError("eigenvalues or speeds hold values that are not finite")
-    if lam.min() <= 0:
-        raise ValueError(
-            f"the eigenvalue {lam.min():.3g} has no logarithm: leave ker M out, it has no place on the axis of s"
-        )
 
 
 def collapse(
@@ -124,56 +113,51 @@ def collapse(
 
     Parameters
     ----------
-    times : (K,), positive
-        Since the start of the flow. Theorem 1 with another origin, v = c λ/(t + t*), is tested by giving t + t*.
+    times : (K,), positive, two or more
+        Since the start of the flow. Theorem 1 with another origin, v = c λ/(t + t*), is tested by
+        giving t + t*.
     eigenvalues, speeds : (K, n)
-        λ_u(t) > 0 and ṡ_u(t), modes in one order along the path (ascending will do: a field does not know names).
+        λ_u(t) > 0 and ṡ_u(t), 8 modes or more in one order along the path (ascending will do: a
+        field does not know names).
     bins : int, optional
-        Of equal count; by default one for each 24 points, at most 40.
+        Of equal count, each of 8 points or more; by default one for each 24 points, at most 40.
     seed, deals : int
         Of the null.
-
-    Raises
-    ------
-    ValueError
-        Fewer than two times, a time that is not positive, fewer than 8 modes, or bins with fewer than 8 points.
     """
     t = np.asarray(times, dtype=np.float64)
     lam, v = np.asarray(eigenvalues, dtype=np.float64), np.asarray(speeds, dtype=np.float64)
     if t.ndim != 1 or lam.ndim != 2 or lam.shape != v.shape or len(lam) != len(t):
         raise ValueError(
-            f"times {t.shape}, eigenvalues {lam.shape}, speeds {v.shape}: expected (K,), (K, n), (K, n)"
+            f"times {t.shape}, eigenvalues {lam.shape}, speeds {v.shape}: expected (K,), (K, n), "
+            "(K, n)"
         )
-    if len(t) < 2:
-        raise ValueError(
-            "a path of one point has no time along it: collapse in λt needs two times or more"
-        )
-    if t.min() <= 0 or not np.isfinite(t).all():
-        raise ValueError(
-            f"the time {t.min():.3g} has no logarithm: leave the initial point out, or count from another origin"
-        )
-    _check(lam, v)
+    path = "a path of one point has no time along it: collapse in λt needs two times or more"
+    checks.at_least("number of times", len(t), 2, path)
+    origin = "it has no logarithm: leave the initial point out, or count from another origin"
+    checks.positive("times", t, origin)
+    checks.positive("eigenvalues", lam, NO_LOGARITHM)
+    checks.finite("speeds", v)
     count = lam.shape[1]
-    if count < LEAST:
-        raise ValueError(f"{count} modes: spread over fewer than {LEAST} says nothing")
+    checks.at_least("modes", count, LEAST, f"spread over fewer than {LEAST} says nothing")
     x, y = np.log(lam * t[:, None]), v * t[:, None]
     number = min(40, max(1, x.size // 24)) if bins is None else int(bins)
     if number < 1 or x.size // number < LEAST:
         raise ValueError(f"{number} bins for {x.size} points: each needs {LEAST} or more")
     value = _within(x, y, number)
+    # jackknife: each mode left out at all times
     without = np.array(
         [_within(np.delete(x, u, 1), np.delete(y, u, 1), number) for u in range(count)]
     )
     error = math.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
+    # null: speeds dealt out anew among the modes
     rng = np.random.default_rng(seed)
     null = np.array([_within(x, y[:, rng.permutation(count)], number) for _ in range(deals)])
-    return Collapse(
-        value, error, float(null.mean()), float(null.std(ddof=1)), number, x.size, count
-    )
+    null_error = float(null.std(ddof=1))
+    return Collapse(value, error, float(null.mean()), null_error, number, x.size, count)
 
 
 def _within(x: np.ndarray, y: np.ndarray, bins: int) -> float:
-    """Residual variance about a straight line in each bin of equal count, over the total variance."""
+    """Residual variance about a line in each bin of equal count, over the total variance."""
     order = np.argsort(x, axis=None, kind="stable")
     a, b = x.ravel()[order], y.ravel()[order]
     total = float(((b - b.mean()) ** 2).sum())

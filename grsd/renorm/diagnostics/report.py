@@ -1,4 +1,7 @@
-"""How a report is read: one table and one figure. What is measured is in :mod:`grsd.renorm.diagnostics.conditions`."""
+"""How a report of the conditions is read: one table and one figure.
+
+What is measured is in :mod:`grsd.renorm.diagnostics.conditions`.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from matplotlib.ticker import MaxNLocator
 from grsd.figures import Table, look, panels
 from grsd.renorm.diagnostics import couplings
 from grsd.renorm.diagnostics.bandedness import Bandedness
-from grsd.renorm.diagnostics.coherence import Coherence, Size
+from grsd.renorm.diagnostics.coherence import BlockCoherence, Size
 from grsd.renorm.diagnostics.collapse import Collapse, Roughness
 
-__all__ = ["Instant", "Report", "draw", "table"]
+__all__ = ["Instant", "Report"]
 
-COLUMNS = ("diagnostic", "first time", "last time", "what the condition wants")
+MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Instant:
     shift : Shift or None, D4.
     roughness : Roughness or None, D6.
     bandedness : Bandedness or None, D1; at the first and the last time.
-    coherence : Coherence or None, D2; at the first and the last time.
+    coherence : BlockCoherence or None, D2; at the first and the last time.
     """
 
     time: float
@@ -41,7 +44,7 @@ class Instant:
     shift: couplings.Shift | None
     roughness: Roughness | None
     bandedness: Bandedness | None
-    coherence: Coherence | None
+    coherence: BlockCoherence | None
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,132 @@ class Report:
     passes: int
 
     def table(self) -> Table:
-        """Return one row a diagnostic: first time, last time, and what the condition would want."""
-        return table(self)
+        """Return one row a diagnostic: first time, last time, and what the condition would want.
+
+        "–" stands for what could not be measured.
+        """
+        first, last = self.instants[0], self.instants[-1]
+        bands = sorted({0, 1, min(2, len(self.blocks) - 1)})
+        largest = [
+            max(i.size.jacobian for i in self.instants),
+            max(i.size.rate for i in self.instants),
+        ]
+        names: list[tuple[str, str]] = []
+        for k in bands:
+            unlocal = MISSING if last.bandedness is None else _number(last.bandedness.unlocal[k])
+            names += [
+                (f"D1 tail B({k}), all blocks", f"0 beyond the band; no locality: {unlocal}"),
+                (f"D1 tail B({k}), worst block", "0 beyond the band"),
+            ]
+        names += [
+            ("D1 scalar residual, all blocks", "0"),
+            ("D1 right residual, K = 0, worst", "0, if not empty"),
+            ("D1 its coefficient ‖B‖, worst", "bounded"),
+            ("D1 blocks for which it is empty", "none"),
+            ("D2 neighbours, normalised", "any"),
+            ("D2 farthest pair, normalised", "0 as the depth grows; 1: same direction"),
+            ("D2 Σ u_k", "bounded as the depth grows"),
+            ("D3 ‖J‖", f"bounded; largest {_number(largest[0])}"),
+            ("D3 ‖J̇‖", f"bounded; largest {_number(largest[1])}"),
+            ("D4 slope per nat", "0 within its error"),
+            ("D4 rms, nats", "its floor"),
+            ("D6 roughness (of ranks)", "0; 1 without relation"),
+        ]
+        cells = zip(_column(first, bands), _column(last, bands), strict=True)
+        rows = [(name, *pair, wanted) for (name, wanted), pair in zip(names, cells, strict=True)]
+        along, wanted = MISSING, "0"
+        if (found := self.collapse) is not None:
+            along = _number(found.value, found.error)
+            wanted = f"0; {_number(found.null, found.null_error)} without relation"
+        rows.insert(-1, ("D5 collapse, along the path", "", along, wanted))
+        return Table(("diagnostic", "first time", "last time", "what the condition wants"), rows)
 
     def draw(self, figure: Figure) -> Figure:
-        """Draw tails, coherence, sizes and speeds into an empty figure of about 9 by 6 inches."""
-        return draw(self, figure)
+        """Draw into an empty figure of about 9 by 6 inches.
+
+        (a) tails, (b) coherence by distance, (c) sizes, (d) slope of D4 and roughness along the
+        path.
+        """
+        axes = figure.subplots(2, 2)
+        tails, overlaps, sizes, fields = axes.ravel()
+        ends = self.instants[:: max(1, len(self.instants) - 1)]
+        for index, instant in enumerate(ends):
+            label = f"t = {instant.time:.3g}"
+            if (band := instant.bandedness) is not None:
+                reach, error = np.arange(len(band.pooled)), 2 * band.pooled_error
+                tails.errorbar(reach, band.pooled, error, label=label, capsize=2, **look(index))
+                if instant is ends[-1]:
+                    dotted = {"color": "0.4", "linestyle": ":", "marker": ""}
+                    tails.plot(reach, band.unlocal, label=f"no locality, {label}", **dotted)
+            if (overlap := instant.coherence) is not None:
+                values = overlap.by_distance(True)
+                overlaps.plot(np.arange(1, len(values)), values[1:], label=label, **look(index))
+        tails.set(xlabel="distance K (blocks)", ylabel="tail B(K)", ylim=(0, None))
+        overlaps.set(xlabel="distance |l − m| (blocks)", ylim=(0, 1.05))
+        overlaps.set_ylabel("largest normalised coherence")
+        for ax in (tails, overlaps):
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+        times, norms = zip(*((i.time, i.size) for i in self.instants), strict=True)
+        sizes.plot(times, [n.jacobian for n in norms], label=r"$\|J\|$", **look(0))
+        sizes.plot(times, [n.rate for n in norms], label=r"$\|\dot J\|$ (per time)", **look(1))
+        sizes.set(xlabel="time", ylabel="operator norm", yscale="log")
+        if shifts := [(i.time, i.shift) for i in self.instants if i.shift is not None]:
+            place, slope, error = np.array([(t, s.slope, s.slope_error) for t, s in shifts]).T
+            fields.errorbar(place, slope, 2 * error, label="D4 slope per nat", capsize=2, **look(0))
+        if rough := [(i.time, i.roughness.ranks) for i in self.instants if i.roughness is not None]:
+            fields.plot(*np.array(rough).T, label="D6 roughness of ranks", **look(1))
+        fields.axhline(0, color="0.4", linewidth=0.8)
+        fields.set(xlabel="time", ylabel="0 is what the paper states")
+
+        for ax in axes.ravel():
+            if ax.get_legend_handles_labels()[0]:
+                ax.legend()
+        panels(axes.ravel())
+        return figure
 
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers and lists; what does not exist is None."""
-        found: dict[str, Any] = _plain(asdict(self))
-        return found
+        return dict(_plain(asdict(self)))
+
+
+def _column(instant: Instant, bands: list[int]) -> list[str]:
+    """The cells of one time, in the order of the table's rows."""
+    cells: list[str] = []
+    if (band := instant.bandedness) is None:
+        cells += [MISSING] * (2 * len(bands) + 1)
+    else:
+        for k in bands:
+            cells += [_number(band.pooled[k], band.pooled_error[k]), _number(band.worst[k])]
+        widest = band.scalar[:, -1]
+        cells.append(f"{_number(np.nanmin(widest))} to {_number(np.nanmax(widest))}")
+    if band is None or (right := band.right) is None:
+        cells += [MISSING] * 3
+    else:
+        empty = int(right.vacuous[:, 0].sum())
+        cells += [_number(np.nanmax(of[:, 0])) for of in (right.residual, right.coefficient)]
+        cells.append(f"{empty} of {len(band.names)}")
+    if (overlap := instant.coherence) is None:
+        cells += [MISSING] * 3
+    else:
+        near, far = overlap.by_distance(True)[[1, -1]]
+        cells += [_number(near), _number(far), _number(overlap.total)]
+    cells += [_number(instant.size.jacobian), _number(instant.size.rate)]
+    if (shift := instant.shift) is None:
+        cells += [MISSING] * 2
+    else:
+        cells.append(_number(shift.slope, shift.slope_error))
+        cells.append(f"{_number(shift.rms)} (floor {_number(shift.floor)})")
+    if (rough := instant.roughness) is None:
+        return [*cells, MISSING]
+    noise = f"noise ± {_number(rough.null_error)}"
+    return [*cells, f"{_number(rough.value)} ({_number(rough.ranks)}), {noise}"]
+
+
+def _number(value: float, error: float | None = None) -> str:
+    if not np.isfinite(value):
+        return MISSING
+    return f"{value:.3g} ± {error:.1g}" if error else f"{value:.3g}"
 
 
 def _plain(value: Any) -> Any:
@@ -92,169 +210,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return float(value) if np.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
-
-
-def _number(value: float, error: float | None = None) -> str:
-    if not np.isfinite(value):
-        return "–"
-    text = f"{value:.3g}"
-    return text if not error else f"{text} ± {error:.1g}"
-
-
-def table(report: Report) -> Table:
-    """Return the report as a table; "–" stands for what could not be measured."""
-    first, last = report.instants[0], report.instants[-1]
-    rows: list[tuple[str, str, str, str]] = []
-
-    def add(name: str, wanted: str, read: Any) -> None:
-        cells = []
-        for instant in (first, last):
-            try:
-                cells.append(read(instant))
-            except (AttributeError, IndexError, TypeError):  # the diagnostic is None there
-                cells.append("–")
-        rows.append((name, *cells, wanted))
-
-    count = len(report.blocks)
-    for band in sorted({0, 1, min(2, count - 1)}):
-        add(
-            f"D1 tail B({band}), all blocks",
-            f"0 beyond the band; no locality: {_unlocal(last, band)}",
-            lambda i, k=band: _number(i.bandedness.pooled[k], i.bandedness.pooled_error[k]),
-        )
-        add(
-            f"D1 tail B({band}), worst block",
-            "0 beyond the band",
-            lambda i, k=band: _number(i.bandedness.worst[k]),
-        )
-    add("D1 scalar residual, all blocks", "0", lambda i: _scalar(i))
-    add(
-        "D1 right residual, K = 0, worst",
-        "0, if not empty",
-        lambda i: _number(np.nanmax(i.bandedness.right.residual[:, 0])),
-    )
-    add(
-        "D1 its coefficient ‖B‖, worst",
-        "bounded",
-        lambda i: _number(np.nanmax(i.bandedness.right.coefficient[:, 0])),
-    )
-    add(
-        "D1 blocks for which it is empty",
-        "none",
-        lambda i: f"{int(i.bandedness.right.vacuous[:, 0].sum())} of {count}",
-    )
-    add("D2 neighbours, normalised", "any", lambda i: _number(i.coherence.by_distance(True)[1]))
-    add(
-        "D2 farthest pair, normalised",
-        "0 as the depth grows; 1: same direction",
-        lambda i: _number(i.coherence.by_distance(True)[-1]),
-    )
-    add("D2 Σ u_k", "bounded as the depth grows", lambda i: _number(i.coherence.total))
-    add(
-        "D3 ‖J‖",
-        f"bounded; largest {_number(max(i.size.jacobian for i in report.instants))}",
-        lambda i: _number(i.size.jacobian),
-    )
-    add(
-        "D3 ‖J̇‖",
-        f"bounded; largest {_number(max(i.size.rate for i in report.instants))}",
-        lambda i: _number(i.size.rate),
-    )
-    add(
-        "D4 slope per nat",
-        "0 within its error",
-        lambda i: _number(i.shift.slope, i.shift.slope_error),
-    )
-    add(
-        "D4 rms, nats",
-        "its floor",
-        lambda i: f"{_number(i.shift.rms)} (floor {_number(i.shift.floor)})",
-    )
-    found = report.collapse
-    along = "–" if found is None else _number(found.value, found.error)
-    wanted = (
-        "0" if found is None else f"0; {_number(found.null, found.null_error)} without relation"
-    )
-    rows.append(("D5 collapse, along the path", "", along, wanted))
-    add(
-        "D6 roughness (of ranks)",
-        "0; 1 without relation",
-        lambda i: (
-            f"{_number(i.roughness.value)} ({_number(i.roughness.ranks)}), noise ± {_number(i.roughness.null_error)}"
-        ),
-    )
-    return Table(COLUMNS, rows)
-
-
-def _unlocal(instant: Instant, band: int) -> str:
-    return "–" if instant.bandedness is None else _number(float(instant.bandedness.unlocal[band]))
-
-
-def _scalar(instant: Instant) -> str:
-    if instant.bandedness is None:
-        return "–"
-    values = instant.bandedness.scalar[:, -1]
-    return f"{_number(float(np.nanmin(values)))} to {_number(float(np.nanmax(values)))}"
-
-
-def draw(report: Report, figure: Figure) -> Figure:
-    """Draw (a) tails, (b) coherence by distance, (c) sizes along the path, (d) slope of D4 and roughness along the path."""
-    axes = figure.subplots(2, 2)
-    tails, overlaps, sizes, fields = axes.ravel()
-    ends = (
-        (report.instants[0], report.instants[-1]) if len(report.instants) > 1 else report.instants
-    )
-    for index, instant in enumerate(ends):
-        label = f"t = {instant.time:.3g}"
-        if (band := instant.bandedness) is not None:
-            reach = np.arange(len(band.pooled))
-            tails.errorbar(
-                reach,
-                band.pooled,
-                yerr=2 * band.pooled_error,
-                label=label,
-                capsize=2,
-                **look(index),
-            )
-            if index == len(ends) - 1:
-                tails.plot(
-                    reach,
-                    band.unlocal,
-                    color="0.4",
-                    linestyle=":",
-                    marker="",
-                    label=f"no locality, {label}",
-                )
-        if (overlap := instant.coherence) is not None:
-            values = overlap.by_distance(True)
-            overlaps.plot(np.arange(1, len(values)), values[1:], label=label, **look(index))
-    tails.set(xlabel="distance K (blocks)", ylabel="tail B(K)", ylim=(0, None))
-    overlaps.set(
-        xlabel="distance |l − m| (blocks)", ylabel="largest normalised coherence", ylim=(0, 1.05)
-    )
-    for ax in (tails, overlaps):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    times = [instant.time for instant in report.instants]
-    sizes.plot(times, [i.size.jacobian for i in report.instants], label=r"$\|J\|$", **look(0))
-    sizes.plot(
-        times, [i.size.rate for i in report.instants], label=r"$\|\dot J\|$ (per time)", **look(1)
-    )
-    sizes.set(xlabel="time", ylabel="operator norm", yscale="log")
-    shifts = [
-        (i.time, i.shift.slope, i.shift.slope_error) for i in report.instants if i.shift is not None
-    ]
-    if shifts:
-        place, slope, error = np.array(shifts).T
-        fields.errorbar(
-            place, slope, yerr=2 * error, label="D4 slope per nat", capsize=2, **look(0)
-        )
-    rough = [(i.time, i.roughness.ranks) for i in report.instants if i.roughness is not None]
-    if rough:
-        fields.plot(*np.array(rough).T, label="D6 roughness of ranks", **look(1))
-    fields.axhline(0, color="0.4", linewidth=0.8)
-    fields.set(xlabel="time", ylabel="0 is what the paper states")
-    for ax in axes.ravel():
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend()
-    panels(axes.ravel())
-    return figure

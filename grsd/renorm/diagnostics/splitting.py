@@ -1,7 +1,7 @@
 """Which parameters make up which block: the stack of a model in the order of its depth.
 
-`split_parameters` finds the stack of a model that was not written for this purpose. What is measured on the
-blocks starts in :mod:`grsd.renorm.diagnostics.blocks`.
+`split_parameters` finds the stack of a model that was not written for this purpose. What is
+measured on the blocks starts in :mod:`grsd.renorm.diagnostics.blocks`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def split_parameters(
     Parameters
     ----------
     names : sequence of str
-        The parameters to split, as in `model.named_parameters()`, which counts a shared one once, under its
-        first name.
+        The parameters to split, as in `model.named_parameters()`, which counts a shared one once,
+        under its first name.
     how : "auto", "layers", a list or a mapping
-        ``"auto"``: every entry of a ModuleList is a block (the stack of a transformer or a residual net); so is
-        every entry of a Sequential, where an entry that is itself one of the two is opened. What lies between
-        them makes one block a gap: the embedding before, the readout after. A model without either, or whose
-        stack has one entry, goes by ``"layers"``: every module that holds parameters is a block. A list gives
-        the blocks themselves, each a name or several: of parameters, or of modules, which stand for all
-        parameters below them. A mapping does so too, and gives them titles.
+        ``"auto"``: every entry of a ModuleList is a block (the stack of a transformer or a residual
+        net); so is every entry of a Sequential, where an entry that is itself one of the two is
+        opened. What lies between them makes one block a gap: the embedding before, the readout
+        after. A model without either, or whose stack has one entry, goes by ``"layers"``: every
+        module that holds parameters is a block. A list gives the blocks themselves, each a name or
+        several: of parameters, or of modules, which stand for all parameters below them. A mapping
+        does so too, and gives them titles.
 
     Raises
     ------
@@ -55,8 +56,9 @@ def split_parameters(
         blocks = {layer: tuple(own) for layer, own in by_layer(model, parameters).items()}
     if len(blocks) < 2:
         raise ValueError(
-            f"{len(blocks)} block with trainable parameters ({', '.join(blocks)}): locality and coherence compare "
-            'blocks, so two or more are needed; split="layers" or a list of names makes smaller ones'
+            f"{len(blocks)} block with trainable parameters ({', '.join(blocks)}): locality and "
+            'coherence compare blocks, so two or more are needed; split="layers" or a list of '
+            "names makes smaller ones"
         )
     return blocks
 
@@ -80,13 +82,14 @@ def _given(
             for name in below:
                 if name in owner:
                     raise ValueError(
-                        f"parameter {name!r} is in the blocks {owner[name]!r} and {title!r}; it can be in one"
+                        f"parameter {name!r} is in the blocks {owner[name]!r} and {title!r}; it "
+                        "can be in one"
                     )
                 owner[name] = title
     if missing := [name for name in names if name not in owner]:
         raise ValueError(
-            f"{len(missing)} trainable parameters are in no block, e.g. {missing[0]!r}: name a block for them, "
-            "or freeze them"
+            f"{len(missing)} trainable parameters are in no block, e.g. {missing[0]!r}: name a "
+            "block for them, or freeze them"
         )
     return {title: tuple(name for name in owner if owner[name] == title) for title, _ in entries}
 
@@ -129,7 +132,7 @@ def _walk(path: str, module: nn.Module) -> Iterator[tuple[str, list[str], bool]]
 
 
 def entrances(rows: Tensor, leaves: dict[str, Tensor]) -> dict[str, int]:
-    """Return how often each leaf enters the graph of `rows`: 2 or more means that its uses share one value."""
+    """Return how often each leaf enters the graph of `rows`: from 2 on its uses share one value."""
     index = {id(leaf): name for name, leaf in leaves.items()}
     counts = dict.fromkeys(leaves, 0)
     seen, todo = set(), [rows.grad_fn]

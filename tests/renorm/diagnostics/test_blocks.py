@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from grsd.dynamics.problem import Problem
 from grsd.lab.nets import models
 from grsd.lab.nets.planted import TiedNet, smooth_task
-from grsd.renorm.diagnostics.block_matrices import grams
+from grsd.renorm.diagnostics.block_matrices import block_matrices
 from grsd.renorm.diagnostics.blocks import Blocks
 from grsd.renorm.diagnostics.splitting import split_parameters
 from grsd.spectrum import NTK, Outputs, TokenLogProb
@@ -129,12 +129,12 @@ def test_velocity_is_that_of_the_flow() -> None:
     assert torch.allclose(
         torch.cat(blocks.velocity), problem.velocity(problem.theta), rtol=1e-12, atol=1e-14
     )
-    found = grams(blocks)
+    found = block_matrices(blocks)
     np.testing.assert_allclose(found.kernel, problem.kernel(problem.theta), rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(
         found.kernel_rate, problem.kernel_rate(problem.theta), rtol=1e-9, atol=1e-11
     )
-    small = grams(blocks, budget=1)  # one block at a time
+    small = block_matrices(blocks, budget=1)  # one block at a time
     np.testing.assert_allclose(small.cross, found.cross, rtol=1e-12, atol=1e-14)
 
 

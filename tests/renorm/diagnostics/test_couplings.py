@@ -304,7 +304,7 @@ def test_zero_eigenvalues_are_left_out_and_counted() -> None:
     padded[10:, 10:] = x
     found = shift_invariance(np.concatenate([np.full(10, 1e-18), lam]), padded)
     plain = shift_invariance(lam, x)
-    assert found.kernel == 10 and plain.kernel == 0
+    assert found.left_out == 10 and plain.left_out == 0
     assert found.slope == plain.slope and found.rms == plain.rms
 
 

@@ -18,7 +18,7 @@ from grsd.lab.nets.planted import TiedNet, smooth_task
 from grsd.renorm.diagnostics import couplings
 from grsd.renorm.diagnostics.bandedness import bandedness
 from grsd.renorm.diagnostics.blocks import Blocks
-from grsd.renorm.diagnostics.coherence import coherence, size
+from grsd.renorm.diagnostics.coherence import block_coherence, size
 from grsd.renorm.diagnostics.collapse import collapse, roughness
 from grsd.renorm.diagnostics.conditions import Report, report
 from grsd.spectrum import Outputs, TokenLogProb
@@ -87,7 +87,7 @@ def test_report_of_a_flow_is_made_of_the_single_diagnostics() -> None:
     )
     assert band is not None and overlap is not None and band.right is not None
     np.testing.assert_allclose(band.tails, bandedness(last).tails, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(overlap.norms, coherence(last).norms, rtol=1e-7)
+    np.testing.assert_allclose(overlap.norms, block_coherence(last).norms, rtol=1e-7)
     assert sizes.rate == pytest.approx(size(last).rate, rel=1e-8)
     assert found.instants[1].bandedness is None and found.instants[1].coherence is None
 
@@ -222,7 +222,7 @@ def test_too_few_rows_for_the_spectrum_are_said() -> None:
     found = report(mlp([5, 8, 1], seed=1), (X[:6], Y[:6, None]), probes=4)
     assert found.instants[0].shift is None and found.instants[0].roughness is None
     assert any("D4 at t = 0" in note and "needs 16 or more" in note for note in found.notes)
-    assert any("6 modes" in note for note in found.notes)
+    assert any("modes is 6" in note for note in found.notes)
 
 
 class Detached(nn.Module):
