@@ -1,10 +1,10 @@
-"""A recurrent network unrolled in time: one copy of the shared parameters per step, and the Jacobian of every copy.
+"""A recurrent network unrolled in time: one copy of its parameters a step, and the Jacobian of each.
 
-A `Cell` is one step; `Unrolled` runs it over a sequence with a copy of θ in each step, J^(l) = ∂(y_1 … y_T)/∂θ_l. The tied
-network has J = Σ_l J^(l), so its M = JJᵀ is not Σ_l J^(l)J^(l)ᵀ. Reverse mode through the unrolled graph, float64; sums over
-steps, not means, as in the paper: θ̇ = Jᵀe.
-
-Source: 2512.18209, Proposition 2 and appendix A.1. What is done with the blocks is in :mod:`grsd.renorm.theorems.jacobian`.
+A `Cell` is one step; `Unrolled` runs it over a sequence with a copy of θ in each step, J^(l) =
+∂(y_1 … y_T)/∂θ_l. The tied network has J = Σ_l J^(l), so its M = JJᵀ is not Σ_l J^(l)J^(l)ᵀ.
+Reverse mode through the unrolled graph, float64; sums over steps, not means, as in the paper: θ̇ =
+Jᵀe. What is done with the blocks is in :mod:`grsd.renorm.theorems.jacobian`. Source: 2512.18209,
+Proposition 2 and appendix A.1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from scipy.special import lambertw
 from torch import Tensor
 from torch.func import jacrev, jvp
 
+from grsd import checks
 from grsd.renorm.theorems.jacobian import Coefficients
 
 __all__ = [
@@ -37,7 +38,7 @@ Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One step of a recurrence with a linear readout, (h_t, y_t) = step(θ, h_{t−1}, u_t) and y_t = C h_t.
+    """One step of a recurrence with a linear readout, (h_t, y_t) = step(θ, h_{t−1}, u_t), y_t = C h_t.
 
     Attributes
     ----------
@@ -55,114 +56,83 @@ class Cell:
 
     def at(self, theta: ArrayLike | Tensor) -> Cell:
         """Return the same cell with other parameters (p,)."""
-        found = torch.as_tensor(theta, dtype=torch.float64)
-        if found.shape != self.theta.shape:
-            raise ValueError(
-                f"θ has shape {tuple(found.shape)}; this cell has {tuple(self.theta.shape)}"
-            )
-        return replace(self, theta=found)
+        moved = torch.as_tensor(theta, dtype=torch.float64)
+        return replace(self, theta=checks.shape("θ", moved, tuple(self.theta.shape)))
 
 
-def _sizes(states: int, inputs: int, outputs: int, decay: float) -> torch.Generator:
-    if min(states, inputs, outputs) < 1:
-        raise ValueError(
-            f"a cell needs a state, an input and an output; got {states}, {inputs}, {outputs}"
-        )
-    if not 0 < decay < 1:
-        raise ValueError(f"decay is {decay!r}; a stable recurrence has ρ in (0, 1)")
-    return torch.Generator()
+def _drawn(
+    sizes: tuple[int, int, int], decay: float, seed: int, matrices: str
+) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """Normal matrices of variance 1/columns, raveled, and their shapes: "B" is (d, m), "C" (o, d)."""
+    states, inputs, outputs = checks.at_least("states, inputs, outputs", sizes, 1)
+    checks.between("decay", decay, 0, 1, "()", "a stable recurrence has ρ in (0, 1)")
+    shapes = [(outputs, states) if name == "C" else (states, inputs) for name in matrices]
+    generator = torch.Generator().manual_seed(seed)
+    draws = [
+        torch.randn(rows * columns, generator=generator, dtype=torch.float64) / columns**0.5
+        for rows, columns in shapes
+    ]
+    return draws, shapes
 
 
 def diagonal_cell(
     states: int, *, inputs: int = 1, outputs: int = 1, decay: float, seed: int
 ) -> Cell:
-    """Return a diagonal linear state-space model, h_t = a∘h_{t−1} + B u_t, y_t = C h_t, with θ = (a, B, C).
+    """Return a diagonal state-space model, h_t = a∘h_{t−1} + B u_t, y_t = C h_t, with θ = (a, B, C).
 
-    Parameters
-    ----------
-    states, inputs, outputs : int
-    decay : float
-        ρ in (0, 1): the largest |a|; the entries of a lie evenly in [ρ/2, ρ], so that ‖Aᵏ‖ = ρᵏ.
-    seed : int
-        Of B and C: normal with variances 1/m and 1/d.
-
-    Raises
-    ------
-    ValueError
-        A decay outside (0, 1), or a size below 1.
+    `decay` is ρ in (0, 1), the largest |a|; the entries of a lie evenly in [ρ/2, ρ], so that ‖Aᵏ‖ =
+    ρᵏ. B and C are normal with variances 1/m and 1/d.
     """
-    generator = _sizes(states, inputs, outputs, decay).manual_seed(seed)
-    a = decay * torch.linspace(1.0, 0.5, states, dtype=torch.float64)
-    b = torch.randn(states * inputs, generator=generator, dtype=torch.float64) / inputs**0.5
-    c = torch.randn(outputs * states, generator=generator, dtype=torch.float64) / states**0.5
+    drawn, shapes = _drawn((states, inputs, outputs), decay, seed, "BC")
 
     def step(theta: Tensor, h: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, c = torch.split(theta, [states, states * inputs, outputs * states])
-        h = a * h + b.view(states, inputs) @ u
-        return h, c.view(outputs, states) @ h
+        a, b, c = _parts(theta, [(states,), *shapes])
+        h = a * h + b @ u
+        return h, c @ h
 
-    return Cell(step, torch.cat([a, b, c]), states, inputs, outputs)
+    a = decay * torch.linspace(1.0, 0.5, states, dtype=torch.float64)
+    return Cell(step, torch.cat([a, *drawn]), states, inputs, outputs)
 
 
 def gated_cell(states: int, *, inputs: int = 1, outputs: int = 1, decay: float, seed: int) -> Cell:
-    """Return a recurrence whose decay depends on the input, h_t = ρσ(w + V u_t)∘h_{t−1} + B u_t, with θ = (w, V, B, C).
+    """Return a recurrence whose decay depends on the input, h_t = ρσ(w + V u_t)∘h_{t−1} + B u_t.
 
-    As in RWKV the propagator is diagonal and its norm is below ρᵏ whatever θ is. Arguments and errors as `diagonal_cell`.
+    θ = (w, V, B, C). As in RWKV the propagator is diagonal and its norm is below ρᵏ whatever θ is.
     """
-    generator = _sizes(states, inputs, outputs, decay).manual_seed(seed)
-    normal = [
-        torch.randn(count, generator=generator, dtype=torch.float64) * scale
-        for count, scale in (
-            (states * inputs, inputs**-0.5),
-            (states * inputs, inputs**-0.5),
-            (outputs * states, states**-0.5),
-        )
-    ]
+    drawn, shapes = _drawn((states, inputs, outputs), decay, seed, "VBC")
 
     def step(theta: Tensor, h: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        w, v, b, c = torch.split(
-            theta, [states, states * inputs, states * inputs, outputs * states]
-        )
-        h = decay * torch.sigmoid(w + v.view(states, inputs) @ u) * h + b.view(states, inputs) @ u
-        return h, c.view(outputs, states) @ h
+        w, v, b, c = _parts(theta, [(states,), *shapes])
+        h = decay * torch.sigmoid(w + v @ u) * h + b @ u
+        return h, c @ h
 
     w = torch.full((states,), 2.0, dtype=torch.float64)
-    return Cell(step, torch.cat([w, *normal]), states, inputs, outputs)
+    return Cell(step, torch.cat([w, *drawn]), states, inputs, outputs)
+
+
+def _parts(theta: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    return [x.view(shape) for x, shape in zip(torch.split(theta, sizes), shapes, strict=True)]
 
 
 class Unrolled:
-    """A cell run over one sequence, from h = 0, with a copy of its parameters in every step.
-
-    Parameters
-    ----------
-    cell : Cell
-    inputs : (T, m), u_1 … u_T; T ≥ 2.
+    """A cell run over one sequence u_1 … u_T, (T, m), T ≥ 2, from h = 0, with a copy of θ in every step.
 
     Attributes
     ----------
     steps : int, T.
     rows : int, N = T·o: the outputs, step after step.
-
-    Raises
-    ------
-    ValueError
-        Fewer than two steps, inputs of another width, values that are not finite.
     """
 
     def __init__(self, cell: Cell, inputs: ArrayLike | Tensor) -> None:
-        found = torch.as_tensor(inputs, dtype=torch.float64)
-        if found.ndim != 2 or found.shape[1] != cell.inputs:
-            raise ValueError(
-                f"inputs have shape {tuple(found.shape)}; expected (steps, {cell.inputs})"
-            )
-        if len(found) < 2:
-            raise ValueError(
-                f"{len(found)} step(s): a recurrence needs two or more to have copies that differ"
-            )
-        if not (torch.isfinite(found).all() and torch.isfinite(cell.theta).all()):
-            raise ValueError("inputs or parameters are not finite")
-        self.cell, self.inputs = cell, found
-        self.steps, self.rows = len(found), len(found) * cell.outputs
+        self.cell, self.inputs = cell, torch.as_tensor(inputs, dtype=torch.float64)
+        checks.shape("inputs", self.inputs, ("steps", cell.inputs))
+        self.steps = len(self.inputs)
+        self.rows = self.steps * cell.outputs
+        why = "a recurrence needs two or more to have copies that differ"
+        checks.at_least("number of steps", self.steps, 2, why)
+        checks.finite("inputs", self.inputs)
+        checks.finite("θ", cell.theta)
 
     def _run(self, copies: Tensor) -> tuple[Tensor, Tensor]:
         h = torch.zeros(self.cell.states, dtype=torch.float64)
@@ -177,8 +147,8 @@ class Unrolled:
         return self.cell.theta.expand(self.steps, -1).clone()
 
     def _jacobian(self, copies: Tensor) -> Tensor:
-        found: Tensor = jacrev(lambda at: self._run(at)[1])(copies)  # (N, T, p)
-        return found.transpose(0, 1)
+        by_row: Tensor = jacrev(lambda at: self._run(at)[1])(copies)  # (N, T, p)
+        return by_row.transpose(0, 1)
 
     def output(self) -> Array:
         """Return y_1 … y_T, (N,)."""
@@ -189,128 +159,85 @@ class Unrolled:
         return self._run(self._tied())[0].numpy()
 
     def copies(self) -> Array:
-        """Return J^(1) … J^(T), (T, N, p): the copy of step l moves the outputs from step l on. Cost: N backward passes."""
+        """Return J^(1) … J^(T), (T, N, p): that of step l moves outputs from l on. Cost: N gradients."""
         return self._jacobian(self._tied()).numpy()
 
     def velocity(self, error: ArrayLike, *, tied: bool = True) -> Array:
-        """Return θ̇ of every copy under gradient flow of ½‖e‖², (T, p).
+        """Return θ̇ of every copy, (T, p), under gradient flow of ½‖e‖², e = target − output, (N,).
 
-        Parameters
-        ----------
-        error : (N,), e = target − output.
-        tied : bool
-            True: all copies move along Σ_m J^(m)ᵀe, as shared weights do. False: copy m moves along its own J^(m)ᵀe.
+        `tied`: all copies move along Σ_m J^(m)ᵀe, as shared weights do; else copy m along its own
+        J^(m)ᵀe.
         """
-        e = np.asarray(error, dtype=np.float64)
-        if e.shape != (self.rows,):
-            raise ValueError(
-                f"error has shape {e.shape}; expected ({self.rows},), one number per output of every step"
-            )
+        e = checks.shape("error", np.asarray(error, dtype=np.float64), (self.rows,))
         own: Array = np.einsum("lnp,n->lp", self.copies(), e)
         return np.broadcast_to(own.sum(0), own.shape).copy() if tied else own
 
     def rates(self, velocity: ArrayLike) -> Array:
-        """Return J̇^(1) … J̇^(T), (T, N, p), when copy m moves along `velocity[m]`, (T, p). Exact, by forward over reverse mode."""
-        along = torch.as_tensor(np.asarray(velocity, dtype=np.float64))
+        """Return J̇^(1) … J̇^(T), (T, N, p), when copy m moves along `velocity[m]`, (T, p).
+
+        Exact, by forward over reverse mode.
+        """
         at = self._tied()
-        if along.shape != at.shape:
-            raise ValueError(
-                f"velocity has shape {tuple(along.shape)}; expected {tuple(at.shape)}, one row per step"
-            )
-        moved = jvp(self._jacobian, (at,), (along,))[1]
-        found: Array = moved.detach().numpy()
-        return found
+        along = torch.as_tensor(np.asarray(velocity, dtype=np.float64))
+        checks.shape("velocity", along, tuple(at.shape))
+        return jvp(self._jacobian, (at,), (along,))[1].detach().numpy()
 
     def row_tail(self, rates: ArrayLike, band: int) -> Array:
         """Return the operator norm of the rows of J̇^(l) after step l + K, (T,)."""
         moved = np.asarray(rates, dtype=np.float64)
-        after = [(i + band + 1) * self.cell.outputs for i in range(self.steps)]
-        return np.array(
-            [
-                np.linalg.norm(m[a:], 2) if a < self.rows else 0.0
-                for m, a in zip(moved, after, strict=True)
-            ]
-        )
+        beyond = [m[(i + band + 1) * self.cell.outputs :] for i, m in enumerate(moved)]
+        return np.array([np.linalg.norm(rows, 2) if rows.size else 0.0 for rows in beyond])
 
 
 def readout_coefficients(unrolled: Unrolled, rates: ArrayLike, *, band: int) -> Coefficients:
     """Return right coefficients that reproduce the rows l … l + K of J̇^(l) by the readout of the copies there.
 
-    The readout of copy t moves y_t alone, by h_t: so B_tl = (I ⊗ h_t/‖h_t‖²) · (rows of step t of J̇^(l)), and ‖B_tl‖ is the norm of
-    those rows over ‖h_t‖. What is left of J̇^(l) is its row tail.
-
-    Parameters
-    ----------
-    unrolled : Unrolled
-    rates : (T, N, p)
-        From :meth:`Unrolled.rates`.
-    band : int, K ≥ 0.
-
-    Raises
-    ------
-    ValueError
-        If some h_t is 0 (its readout then moves nothing), or the band is negative.
+    The readout of copy t moves y_t alone, by h_t: so B_tl = (I ⊗ h_t/‖h_t‖²) · (rows of step t of
+    J̇^(l)), and ‖B_tl‖ is the norm of those rows over ‖h_t‖. What is left of J̇^(l) is its row
+    tail. No h_t may be 0: its readout would move nothing. `rates`, (T, N, p), are those of
+    :meth:`Unrolled.rates`.
     """
-    if int(band) != band or band < 0:
-        raise ValueError(f"band is {band!r}; expected a whole number from 0")
+    band = checks.whole("band", band)
     moved, h = np.asarray(rates, dtype=np.float64), unrolled.states()
     lengths = np.linalg.norm(h, axis=1)
     if (lengths == 0).any():
-        raise ValueError(
-            f"h is 0 in step {int(np.argmin(lengths))}: the readout of that copy moves no output"
-        )
-    o, p = unrolled.cell.outputs, moved.shape[2]
-    parts: list[dict[int, Array]] = []
-    for i in range(unrolled.steps):
-        row = {}
-        for t in range(i, min(i + band, unrolled.steps - 1) + 1):
+        still = int(np.argmin(lengths))
+        raise ValueError(f"h is 0 in step {still}: the readout of that copy moves no output")
+    o, p, steps = unrolled.cell.outputs, moved.shape[2], unrolled.steps
+    parts: list[dict[int, Array]] = [{} for _ in range(steps)]
+    for i, row in enumerate(parts):
+        for t in range(i, min(i + band + 1, steps)):
+            readout = np.kron(np.eye(o), h[t][:, None] / lengths[t] ** 2)
             row[t] = np.zeros((p, p))
-            row[t][-o * unrolled.cell.states :] = (
-                np.kron(np.eye(o), h[t][:, None] / lengths[t] ** 2) @ moved[i, t * o : (t + 1) * o]
-            )
-        parts.append(row)
-    tail = unrolled.row_tail(moved, int(band))
+            row[t][-len(readout) :] = readout @ moved[i, t * o : (t + 1) * o]
     rest = np.array([np.linalg.norm(m[(i + band + 1) * o :]) for i, m in enumerate(moved)])
     size = np.maximum(np.linalg.norm(moved, axis=(1, 2)), np.finfo(float).tiny)
     ranks = np.array([len(row) * o for row in parts])
-    return Coefficients("right", int(band), parts, rest / size, tail, ranks)
-
-
-def _rho(rho: float) -> float:
-    if not 0 < rho < 1:
-        raise ValueError(f"rho is {rho!r}; a decaying path has ρ in (0, 1)")
-    return float(rho)
+    return Coefficients("right", band, parts, rest / size, unrolled.row_tail(moved, band), ranks)
 
 
 def path_tail(band: int, rho: float) -> float:
-    """Return Σ_{k>K} (1+k)ρᵏ: the derivative of Aᵏ has k places to act on, so paths count k times. Total: K = −1."""
-    r = _rho(rho)
+    """Return Σ_{k>K} (1+k)ρᵏ: the derivative of Aᵏ has k places to act on. The total is at K = −1."""
+    r = float(checks.between("rho", rho, 0, 1, "()", "a decaying path has ρ in (0, 1)"))
     return float(r ** (band + 1) * ((band + 2) * (1 - r) + r) / (1 - r) ** 2)
 
 
 def interaction_range(delta: float, rho: float, *, relative: bool = False) -> int:
     """Return the smallest K ≥ 0 with Σ_{k>K} (1+k)ρᵏ ≤ δ, or ≤ δ times the whole sum if `relative`.
 
-    Absolute: K = O((log 1/δ + log 1/(1−ρ))/(1−ρ)). Relative: K = O(log(1/δ)/(1−ρ)), the form of equation (8).
-
-    Raises
-    ------
-    ValueError
-        If δ is not positive or ρ not in (0, 1).
-
-    Notes
-    -----
-    With x = K + 1 + 1/(1−ρ) the tail is δ where xρˣ = δ(1−ρ)ρ^{1/(1−ρ)}: Lambert's function, branch −1.
+    Absolute: K = O((log 1/δ + log 1/(1−ρ))/(1−ρ)). Relative: K = O(log(1/δ)/(1−ρ)), the form of
+    equation (8). With x = K + 1 + 1/(1−ρ) the tail is δ where xρˣ = δ(1−ρ)ρ^{1/(1−ρ)}: Lambert's
+    function, branch −1.
     """
-    r = _rho(rho)
-    if not delta > 0:
-        raise ValueError(f"delta is {delta!r}; expected a positive tolerance")
-    goal = delta * path_tail(-1, r) if relative else delta
-    if path_tail(0, r) <= goal:
+    whole = path_tail(-1, rho)
+    goal = checks.positive("delta", delta, "expected a positive tolerance")
+    if relative:
+        goal = delta * whole
+    if path_tail(0, rho) <= goal:
         return 0
-    mu = -np.log(r)
-    x = float(lambertw(-mu * goal * (1 - r) * r ** (1 / (1 - r)), -1).real) / -mu
-    band = max(int(np.ceil(x - 1 - 1 / (1 - r))) - 1, 0)  # one below, against rounding
-    while path_tail(band, r) > goal:
+    mu, gap = -np.log(rho), 1 - rho
+    x = float(lambertw(-mu * goal * gap * rho ** (1 / gap), -1).real) / -mu
+    band = max(int(np.ceil(x - 1 - 1 / gap)) - 1, 0)  # one below, against rounding
+    while path_tail(band, rho) > goal:
         band += 1
     return band

@@ -235,7 +235,12 @@ def test_independent_wide_nets_are_coherent() -> None:
     wide, narrow = (_blocks(SumOfNets(5, width, 3, seed=0)) for width in (512, 16))
     off = ~np.eye(3, dtype=bool)
     high = block_coherence(wide, matrices=block_matrices(wide)).normalized[off].min()
-    assert high > 0.98 > block_coherence(narrow, matrices=block_matrices(narrow)).normalized[off].min() > 0.6
+    assert (
+        high
+        > 0.98
+        > block_coherence(narrow, matrices=block_matrices(narrow)).normalized[off].min()
+        > 0.6
+    )
 
 
 def test_iteration_serves_a_language_model() -> None:

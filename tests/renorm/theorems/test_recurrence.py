@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from grsd.dynamics.flow import central
-from grsd.renorm.theorems.envelope import envelope
-from grsd.renorm.theorems.jacobian import coefficients
+from grsd.renorm.theorems.jacobian import coefficients, envelope
 from grsd.renorm.theorems.recurrence import (
     Cell,
     Unrolled,
@@ -220,9 +219,9 @@ CELL = diagonal_cell(1, decay=0.5, seed=0)
     [
         (lambda: diagonal_cell(2, decay=1.0, seed=0), "decay is 1.0; a stable recurrence"),
         (lambda: gated_cell(2, decay=0.0, seed=0), "decay is 0.0"),
-        (lambda: diagonal_cell(0, decay=0.5, seed=0), "got 0, 1, 1"),
-        (lambda: CELL.at(np.ones(2)), r"θ has shape \(2,\); this cell has \(3,\)"),
-        (lambda: Unrolled(CELL, signs(1)), r"1 step\(s\)"),
+        (lambda: diagonal_cell(0, decay=0.5, seed=0), r"states, inputs, outputs\[0\] is 0"),
+        (lambda: CELL.at(np.ones(2)), r"θ has shape \(2,\); expected \(3,\)"),
+        (lambda: Unrolled(CELL, signs(1)), "number of steps is 1; a recurrence"),
         (lambda: Unrolled(CELL, signs(4, 2)), r"expected \(steps, 1\)"),
         (lambda: Unrolled(CELL, signs(4) * np.nan), "not finite"),
         (lambda: Unrolled(CELL, signs(4)).velocity(np.ones(3)), r"expected \(4,\)"),
