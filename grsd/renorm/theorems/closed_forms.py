@@ -1,8 +1,10 @@
-"""Velocity fields v(λ, t) in closed form: balanced modes and ensembles of them, one common gain, spirals, a chain of shells.
+"""Velocity fields v(λ, t) in closed form: balanced modes, their ensembles, a common gain, spirals.
 
-A balanced two-factor mode is f = a b with a = b: λ = a² + b² = 2f, error y − λ/2, λ̇ = λ(2y − λ). It is the one learning system here
-whose λ(t) is elementary, and an ensemble of them is a velocity field, or fails to be one. Networks that realise these formulas
-under gradient flow are in :mod:`grsd.renorm.theorems.counterexamples`; what compares two flows is in :mod:`grsd.renorm.theorems.covariance`.
+A balanced two-factor mode is f = a b with a = b: λ = a² + b² = 2f, error y − λ/2, λ̇ = λ(2y − λ).
+It is the one learning system here whose λ(t) is elementary, and an ensemble of them is a velocity
+field, or fails to be one. Networks that realise these formulas under gradient flow are in
+:mod:`grsd.renorm.theorems.counterexamples`; what compares two flows is in
+:mod:`grsd.renorm.theorems.covariance`. Arguments broadcast; results are float64.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import exprel, lambertw
 
+from grsd import checks
+
 __all__ = [
     "BalancedModes",
     "Gain",
-    "Shells",
     "Spirals",
     "balanced_eigenvalue",
     "balanced_field",
@@ -31,100 +34,68 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+ONE_FACTOR = "a mode of one factor has a constant λ, so give 2 or more"
 
 
 def balanced_eigenvalue(t: ArrayLike, target: ArrayLike, start: ArrayLike) -> Array:
-    """Return λ(t) of λ̇ = λ(2y − λ), λ(0) = `start`: λ₀/(e^{−2yt} + λ₀(1 − e^{−2yt})/2y). y = 0 is included.
+    """Return λ(t) of λ̇ = λ(2y − λ), λ(0) = `start`: λ₀/(e^{−2yt} + λ₀(1 − e^{−2yt})/2y), y = 0 too.
 
-    Arguments broadcast; t and y in units whose product is a number, λ₀ ≥ 0 in units of y.
+    t and y in units whose product is a number, λ₀ ≥ 0 in units of y.
     """
     times, y, first = (np.asarray(x, float) for x in (t, target, start))
-    if np.any(~(first >= 0.0)):
-        raise ValueError(f"start is {start!r}; an eigenvalue of J Jᵀ is not negative")
-    found: Array = first / (np.exp(-2 * y * times) + first * times * exprel(-2 * y * times))
-    return found
+    checks.at_least("start", first, 0, "an eigenvalue of J Jᵀ is not negative")
+    return first / (np.exp(-2 * y * times) + first * times * exprel(-2 * y * times))
 
 
 def balanced_velocity(lam: ArrayLike, target: ArrayLike, imbalance: ArrayLike = 0.0) -> Array:
-    """Return λ̇ of one mode f = a b with λ = a² + b², a² − b² = D (`imbalance`, constant in time): 4f(y − f), 2f = √(λ² − D²).
+    """Return λ̇ = 4f(y − f), 2f = √(λ² − D²), of a mode f = a b with λ = a² + b², D = a² − b².
 
-    For D = 0 this is λ(2y − λ). At one and the same λ it depends on y and on D: v is no function of λ and t alone.
-
-    Raises
-    ------
-    ValueError
-        If λ < |D|, which a² + b² cannot be.
+    The `imbalance` D is constant in time, |D| ≤ λ. For D = 0 this is λ(2y − λ). At one and the same
+    λ it depends on y and on D: v is no function of λ and t alone.
     """
     x, y, d = (np.asarray(a, float) for a in (lam, target, imbalance))
-    if np.any(~(x >= np.abs(d))):
-        raise ValueError(f"λ = {lam!r} is less than |a² − b²| = {imbalance!r}; a² + b² cannot be")
+    checks.at_least("λ − |D|", x - np.abs(d), 0, "λ = a² + b² cannot be less than |a² − b²|")
     f = 0.5 * np.sqrt((x - d) * (x + d))
-    found: Array = 4 * f * (y - f)
-    return found
+    return 4 * f * (y - f)
 
 
 def balanced_field(lam: ArrayLike, t: float, start: Callable[[float], float]) -> Array:
-    """Return v(λ, t) of the family of all balanced modes y > 0 that start at λ(0) = start(y).
+    """Return v(λ, t) of the family of all balanced modes y > 0 that start at `start`(y).
 
-    Parameters
-    ----------
-    lam : (n,), positive
-    t : float, positive
-    start : callable
-        y ↦ λ(0), such that λ(t) increases with y. Then one mode passes (λ, t), and the field has one value there.
-
-    Raises
-    ------
-    ValueError
-        If no y in [10⁻¹², 10¹²] gives λ at t.
+    λ and t are positive. λ(t) must increase with y: then one mode passes (λ, t), and the field has
+    one value there. It is looked for at y in [10⁻¹², 10¹²].
     """
-    if not t > 0:
-        raise ValueError(f"t is {t}; expected a positive time")
+    checks.positive("t", t, "expected a positive time")
 
     def gap(log_y: float, value: float) -> float:
         y = math.exp(log_y)
         return math.log(float(balanced_eigenvalue(t, y, start(y)))) - math.log(value)
 
-    bracket, found = math.log(1e12), []
-    for value in np.ravel(np.asarray(lam, float)):
-        if not value > 0 or gap(-bracket, value) * gap(bracket, value) > 0:
+    values = np.asarray(lam, float)
+    end, speeds = math.log(1e12), []
+    for value in values.ravel():
+        if not value > 0 or gap(-end, value) * gap(end, value) > 0:
             raise ValueError(
-                f"no target between 1e-12 and 1e12 has λ = {value} at t = {t}; give a λ that the family reaches"
+                f"no target between 1e-12 and 1e12 has λ = {value} at t = {t}; give a λ that the "
+                "family reaches"
             )
-        y = math.exp(brentq(gap, -bracket, bracket, args=(value,), xtol=1e-15, rtol=1e-15))
-        found.append(float(balanced_velocity(value, y)))
-    return np.array(found).reshape(np.shape(lam))
+        y = math.exp(brentq(gap, -end, end, args=(value,), xtol=1e-15, rtol=1e-15))
+        speeds.append(float(balanced_velocity(value, y)))
+    return np.array(speeds).reshape(values.shape)
 
 
 @dataclass(frozen=True)
 class BalancedModes:
-    """Balanced modes side by side, without coupling: mode k has the target y_k and starts at λ_k(0).
-
-    Attributes
-    ----------
-    targets, starts : (n,), y_k in units of 1/time and λ_k(0) > 0 in the same.
-    """
+    """Balanced modes without coupling: targets y_k and starts λ_k(0) > 0, (n,), both in 1/time."""
 
     targets: Array
     starts: Array
 
     def __post_init__(self) -> None:
-        if (
-            self.targets.ndim != 1
-            or self.targets.shape != self.starts.shape
-            or not len(self.targets)
-        ):
-            raise ValueError(
-                f"targets {self.targets.shape} and starts {self.starts.shape} must be equally long lists"
-            )
-        if not (
-            np.isfinite(self.targets).all()
-            and np.isfinite(self.starts).all()
-            and self.starts.min() > 0
-        ):
-            raise ValueError(
-                f"starts must be positive and all numbers finite; the smallest start is {self.starts.min()}"
-            )
+        checks.shape("targets", self.targets, ("n",))
+        checks.shape("starts", self.starts, self.targets.shape)
+        checks.finite("targets", self.targets)
+        checks.positive("starts", self.starts)
 
     @classmethod
     def scale_free(cls, targets: ArrayLike, kappa: float) -> BalancedModes:
@@ -134,13 +105,13 @@ class BalancedModes:
 
     @classmethod
     def common_target(cls, starts: ArrayLike, target: float = 1.0) -> BalancedModes:
-        """Return an ensemble with one target for all: v = λ(2y − λ), a field that stands still and has the scale y."""
+        """One target for all: v = λ(2y − λ), a field that stands still and has the scale y."""
         first = np.asarray(starts, float)
         return cls(np.full(first.shape, float(target)), first)
 
     @classmethod
     def random(cls, count: int, *, seed: int, span: float = 100.0) -> BalancedModes:
-        """Targets and starts log-uniform over a factor `span` each, drawn independently (starts around 0.01)."""
+        """Targets and starts (around 0.01) log-uniform over a factor `span`, independent."""
         rng = np.random.default_rng(seed)
         y, first = np.exp(math.log(span) * (rng.random((2, count)) - 0.5))
         return cls(y, 0.01 * first)
@@ -151,68 +122,61 @@ class BalancedModes:
 
     def velocities(self, t: float) -> Array:
         """Return λ̇_k(t), (n,)."""
-        found: Array = 2 * self.eigenvalues(t) * self.errors(t)
-        return found
+        return 2 * self.eigenvalues(t) * self.errors(t)
 
     def errors(self, t: float) -> Array:
-        """Return e_k(t) = y_k − λ_k/2, (n,), as ½λ(2y/λ(0) − 1)e^{−2yt}, which keeps its digits when little error is left."""
+        """Return e_k(t) = y_k − λ_k/2, (n,).
+
+        As ½λ(2y/λ(0) − 1)e^{−2yt}, which keeps its digits when little error is left.
+        """
         y = self.targets
-        found: Array = 0.5 * self.eigenvalues(t) * (2 * y / self.starts - 1) * np.exp(-2 * y * t)
-        return found
+        return 0.5 * self.eigenvalues(t) * (2 * y / self.starts - 1) * np.exp(-2 * y * t)
 
 
 def scale_free_velocity(lam: ArrayLike, t: ArrayLike, kappa: float) -> Array:
-    """Return the field of balanced modes with λ(0) = κy for every y > 0: v = (λ/t) W((2/κ − 1) λt e^{−λt}), exactly.
+    """Return the field of balanced modes with λ(0) = κy, 0 < κ < 2, for every y > 0, exactly.
 
-    W is Lambert's function. Derivation: with τ = yt and u = λt, λ = yΛ(τ) reads u(1 + c e^{−2τ}) = 2τ, c = 2/κ − 1. Put z = 2τ − u: then
-    z eᶻ = c u e^{−u}, and t²v = τ²Λ(2 − Λ) = u z.
-
-    Raises
-    ------
-    ValueError
-        κ outside (0, 2).
+    v = (λ/t) W((2/κ − 1) λt e^{−λt}), W Lambert's function. Derivation: with τ = yt and u = λt, λ =
+    yΛ(τ) reads u(1 + c e^{−2τ}) = 2τ, c = 2/κ − 1. Put z = 2τ − u: then z eᶻ = c u e^{−u}, and t²v
+    = τ²Λ(2 − Λ) = u z.
     """
     x, times = np.asarray(lam, float), np.asarray(t, float)
-    u = x * times
-    found: Array = x / times * np.real(lambertw((2 / _kappa(kappa) - 1) * u * np.exp(-u)))
-    return found
+    return x / times * _lambert(x * times, kappa)
 
 
 def scale_free_exponent(u: ArrayLike, kappa: float) -> Array:
-    """Return d log F/d log u of F(u) = t²v, u = λt: 1 + (1 − u)/(1 + W(c u e^{−u})). 2 at u → 0, 1 at u = 1, falling beyond."""
+    """Return d log F/d log u of F(u) = t²v, u = λt: 2 at u → 0, 1 at u = 1, falling beyond.
+
+    It is 1 + (1 − u)/(1 + W(c u e^{−u})).
+    """
     x = np.asarray(u, float)
-    found: Array = 1 + (1 - x) / (1 + np.real(lambertw((2 / _kappa(kappa) - 1) * x * np.exp(-x))))
-    return found
+    return 1 + (1 - x) / (1 + _lambert(x, kappa))
+
+
+def _lambert(u: Array, kappa: float) -> Array:
+    return np.real(lambertw((2 / _kappa(kappa) - 1) * u * np.exp(-u)))
 
 
 def _kappa(kappa: float) -> float:
-    if not 0 < kappa < 2:
-        raise ValueError(
-            f"kappa is {kappa}; expected a number between 0 and 2 (at 2 the modes start where they end)"
-        )
-    return float(kappa)
+    why = "expected a number between 0 and 2 (at 2 the modes start where they end)"
+    return checks.between("kappa", kappa, 0, 2, "()", why)
 
 
 def deep_velocity(lam: ArrayLike, depth: int, target: ArrayLike = 0.0) -> Array:
-    """Return λ̇ of one mode f = a^L, L equal factors: λ = L a^{2L−2}, λ̇ = 2L(L−1)(λ/L)^α (y − (λ/L)^{L/(2L−2)}), α = (3L−4)/(2L−2).
+    """Return λ̇ of a mode f = a^L of L equal factors: λ = L a^{2L−2}, α = (3L−4)/(2L−2).
 
-    At y = 0 it is −2L(L−1)(λ/L)² for every L. For L = 2 it is λ(2y − λ).
+    λ̇ = 2L(L−1)(λ/L)^α (y − (λ/L)^{L/(2L−2)}). At y = 0 it is −2L(L−1)(λ/L)² for every L; for L = 2
+    it is λ(2y − λ).
     """
-    if depth < 2:
-        raise ValueError(
-            f"depth is {depth}; a mode of one factor has a constant λ, so give 2 or more"
-        )
+    checks.whole("depth", depth, 2, ONE_FACTOR)
     a = (np.asarray(lam, float) / depth) ** (1 / (2 * depth - 2))
-    found: Array = (
-        2 * depth * (depth - 1) * a ** (3 * depth - 4) * (np.asarray(target, float) - a**depth)
-    )
-    return found
+    error = np.asarray(target, float) - a**depth
+    return 2 * depth * (depth - 1) * a ** (3 * depth - 4) * error
 
 
 def deep_exponent(depth: int) -> float:
-    """Return α = (3L−4)/(2L−2): v ∝ λ^α while a balanced mode of L factors grows and its error is still y."""
-    if depth < 2:
-        raise ValueError(f"depth is {depth}; expected 2 or more")
+    """Return α = (3L−4)/(2L−2): v ∝ λ^α while a mode of L factors grows at error y."""
+    checks.whole("depth", depth, 2, ONE_FACTOR)
     return (3 * depth - 4) / (2 * depth - 2)
 
 
@@ -220,13 +184,10 @@ def deep_exponent(depth: int) -> float:
 class Gain:
     """The gain model f = g Φ w with all of the target, and all of w, in the first mode of Φ.
 
-    The other modes have λ_k = q s_k² with one common factor q = g², so λ̇_k/λ_k = q̇/q is the same for all of them, exactly. With g = w₁ at the
-    start q̇ = 2 s₁ q (y₁ − s₁q): a logistic curve, or for y₁ = 0 the hyperbola q = 1/(2s₁²(t + t∗)).
-
-    Attributes
-    ----------
-    s1, y1 : float, first singular value (> 0) and target.
-    q0 : float, q(0) > 0.
+    The other modes have λ_k = q s_k² with one common factor q = g², so λ̇_k/λ_k = q̇/q is the same
+    for all of them, exactly. With g = w₁ at the start q̇ = 2 s₁ q (y₁ − s₁q): a logistic curve, or
+    for y₁ = 0 the hyperbola q = 1/(2s₁²(t + t∗)). The first singular value s1 and q0 = q(0) are
+    positive, y1 is the target.
     """
 
     s1: float
@@ -234,8 +195,7 @@ class Gain:
     q0: float
 
     def __post_init__(self) -> None:
-        if not (self.s1 > 0 and self.q0 > 0):
-            raise ValueError(f"s1 = {self.s1} and q0 = {self.q0}; both must be positive")
+        checks.positive("s1, q0", (self.s1, self.q0))
 
     @property
     def lag(self) -> float:
@@ -243,31 +203,24 @@ class Gain:
         return 1 / (2 * self.s1**2 * self.q0)
 
     def gain(self, t: ArrayLike) -> Array:
-        """Return q(t) = g². With λ = 2 s₁ q it is a balanced mode: λ̇ = λ(2 s₁y₁ − s₁λ)."""
-        found: Array = balanced_eigenvalue(t, self.s1 * self.y1, 2 * self.s1**2 * self.q0) / (
-            2 * self.s1**2
-        )
-        return found
+        """Return q(t) = g². With λ = 2 s₁² q it is a balanced mode: λ̇ = λ(2 s₁y₁ − λ)."""
+        scale = 2 * self.s1**2
+        return balanced_eigenvalue(t, self.s1 * self.y1, scale * self.q0) / scale
 
     def log_velocity(self, t: ArrayLike) -> Array:
         """Return λ̇/λ of every mode but the first, 2 s₁(y₁ − s₁q(t))."""
-        found: Array = 2 * self.s1 * (self.y1 - self.s1 * self.gain(t))
-        return found
+        return 2 * self.s1 * (self.y1 - self.s1 * self.gain(t))
 
 
 @dataclass(frozen=True)
 class Spirals:
-    """Pairs of modes (ρ, rρ) that turn at one rate ω while every eigenvalue stands still: all flux is rotation.
+    """Pairs of modes (ρ, rρ) that turn at one rate ω while eigenvalues stand still.
 
-    Ω = ω for every pair, and the normalised coupling X/√(λ_uλ_v) = ω(r − 1)/√r: neither knows where in log λ the pair lies.
-    The error of a pair decays as one, |e|² = e^{−2xt}, with x the lower root of x² − (1 + r)ρx + rρ² + ω² = 0. Its lower mode would lose
-    energy at 2ρ; it loses it at 2x, so 2(x − ρ)E₁ passes to the upper one.
-
-    Attributes
-    ----------
-    scales : (K,), ρ_k > 0, the lower eigenvalues.
-    ratio : float, r > 1.
-    rate : float, ω, 0 < ω < (r − 1)ρ/2.
+    All flux is rotation. Ω = ω for every pair, and the normalised coupling X/√(λ_uλ_v) = ω(r −
+    1)/√r: neither knows where in log λ the pair lies. The error of a pair decays as one, |e|² =
+    e^{−2xt}, with x the lower root of x² − (1 + r)ρx + rρ² + ω² = 0. Its lower mode would lose
+    energy at 2ρ; it loses it at 2x, so 2(x − ρ)E₁ passes to the upper one. `scales` (K,) are the
+    lower eigenvalues ρ_k > 0, `ratio` is r > 1, `rate` is ω below (r − 1)ρ/2.
     """
 
     scales: Array
@@ -275,24 +228,22 @@ class Spirals:
     rate: float
 
     def __post_init__(self) -> None:
-        if not (
-            self.ratio > 1 and 0 < self.rate < 0.5 * (self.ratio - 1) * float(np.min(self.scales))
-        ):
-            raise ValueError(
-                f"ratio = {self.ratio} and rate = {self.rate}: expected ratio > 1 and 0 < rate < (ratio − 1)/2 times the least scale, "
-                f"{np.min(self.scales)}"
-            )
+        checks.positive("ratio − 1", self.ratio - 1)
+        high = 0.5 * (self.ratio - 1) * float(np.min(self.scales))
+        checks.between("rate", self.rate, 0, high, "()", f"expected 0 < rate < (r − 1)ρ/2 = {high}")
 
     @property
     def decay(self) -> Array:
         """x, (K,)."""
         r, rho = self.ratio, self.scales
-        found: Array = 0.5 * ((1 + r) * rho - np.sqrt(((r - 1) * rho) ** 2 - 4 * self.rate**2))
-        return found
+        return 0.5 * ((1 + r) * rho - np.sqrt(((r - 1) * rho) ** 2 - 4 * self.rate**2))
 
     @property
     def shape(self) -> tuple[Array, Array, Array]:
-        """(p, q, β), (K,) each, of the planes that realise them: p² = x, pq = ω, β = rρ²/x; for `counterexamples.spiral`."""
+        """(p, q, β), (K,) each, of the planes that realise them, for `counterexamples.spiral`.
+
+        p² = x, pq = ω, β = rρ²/x.
+        """
         p = np.sqrt(self.decay)
         return p, self.rate / p, self.ratio * self.scales**2 / p**2
 
@@ -305,63 +256,8 @@ class Spirals:
     def log_velocity(
         self, step: Callable[[Array], Array], slope: Callable[[Array], Array], t: float
     ) -> float:
-        """Return J/ε in nats per time at a smooth edge χ: Σ 2(x − ρ)E₁[χ(rρ) − χ(ρ)] over Σ Eλχ'(λ)."""
+        """Return J/ε at a smooth edge χ, nats per time: Σ 2(x − ρ)E₁[χ(rρ) − χ(ρ)]/Σ Eλχ'(λ)."""
         low, high = self.energies(t)
-        upper = self.ratio * self.scales
-        passed = float(
-            np.sum(2 * (self.decay - self.scales) * low * (step(upper) - step(self.scales)))
-        )
-        density = float(
-            np.sum(low * self.scales * slope(self.scales) + high * upper * slope(upper))
-        )
-        return passed / density
-
-
-@dataclass(frozen=True)
-class Shells:
-    """A chain of shells that exchange energy with their neighbours alike everywhere: Ė_i = k(E_{i+1} − 2E_i + E_{i−1}).
-
-    The transfer between i and i+1, k(E_i − E_{i+1}) upwards, is antisymmetric, local, and the same function at every i: Condition 4
-    holds for it without error. It is a model of shells; no network is claimed to realise it.
-
-    Attributes
-    ----------
-    rate : float, k > 0 in 1/time.
-    width : float, h > 0, width of a shell in s = log λ.
-    """
-
-    rate: float
-    width: float
-
-    def __post_init__(self) -> None:
-        if not (self.rate > 0 and self.width > 0):
-            raise ValueError(f"rate = {self.rate} and width = {self.width}; both must be positive")
-
-    @property
-    def diffusivity(self) -> float:
-        """κ = k h²."""
-        return self.rate * self.width**2
-
-    def flux(self, energies: ArrayLike) -> Array:
-        """Return what passes upwards through the inner edges, (n−1,), energy per time."""
-        found: Array = -self.rate * np.diff(np.asarray(energies, float))
-        return found
-
-    def rates(self, energies: ArrayLike) -> Array:
-        """Return Ė, (n,), with closed ends."""
-        through = np.concatenate([[0.0], self.flux(energies), [0.0]])
-        found: Array = -np.diff(through)
-        return found
-
-    def log_velocity(self, energies: ArrayLike) -> Array:
-        """Return J/ε at the inner edges, (n−1,): flux over the mean density of the two shells, in nats per time."""
-        e = np.asarray(energies, float)
-        found: Array = 2 * self.width * self.flux(e) / (e[1:] + e[:-1])
-        return found
-
-    def gaussian_velocity(self, s: ArrayLike, variance: float) -> Array:
-        """Return the velocity at edges s for E_i ∝ exp(−s_i²/2σ²): 2kh tanh(sh/2σ²), which is κs/σ² for narrow shells."""
-        found: Array = (
-            2 * self.rate * self.width * np.tanh(np.asarray(s, float) * self.width / (2 * variance))
-        )
-        return found
+        rho, upper = self.scales, self.ratio * self.scales
+        passed = float(np.sum(2 * (self.decay - rho) * low * (step(upper) - step(rho))))
+        return passed / float(np.sum(low * rho * slope(rho) + high * upper * slope(upper)))

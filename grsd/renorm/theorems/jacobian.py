@@ -121,7 +121,7 @@ class Coefficients:
 def coefficients(
     blocks: Sequence[ArrayLike], rates: Sequence[ArrayLike], *, band: int, kind: Kind = "right"
 ) -> Coefficients:
-    """Fit J̇^(l) by the blocks within distance `band`: least squares, the smallest where there is a choice.
+    """Fit J̇^(l) by the blocks within distance `band`: least squares of smallest norm.
 
     Only kind "right" exists for blocks of different sizes: the other two add a J^(p) to a J̇^(l),
     so their parameters must be numbered alike. Residuals and row sum of the result belong together:

@@ -1,4 +1,4 @@
-"""A recurrent network unrolled in time: one copy of its parameters a step, and the Jacobian of each.
+"""A recurrent network unrolled in time: a copy of its parameters a step, and their Jacobians.
 
 A `Cell` is one step; `Unrolled` runs it over a sequence with a copy of θ in each step, J^(l) =
 ∂(y_1 … y_T)/∂θ_l. The tied network has J = Σ_l J^(l), so its M = JJᵀ is not Σ_l J^(l)J^(l)ᵀ.
@@ -38,7 +38,7 @@ Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One step of a recurrence with a linear readout, (h_t, y_t) = step(θ, h_{t−1}, u_t), y_t = C h_t.
+    """One step of a recurrence and its linear readout: (h_t, y_t) = step(θ, h_{t−1}, u_t), y_t = C h_t.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class Cell:
 def _drawn(
     sizes: tuple[int, int, int], decay: float, seed: int, matrices: str
 ) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """Normal matrices of variance 1/columns, raveled, and their shapes: "B" is (d, m), "C" (o, d)."""
+    """Normal matrices of variance 1/columns, raveled, with their shapes; "C" is (o, d)."""
     states, inputs, outputs = checks.at_least("states, inputs, outputs", sizes, 1)
     checks.between("decay", decay, 0, 1, "()", "a stable recurrence has ρ in (0, 1)")
     shapes = [(outputs, states) if name == "C" else (states, inputs) for name in matrices]
@@ -78,10 +78,10 @@ def _drawn(
 def diagonal_cell(
     states: int, *, inputs: int = 1, outputs: int = 1, decay: float, seed: int
 ) -> Cell:
-    """Return a diagonal state-space model, h_t = a∘h_{t−1} + B u_t, y_t = C h_t, with θ = (a, B, C).
+    """Return a diagonal state-space model, h_t = a∘h_{t−1} + B u_t, y_t = C h_t.
 
-    `decay` is ρ in (0, 1), the largest |a|; the entries of a lie evenly in [ρ/2, ρ], so that ‖Aᵏ‖ =
-    ρᵏ. B and C are normal with variances 1/m and 1/d.
+    θ = (a, B, C). `decay` is ρ in (0, 1), the largest |a|; the entries of a lie evenly in [ρ/2, ρ],
+    so that ‖Aᵏ‖ = ρᵏ. B and C are normal with variances 1/m and 1/d.
     """
     drawn, shapes = _drawn((states, inputs, outputs), decay, seed, "BC")
 
@@ -116,7 +116,7 @@ def _parts(theta: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 class Unrolled:
-    """A cell run over one sequence u_1 … u_T, (T, m), T ≥ 2, from h = 0, with a copy of θ in every step.
+    """A cell run over u_1 … u_T, (T, m), T ≥ 2, from h = 0, with a copy of θ in every step.
 
     Attributes
     ----------
@@ -159,7 +159,7 @@ class Unrolled:
         return self._run(self._tied())[0].numpy()
 
     def copies(self) -> Array:
-        """Return J^(1) … J^(T), (T, N, p): that of step l moves outputs from l on. Cost: N gradients."""
+        """Return J^(1) … J^(T), (T, N, p): step l moves outputs from l on. Cost: N gradients."""
         return self._jacobian(self._tied()).numpy()
 
     def velocity(self, error: ArrayLike, *, tied: bool = True) -> Array:
@@ -190,7 +190,7 @@ class Unrolled:
 
 
 def readout_coefficients(unrolled: Unrolled, rates: ArrayLike, *, band: int) -> Coefficients:
-    """Return right coefficients that reproduce the rows l … l + K of J̇^(l) by the readout of the copies there.
+    """Return right coefficients that give rows l … l + K of J̇^(l) by the readouts there.
 
     The readout of copy t moves y_t alone, by h_t: so B_tl = (I ⊗ h_t/‖h_t‖²) · (rows of step t of
     J̇^(l)), and ‖B_tl‖ is the norm of those rows over ‖h_t‖. What is left of J̇^(l) is its row
@@ -217,7 +217,7 @@ def readout_coefficients(unrolled: Unrolled, rates: ArrayLike, *, band: int) -> 
 
 
 def path_tail(band: int, rho: float) -> float:
-    """Return Σ_{k>K} (1+k)ρᵏ: the derivative of Aᵏ has k places to act on. The total is at K = −1."""
+    """Return Σ_{k>K} (1+k)ρᵏ: the derivative of Aᵏ has k places. K = −1: the total."""
     r = float(checks.between("rho", rho, 0, 1, "()", "a decaying path has ρ in (0, 1)"))
     return float(r ** (band + 1) * ((band + 2) * (1 - r) + r) / (1 - r) ** 2)
 

@@ -9,7 +9,6 @@ import pytest
 import sympy as sp
 import torch
 from scipy.integrate import solve_ivp
-from scipy.linalg import expm
 
 from grsd.dynamics.drift import edge_flux
 from grsd.dynamics.flow import around, central, integrate
@@ -20,7 +19,6 @@ from grsd.lab.nets.models import mlp
 from grsd.renorm.theorems.closed_forms import (
     BalancedModes,
     Gain,
-    Shells,
     Spirals,
     balanced_eigenvalue,
     balanced_field,
@@ -153,11 +151,11 @@ def test_arguments_that_make_no_mode_are_refused() -> None:
         deep_exponent(1)
     with pytest.raises(ValueError, match="expected depth ≥ 2"):
         parallel_modes([1.0], [0.1], depth=3, imbalance=0.05)
-    with pytest.raises(ValueError, match="starts positive"):
+    with pytest.raises(ValueError, match=r"starts\[0\] is 0.0"):
         parallel_modes([1.0], [0.0])
-    with pytest.raises(ValueError, match="smallest start is 0"):
+    with pytest.raises(ValueError, match=r"starts\[0\] is 0.0"):
         BalancedModes(np.ones(2), np.array([0.0, 1.0]))
-    with pytest.raises(ValueError, match="equally long"):
+    with pytest.raises(ValueError, match=r"starts has shape \(3,\)"):
         BalancedModes(np.ones(2), np.ones(3))
 
 
@@ -286,9 +284,9 @@ def test_the_gain_network_moves_all_its_modes_alike(y1: float) -> None:
         t = np.array([0.0, 1.0, 1e3])
         np.testing.assert_allclose((t + closed.lag) * closed.log_velocity(t), -1, rtol=1e-12)
         assert abs(closed.log_velocity(1.0) + 1) > 0.9  # without the lag it is far from −1
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match=r"s1, q0\[1\] is 0.0"):
         Gain(1.0, 1.0, 0.0)
-    with pytest.raises(ValueError, match="singular values"):
+    with pytest.raises(ValueError, match="number of singular values is 1"):
         gain_network([1.0], 1.0, 1.0)
 
 
@@ -361,7 +359,7 @@ def test_the_spiral_turns_and_does_not_drift_and_parallel_modes_drift_and_do_not
         )
     still = weak_balance(look(*(m := parallel_modes([1.0, 2.0], [0.1, 0.2]), m.theta)), *step)
     assert still.rotation == pytest.approx(0, abs=1e-15) and still.drift > 0.01
-    with pytest.raises(ValueError, match="inward = 0"):
+    with pytest.raises(ValueError, match=r"inward\[0\] is 0.0"):
         spiral(0.0)
 
 
@@ -393,42 +391,3 @@ def test_spirals_side_by_side_pass_energy_by_rotation_alone() -> None:
             )
     with pytest.raises(ValueError, match="0 < rate"):
         Spirals(np.array([0.1, 1.0]), ratio=2.0, rate=0.06)
-
-
-# --- the chain of shells ------------------------------------------------------------------------------
-
-
-def test_the_chain_is_antisymmetric_local_and_the_same_everywhere() -> None:
-    chain, rng = Shells(rate=3.0, width=0.1), np.random.default_rng(1)
-    e = rng.random(40)
-    assert abs(chain.rates(e).sum()) < 1e-12
-    matrix = np.stack([chain.rates(unit) for unit in np.eye(40)], axis=1)
-    later = expm(0.2 * matrix) @ e
-    numeric = solve_ivp(lambda t, x: chain.rates(x), (0, 0.2), e, rtol=1e-10, atol=1e-12).y[:, -1]
-    np.testing.assert_allclose(numeric, later, rtol=1e-7)
-    inner = e.copy()
-    inner[[0, 1, -2, -1]] = 0  # away from the ends, shifting the energies shifts the flux
-    np.testing.assert_allclose(
-        chain.flux(np.roll(inner, 1))[2:], chain.flux(inner)[1:-1], atol=1e-15
-    )
-
-
-def test_the_velocity_of_the_chain_follows_the_energies() -> None:
-    h, variance = 0.05, 1.3
-    chain = Shells(rate=400.0, width=h)  # κ = 1
-    s = h * np.arange(-60, 61)
-    edges = s[:-1] + h / 2
-    gauss = np.exp(-(s**2) / (2 * variance))
-    np.testing.assert_allclose(
-        chain.log_velocity(gauss), chain.gaussian_velocity(edges, variance), rtol=1e-10, atol=1e-14
-    )
-    np.testing.assert_allclose(
-        chain.gaussian_velocity(edges, variance), chain.diffusivity * edges / variance, rtol=2e-3
-    )
-    flat = chain.log_velocity(np.exp(-0.7 * s))
-    assert np.ptp(flat) < 1e-12 * abs(
-        flat[0]
-    )  # a constant ratio of neighbours, nothing else, moves alike everywhere
-    assert np.ptp(chain.log_velocity(gauss)) > 4  # κ (s_max − s_min)/σ² = 4.6
-    with pytest.raises(ValueError, match="must be positive"):
-        Shells(rate=0.0, width=1.0)
