@@ -10,7 +10,7 @@ by the kernels of many independent batches at once, ``shards`` by one whose rows
 (``halves``), ``memory`` measures what an operator takes.
 """
 
-from grsd.spectrum import fits, nulls
+from grsd.spectrum import nulls
 from grsd.spectrum.lanczos import lanczos
 from grsd.spectrum.measure import SpectralMeasure, Tridiagonal
 from grsd.spectrum.observables import ClassLogits, Observable, Outputs, TokenLogProb
@@ -43,7 +43,6 @@ __all__ = [
     "Tridiagonal",
     "average",
     "coherence",
-    "fits",
     "lanczos",
     "lanczos_batches",
     "micro_batches",

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grsd import checks
+from grsd.statistics import standard_error
 
 Array = NDArray[np.float64]
 SHOULDER = 0.01  # what stands lower than this share of the peak is no second peak
@@ -129,13 +130,13 @@ def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
     """Average profiles of independent batches, all on the same shells."""
     if not profiles:
         raise ValueError("no profile to average")
-    shells, count = profiles[0].shells, len(profiles)
+    shells = profiles[0].shells
     if not all(np.array_equal(p.shells.edges, shells.edges) for p in profiles):
         raise ValueError(
             "profiles on different shells cannot be averaged; bin them with the same LogShells"
         )
     energies = np.stack([p.energies for p in profiles])
-    sem = energies.std(axis=0, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(len(shells))
+    sem = standard_error(energies, alone=0.0)
     means = {
         name: np.mean([getattr(p, name) for p in profiles], axis=0)
         for name in ("lower", "upper", "below", "above", "kernel")
@@ -150,7 +151,7 @@ def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
         above=float(means["above"]),
         kernel=float(means["kernel"]),
         floor=max(p.floor for p in profiles),
-        batches=count,
+        batches=len(profiles),
     )
 
 
