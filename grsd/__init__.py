@@ -27,6 +27,7 @@ REQUIRED: dict[str, str] = {
     "safetensors": "0.4.3",
     "transformers": "5.0",
     "tokenizers": "0.22",
+    "filelock": "3.13",
 }
 
 
