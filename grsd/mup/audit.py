@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grsd.mup.coordcheck import Factory, Loss, Slope, fit_slope
+from grsd import checks
+from grsd.mup.coordcheck import Factory, Loss, Size, Slope, fit_slope, geometric_means
 from grsd.mup.norms import rms_norm, rms_operator_norm
 from grsd.mup.optimizers import pieces
 from grsd.mup.planning import Entry, Plan, plan
@@ -24,17 +24,15 @@ from grsd.mup.registry import assemble, row
 from grsd.mup.roles import tables
 from grsd.mup.rules import (
     MATRICES,
-    OPTIMIZERS,
     ROLES,
     Rule,
-    Scale,
     gradient_norm,
     rule,
     sizes,
     update_norm,
     weight_norm,
 )
-from grsd.mup.scales import HALF
+from grsd.mup.scales import HALF, ONE, Scale
 from grsd.spectrum.operator.ntk import refuse_dropout
 
 __all__ = [
@@ -49,6 +47,9 @@ __all__ = [
 
 QUANTITIES = ("weight", "gradient", "update", "condition")
 """α‖W‖_R of the initial weights, root mean square of ∇W, ‖A‖_R of the first update ΔW = −ηA, and α η ‖A‖_R."""
+Tolerance = float | Callable[[str, str, str], float]
+Rules = Mapping[tuple[str, str], Rule]
+Roles = Mapping[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,6 @@ class Sizes:
 
     Attributes
     ----------
-    width, depth, seed : int
     weights : role → ‖W‖_R before training (RMS norm of a bias); a role of zeros is left out.
     gradients : role → root mean square entry of ∇W.
     updates : optimizer → role → ‖A‖_R.
@@ -129,14 +129,14 @@ def audit_update_norms(
     *,
     widths: Sequence[int],
     depths: Sequence[int],
-    base: tuple[int, int],
+    base: Size,
     optimizers: Sequence[str],
     k: int = 2,
     seeds: Sequence[int] = (0, 1, 2),
-    tolerance: float | Callable[[str, str, str], float] = 0.1,
-    rules: Mapping[tuple[str, str], Rule] | None = None,
+    tolerance: Tolerance = 0.1,
+    rules: Rules | None = None,
     blocks: int = 2,
-    roles: Mapping[str, str] | None = None,
+    roles: Roles = None,
 ) -> UpdateAudit:
     """Measure the exponents of one step at several widths (at the base's depth) and depths (at the base's width).
 
@@ -145,42 +145,22 @@ def audit_update_norms(
     factory, loss, widths, depths, base, k, seeds : as `grsd.mup.coord_check`. Exponents are stated for a ∂ℓ/∂f of fixed size: give a
         loss that is linear in the output, or contamination by f₀ = O(n^-½) shows.
     optimizers : names of `grsd.mup.rules.OPTIMIZERS`. Matrix optimizers are given all matrices, as in the tables.
-    tolerance : float, or (role, quantity, axis) → float
-        Of an exponent; finite sizes leave about 0.1 of an exact value.
-    rules : mapping, optional
-        (optimizer, role) → Rule, in place of the table: a rule to be tried.
-    blocks : int
-        Residual blocks that are looked at, evenly spread, the first and the last among them.
+    tolerance : of an exponent, or (role, quantity, axis) → it; finite sizes leave about 0.1 of an exact value.
+    rules : (optimizer, role) → Rule, in place of the table: a rule to be tried.
+    blocks : residual blocks that are looked at, evenly spread, the first and the last among them.
     roles : as `grsd.mup.planning`.
-
-    Returns
-    -------
-    UpdateAudit
-
-    Raises
-    ------
-    ValueError
-        Active dropout, sizes that are empty or not positive, an unknown optimizer, and what `plan` refuses.
 
     Notes
     -----
     Cost: one forward-plus-backward pass for each size and seed, and for each matrix and optimizer one step and one norm.
     """
-    measured = []
-    for width, depth in dict.fromkeys(
-        [*((w, base[1]) for w in widths), *((base[0], d) for d in depths)]
-    ):
-        for seed in seeds:
-            settings: dict[str, Any] = {
-                "base": base,
-                "optimizers": optimizers,
-                "k": k,
-                "blocks": blocks,
-                "roles": roles,
-            }
-            measured.append(
-                measure_sizes(factory, loss, width=width, depth=depth, seed=seed, **settings)
-            )
+    cases = dict.fromkeys([*((w, base[1]) for w in widths), *((base[0], d) for d in depths)])
+    more = {"base": base, "optimizers": optimizers, "k": k, "blocks": blocks, "roles": roles}
+    measured = [
+        measure_sizes(factory, loss, width=width, depth=depth, seed=seed, **more)  # type: ignore[arg-type]
+        for width, depth in cases
+        for seed in seeds
+    ]
     return summarize(
         measured, base=base, optimizers=optimizers, k=k, tolerance=tolerance, rules=rules
     )
@@ -193,22 +173,16 @@ def measure_sizes(
     width: int,
     depth: int,
     seed: int,
-    base: tuple[int, int],
+    base: Size,
     optimizers: Sequence[str],
     k: int = 2,
     blocks: int = 2,
-    roles: Mapping[str, str] | None = None,
+    roles: Roles = None,
 ) -> Sizes:
     """Return the norms of one model under μP's multipliers and variances. Arguments: `audit_update_norms`."""
-    if min(width, depth, blocks, *base) < 1:
-        raise ValueError(
-            f"need positive sizes, got width {width}, depth {depth}, base {base}, blocks {blocks}"
-        )
-    unknown = [name for name in optimizers if name not in OPTIMIZERS]
-    if unknown:
-        raise ValueError(
-            f"no rule for the optimizer {unknown[0]!r}; there are {', '.join(OPTIMIZERS)}"
-        )
+    checks.at_least("width, depth, base and blocks", (width, depth, *base, blocks), 1)
+    takes = {name: MATRICES if row(name).matrices_only else ROLES for name in optimizers}
+    # one backward pass of the model that the plan starts
     start, model = factory(*base), factory(width, depth)
     refuse_dropout(start)
     made = plan(model, base=start, optimizer="adamw", k=k, roles=roles)
@@ -219,91 +193,70 @@ def measure_sizes(
     finally:
         for handle in handles:
             handle.remove()
-    chosen, rows = _spread(made, blocks), tables(model)
-    tensors = {e.name: (p.detach(), p.grad) for p, e in made.matched(model) if e.name in chosen}
+    chosen, tabled = _spread(made, blocks), tables(model)
     held = [
-        (e, *tensors[e.name])
-        for e in made.entries
-        if e.name in chosen and tensors[e.name][1] is not None
+        (e, p.detach(), p.grad)
+        for p, e in made.matched(model)
+        if e.name in chosen and p.grad is not None
     ]
-    gradients = _means(
-        [(e.role, float(G.square().mean().sqrt())) for e, _, G in held if G is not None]
-    )
+    # norms of weights and gradients, and of what every optimizer makes of these
+    weights = [(e.role, norm) for e, W, _ in held for norm in _norms(W, e, tabled)]
+    gradients = [(e.role, float(G.square().mean().sqrt())) for e, _, G in held]
     updates = {}
     for name in optimizers:
-        takes = MATRICES if OPTIMIZERS[name].matrices_only else ROLES
-        asked = [(e, W, G) for e, W, G in held if e.role in takes and G is not None]
-        of = [(e, W, G) for e, W, G in asked if bool(torch.isfinite(G).all())]
-        lost = [(e.role, math.nan) for e, _, G in asked if not bool(torch.isfinite(G).all())]
-        steps = zip(of, _step(name, of), strict=True)
-        updates[name] = _means(
-            [*((e.role, n) for (e, *_), A in steps for n in _norms(A, e, rows)), *lost]
-        )
-    weights = _means([(e.role, n) for e, W, _ in held for n in _norms(W, e, rows)])
-    return Sizes(width, depth, seed, weights, gradients, updates)
+        asked = [one for one in held if one[0].role in takes[name]]
+        good = [one for one in asked if bool(torch.isfinite(one[2]).all())]
+        norms = [(e.role, math.nan) for e, *_ in asked if not any(e is one[0] for one in good)]
+        for (e, *_), A in zip(good, _step(name, good), strict=True):
+            norms += [(e.role, norm) for norm in _norms(A, e, tabled)]
+        updates[name] = geometric_means(norms)
+    return Sizes(width, depth, seed, geometric_means(weights), geometric_means(gradients), updates)
 
 
 def summarize(
     measured: Sequence[Sizes],
     *,
-    base: tuple[int, int],
+    base: Size,
     optimizers: Sequence[str],
     k: int = 2,
-    tolerance: float | Callable[[str, str, str], float] = 0.1,
-    rules: Mapping[tuple[str, str], Rule] | None = None,
+    tolerance: Tolerance = 0.1,
+    rules: Rules | None = None,
 ) -> UpdateAudit:
     """Fit the exponents of sizes that were measured before. Arguments: `audit_update_norms`."""
-    axes = {
-        "width": [s for s in measured if s.depth == base[1]],
-        "depth": [s for s in measured if s.width == base[0]],
-    }
-    found: list[Exponent] = []
+    # (optimizer, role, quantity), its prediction, the norms it is read off, and the rule's part in it
+    rows: list[
+        tuple[tuple[str, str, str], Scale, Callable[[Sizes], Mapping[str, float]], Scale]
+    ] = []
+    for role in ROLES:
+        table, (out, into) = rule("adamw", role, k), sizes(role)
+        norm = table.multiplier * weight_norm(role, table.variance)
+        rows.append((("", role, "weight"), norm, lambda s: s.weights, table.multiplier))
+        entry = gradient_norm(role, k) / (out * into) ** HALF
+        rows.append((("", role, "gradient"), entry, lambda s: s.gradients, ONE))
+    for name in optimizers:
+        for role in MATRICES if row(name).matrices_only else ROLES:
+            right, size = rule(name, role, k), update_norm(name, role, k)
+            tried = (rules or {}).get((name, role), right)
+            norms = lambda s, name=name: s.updates[name]  # noqa: E731
+            rows.append(((name, role, "update"), size, norms, ONE))
+            wanted, factor = right.multiplier * right.lr * size, tried.multiplier * tried.lr
+            rows.append(((name, role, "condition"), wanted, norms, factor))
 
-    def add(
-        optimizer: str, role: str, quantity: str, wanted: Scale, value: Callable[[Sizes], float]
-    ) -> None:
-        for axis, target in (("width", wanted.n), ("depth", wanted.L)):
-            slope = fit_slope([(float(getattr(s, axis)), value(s)) for s in axes[axis]])
+    exponents = []
+    for (name, role, quantity), wanted, norms, factor in rows:
+        for place, axis in enumerate(("width", "depth")):
+            points = []
+            for s in measured:
+                at = (s.width, s.depth)
+                if at[1 - place] == base[1 - place]:
+                    size = norms(s).get(role, math.nan)
+                    points.append((at[place], size * factor.at(at[0] / base[0], at[1] / base[1])))
+            slope = fit_slope(points)
             if slope is not None:
                 allowed = tolerance(role, quantity, axis) if callable(tolerance) else tolerance
-                found.append(
-                    Exponent(optimizer, role, quantity, axis, slope, float(target), allowed)
-                )
-
-    for role in ROLES:
-        table = rule("adamw", role, k)
-        out, into = sizes(role)
-        rms = gradient_norm(role, k) / (out * into) ** HALF
-        norm = table.multiplier * weight_norm(role, table.variance)
-        at = _factor(table.multiplier, base)
-        add(
-            "",
-            role,
-            "weight",
-            norm,
-            lambda s, role=role, at=at: s.weights.get(role, math.nan) * at(s),  # type: ignore[misc]
-        )
-        add("", role, "gradient", rms, lambda s, role=role: s.gradients.get(role, math.nan))  # type: ignore[misc]
-    for name in optimizers:
-        for role in MATRICES if OPTIMIZERS[name].matrices_only else ROLES:
-            right = rule(name, role, k)
-            tried = (rules or {}).get((name, role), right)
-            size = update_norm(name, role, k)
-            at = _factor(tried.multiplier * tried.lr, base)
-            get = lambda s, name=name, role=role: s.updates[name].get(role, math.nan)  # noqa: E731
-            add(name, role, "update", size, get)
-            add(
-                name,
-                role,
-                "condition",
-                right.multiplier * right.lr * size,
-                lambda s, get=get, at=at: get(s) * at(s),  # type: ignore[misc]
-            )
-    return UpdateAudit(tuple(measured), tuple(found))
-
-
-def _factor(of: Scale, base: tuple[int, int]) -> Callable[[Sizes], float]:
-    return lambda s: of.at(s.width / base[0], s.depth / base[1])
+                target = float(wanted[place])
+                exponents.append(Exponent(name, role, quantity, axis, slope, target, allowed))
+    return UpdateAudit(tuple(measured), tuple(exponents))
 
 
 def _spread(made: Plan, blocks: int) -> set[str]:
@@ -333,23 +286,14 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
     return [(b - q.detach()) / known.first_lr for b, q in zip(before, copies, strict=True)]
 
 
-def _norms(x: Tensor, entry: Entry, rows: set[str]) -> list[float]:
+def _norms(x: Tensor, entry: Entry, tabled: set[str]) -> list[float]:
     """Return ‖·‖_R of a matrix, of each of its parts when several are fused, of a vector, or of a table's largest row; NaN of what is not finite."""
     if not bool(torch.isfinite(x).all()):
         return [math.nan]
-    if entry.name in rows:
+    if entry.name in tabled:
         return [float(rms_norm(x).max())]
     if entry.role not in MATRICES:
         return [float(rms_norm(x.reshape(-1)))]
     group = {"split": entry.split, "transposed": entry.transposed}
     parts = pieces(x, group) if x.ndim == 2 else [x.flatten(1)]
     return [rms_operator_norm(part.reshape(-1, part.shape[-1]), dense=1 << 14) for part in parts]
-
-
-def _means(found: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Return the geometric mean of each role, without zeros."""
-    logs: dict[str, list[float]] = {}
-    for role, size in found:
-        if size > 0 or math.isnan(size):
-            logs.setdefault(role, []).append(math.log(size))
-    return {role: math.exp(float(np.mean(values))) for role, values in logs.items()}

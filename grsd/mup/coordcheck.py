@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
+from grsd import checks, statistics
 from grsd.mup.norms import rms_norm, rms_operator_norm
 from grsd.mup.optimizers import backward
-from grsd.mup.planning import Plan, plan
+from grsd.mup.planning import Plan, plan, unscaled
+from grsd.mup.registry import row
 from grsd.mup.roles import plain, stack_of, tables
-from grsd.mup.rules import OPTIMIZERS, rule, update_norm, weight_norm
+from grsd.mup.rules import rule, update_norm, weight_norm
 from grsd.spectrum.operator.ntk import refuse_dropout
 
 __all__ = ["CoordCheck", "Finding", "Run", "Slope", "coord_check", "fit_slope"]
@@ -28,6 +29,7 @@ __all__ = ["CoordCheck", "Finding", "Run", "Slope", "coord_check", "fit_slope"]
 Factory = Callable[[int, int], nn.Module]
 Loss = Callable[[nn.Module], Tensor]
 Parametrization = Literal["mup", "sp"]
+Size = tuple[int, int]
 FLAT = 0.25  # |slope| up to which a check passes: what finite sizes leave of an exact 0 (audit of 2603.00541, section 5)
 
 
@@ -37,10 +39,8 @@ class Run:
 
     Attributes
     ----------
-    width, depth, seed : int
     features : (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch.
-    outputs : (steps+1,), the same of the model's output.
-    losses : (steps+1,)
+    outputs, losses : (steps+1,), the same of the model's output, and the loss.
     weights : role → α ‖W‖_R before training, geometric mean over the role's tensors (RMS norm for biases). Input and output matrices
         are divided by 1 + √(d/n), d their fixed side: what a Gaussian matrix of finite width n has above its limit.
     updates : role → α ‖ΔW‖_R of the first step, likewise.
@@ -93,7 +93,6 @@ class CoordCheck:
 
     Attributes
     ----------
-    runs : tuple of Run
     slopes : "width" and "depth" → slope of ‖Δh_L‖_R after the last step; an axis with one size is left out.
     output_slopes : the same of the output.
     first : the same of ‖Δh_L‖_R after the first step.
@@ -114,15 +113,13 @@ class CoordCheck:
     def diagnosis(self) -> str:
         """The verdict in words: which layer, which norm, which condition."""
         lines = [f"{self.optimizer}, {self.parametrization}: {self.verdict}"]
-        lines += [
-            f"  change of features against {axis}: {slope}" for axis, slope in self.slopes.items()
-        ]
+        lines += [f"  change of features against {x}: {slope}" for x, slope in self.slopes.items()]
         lines += [f"  {finding}" for finding in self.findings]
         if self.verdict == "not flat" and not self.findings:
-            lines.append(
-                "  every norm of the first step is as the condition asks: what breaks comes after it (alignment, or the"
-            )
-            lines.append("  optimizer's later steps); compare `first` with `slopes`")
+            lines += [
+                "  every norm of the first step is as the condition asks: what breaks comes after it (alignment, or the",
+                "  optimizer's later steps); compare `first` with `slopes`",
+            ]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -135,7 +132,7 @@ def coord_check(
     *,
     widths: Sequence[int],
     depths: Sequence[int],
-    base: tuple[int, int],
+    base: Size,
     optimizer: str,
     other: str = "adamw",
     lr: float,
@@ -152,34 +149,22 @@ def coord_check(
 
     Parameters
     ----------
-    factory : callable
-        (width, depth) → model, with residual blocks in one `nn.ModuleList`. Dropout must be off.
-    loss : callable
-        model → scalar loss on a fixed batch.
+    factory : (width, depth) → model, with residual blocks in one `nn.ModuleList`. Dropout must be off.
+    loss : model → scalar loss on a fixed batch.
     widths, depths : sizes; the base's own size may be among them. An axis with fewer than two sizes is not fitted.
     base : (width, depth) whose hyperparameters are given.
     optimizer, other, k : as `grsd.mup.planning`.
-    lr : float, base learning rate.
-    steps : int, optimizer steps.
+    lr, eps, options : base values, as `Plan.make_optimizer`.
     seeds : of the initial weights.
     parametrization : "mup", or "sp": variance 1/fan-in for every matrix and one learning rate, without multipliers.
-    options, eps : as `Plan.make_optimizer`.
-    outputs : callable, optional
-        model → output on the batch, by default not recorded apart from the loss.
-    make_plan : callable, optional
-        (model, base model) → Plan, in place of `grsd.mup.planning`: for roles of your own, or a rule to be tested.
-
-    Raises
-    ------
-    ValueError
-        Active dropout, sizes or seeds that are empty or not positive, and what `plan` refuses.
+    outputs : model → output on the batch, by default not recorded apart from the loss.
+    make_plan : (model, base model) → Plan, in place of `grsd.mup.planning`: for roles of your own, or a rule to be tested.
 
     Notes
     -----
     Cost: (len(widths) + len(depths)) · len(seeds) · (steps + 1) forward-plus-backward passes, and two norms for each matrix.
     """
-    if parametrization not in ("mup", "sp"):
-        raise ValueError(f'parametrization must be "mup" or "sp", got {parametrization!r}')
+    checks.one_of("parametrization", parametrization, ("mup", "sp"))
     sizes = [*((w, base[1]) for w in widths), *((base[0], d) for d in depths)]
     if steps < 1 or not seeds or not sizes or min(min(s) for s in (*sizes, base)) < 1:
         raise ValueError(
@@ -187,60 +172,44 @@ def coord_check(
         )
     start = factory(*base)
     refuse_dropout(start)
-
-    def planned(model: nn.Module) -> Plan:
-        if make_plan is not None:
-            return make_plan(model, start)
-        return plan(model, base=start, optimizer=optimizer, other=other, k=k)
-
     runs = []
-    for width, depth in dict.fromkeys(sizes):
+    for size in dict.fromkeys(sizes):
         for seed in seeds:
-            model = factory(width, depth)
-            made = planned(model)
-            made.initialize_(model, seed=seed)
-            if parametrization == "mup":
-                made.attach(model)
+            model = factory(*size)
+            if make_plan is not None:
+                made = make_plan(model, start)
             else:
-                made = _standard(made, model, seed)
-            opt = made.make_optimizer(model, lr=lr, eps=eps, options=options)
-            runs.append(_run(model, made, opt, loss, outputs, (width, depth, seed), steps))
-    return _judge(tuple(runs), base, optimizer, parametrization, k, steps, other)
+                made = plan(model, base=start, optimizer=optimizer, other=other, k=k)
+            if parametrization == "sp":
+                made = _standard(made)
+            made.initialize_(model, seed=seed)
+            made.attach(model)
+            stepper = made.make_optimizer(model, lr=lr, eps=eps, options=options)
+            runs.append(_run(model, made, stepper, loss, outputs, (*size, seed), steps))
+    return _judge(tuple(runs), base, optimizer, parametrization, k, other)
 
 
-def _standard(made: Plan, model: nn.Module, seed: int) -> Plan:
-    """Return a plan without any scaling, after drawing matrices with variance 1/fan-in (embeddings keep the base's)."""
+def _standard(made: Plan) -> Plan:
+    """Return a plan without any scaling whose matrices have variance 1/fan-in (embeddings keep the base's)."""
     entries = []
-    for e in made.entries:
-        fan_in = e.shape[0] if e.transposed else math.prod(e.shape[1:])
-        std = e.std_base if e.role == "input" and len(e.shape) == 2 and e.std_base else fan_in**-0.5
-        std = std if len(e.shape) > 1 else e.std_base or 0.0
-        entries.append(
-            replace(
-                e,
-                multiplier=1.0,
-                std=1.0,
-                lr=1.0,
-                weight_decay=1.0,
-                eps=e.eps and 1.0,
-                clip=e.clip and 1.0,
-                std_base=std,
-            )
-        )
-    plain = replace(made, entries=tuple(entries), multipliers=())
-    plain.initialize_(model, seed=seed)
-    return plain
+    for e in unscaled(made):
+        std = e.std_base or 0.0
+        if len(e.shape) > 1 and not (e.role == "input" and len(e.shape) == 2 and e.std_base):
+            std = (e.shape[0] if e.transposed else math.prod(e.shape[1:])) ** -0.5
+        entries.append(replace(e, std_base=std))
+    return replace(made, entries=tuple(entries), multipliers=())
 
 
 def _run(
     model: nn.Module,
     made: Plan,
-    opt: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     loss: Loss,
     outputs: Callable[[nn.Module], Tensor] | None,
     label: tuple[int, int, int],
     steps: int,
 ) -> Run:
+    """Train, and watch what leaves the last block."""
     seen: list[Tensor] = []
 
     def watch(module: nn.Module, inputs: Any, out: Any) -> None:
@@ -248,34 +217,31 @@ def _run(
 
     stack, depth = stack_of(model)
     last = {plain(name): m for name, m in model.named_modules()}[f"{stack}.{depth - 1}"]
-    handle = last.register_forward_hook(watch)
     parameters = {plain(name): p for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in parameters.items()}
     rows = tables(model)
     weights = _by_role(made, before, rows, gaussian=True)
     updates: dict[str, float] = {}
     features, values, losses = [], [], []
-    first_h = first_f = None
+    handle = last.register_forward_hook(watch)
     try:
         for step in range(steps + 1):
             seen.clear()
-            opt.zero_grad()
+            optimizer.zero_grad()
             now = loss(model)
             h = seen[0]
             f = h if outputs is None else outputs(model).detach().double()
-            first_h, first_f = (h, f) if first_h is None else (first_h, first_f)
-            assert first_f is not None
+            if step == 0:
+                first_h, first_f = h, f
             features.append(_typical(h - first_h))
             values.append(_typical(f - first_f) if outputs is not None else math.nan)
             losses.append(float(now.detach()))
-            if step == steps:
-                break
-            backward(now, opt)
-            opt.step()
+            if step < steps:
+                backward(now, optimizer)
+                optimizer.step()
             if step == 0:
-                updates = _by_role(
-                    made, {name: p.detach() - before[name] for name, p in parameters.items()}, rows
-                )
+                change = {name: p.detach() - before[name] for name, p in parameters.items()}
+                updates = _by_role(made, change, rows)
     finally:
         handle.remove()
     return Run(*label, tuple(features), tuple(values), tuple(losses), weights, updates)
@@ -286,101 +252,98 @@ def _typical(x: Tensor) -> float:
 
 
 def _by_role(
-    made: Plan, tensors: dict[str, Tensor], rows: set[str], gaussian: bool = False
+    made: Plan, tensors: Mapping[str, Tensor], rows: set[str], gaussian: bool = False
 ) -> dict[str, float]:
     """Return α times the typical norm of every role; a table's (an embedding's) is that of its largest row, what a token can meet."""
-    logs: dict[str, list[float]] = {}
-    for e in made.entries:
+    norms = []
+    for e in made:
         x = tensors[e.name]
-        if not bool(torch.isfinite(x).all()):
-            logs.setdefault(e.role, []).append(math.nan)
-            continue
         W = x.mT if e.transposed else x
-        if e.name in rows:
+        if not bool(torch.isfinite(x).all()):
+            size = math.nan
+        elif e.name in rows:
             size = float(rms_norm(W).max())
+        elif W.ndim < 2:
+            size = float(rms_norm(W.reshape(-1)))
         else:
-            size = float(rms_norm(W.reshape(-1))) if W.ndim < 2 else rms_operator_norm(W.flatten(1))
-            if gaussian and W.ndim > 1 and e.role in ("input", "output"):
+            size = rms_operator_norm(W.flatten(1))
+            if gaussian and e.role in ("input", "output"):
                 fan_out, fan_in = W.flatten(1).shape
                 size /= 1 + math.sqrt(fan_in / fan_out if e.role == "input" else fan_out / fan_in)
-        if size > 0:
-            logs.setdefault(e.role, []).append(math.log(size * e.multiplier))
-    return {role: math.exp(float(np.mean(found))) for role, found in logs.items()}
+        norms.append((e.role, size * e.multiplier))
+    return geometric_means(norms)
 
 
-def fit_slope(points: list[tuple[float, float]]) -> Slope | None:
+def geometric_means(norms: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Return role → geometric mean of its norms, without zeros."""
+    logs: dict[str, list[float]] = {}
+    for role, size in norms:
+        if size > 0 or math.isnan(size):
+            logs.setdefault(role, []).append(math.log(size))
+    return {role: math.exp(float(np.mean(values))) for role, values in logs.items()}
+
+
+def fit_slope(points: Sequence[tuple[float, float]]) -> Slope | None:
     """Least squares of log₂ y against log₂ x over all points that are finite and positive."""
-    x, y = (
-        (np.array(c, float) for c in zip(*points, strict=True))
-        if points
-        else (np.array([]), np.array([]))
-    )
+    x, y = np.array(points, float).reshape(-1, 2).T
     good = np.isfinite(y) & (y > 0)
     if len(set(x[good])) < 2:
         return None
-    found = stats.linregress(np.log2(x[good]), np.log2(y[good]))
-    count = int(good.sum())
-    error = float(np.nan_to_num(found.stderr))  # NaN where all y are equal
-    half = float(stats.t.ppf(0.975, count - 2)) * error if count > 2 else math.inf
-    return Slope(float(found.slope), float(found.slope) - half, float(found.slope) + half, count)
+    line = statistics.slope(np.log2(x[good]), np.log2(y[good]))
+    return Slope(line.value, line.low, line.high, int(good.sum()))
 
 
 def _judge(
-    runs: tuple[Run, ...],
-    base: tuple[int, int],
-    optimizer: str,
-    parametrization: str,
-    k: int,
-    steps: int,
-    other: str,
+    runs: tuple[Run, ...], base: Size, optimizer: str, parametrization: str, k: int, other: str
 ) -> CoordCheck:
     axes = {
         "width": [r for r in runs if r.depth == base[1]],
         "depth": [r for r in runs if r.width == base[0]],
     }
 
-    def along(axis: str, value: Callable[[Run], float]) -> Slope | None:
-        return fit_slope([(float(getattr(r, axis)), value(r)) for r in axes[axis]])
+    def fits(value: Callable[[Run], float]) -> dict[str, Slope]:
+        slopes = {
+            axis: fit_slope([(float(getattr(r, axis)), value(r)) for r in along])
+            for axis, along in axes.items()
+        }
+        return {axis: slope for axis, slope in slopes.items() if slope is not None}
 
-    def both(value: Callable[[Run], float]) -> dict[str, Slope]:
-        return {axis: s for axis in axes if (s := along(axis, value)) is not None}
-
-    slopes, first = both(lambda r: r.features[steps]), both(lambda r: r.features[1])
-    outs = both(lambda r: r.outputs[steps])
+    # the verdict, from the change of features
+    slopes, first = fits(lambda r: r.features[-1]), fits(lambda r: r.features[1])
     broken = any(not math.isfinite(v) for r in runs for v in (*r.features, *r.losses))
     flat = all(abs(s.value) <= FLAT for s in slopes.values())
     verdict = (
         "diverged" if broken else "not fitted" if not slopes else "flat" if flat else "not flat"
     )
+
+    # the findings, from the norms of every role
     findings = []
     for role in sorted({role for r in runs for role in r.updates}):
-        which = optimizer if role == "hidden" or not OPTIMIZERS[optimizer].matrices_only else other
-        wanted = rule(which, role, k)
-        norm = wanted.multiplier * weight_norm(role, wanted.variance)
-        change = wanted.multiplier * wanted.lr * update_norm(which, role, k)
+        which = optimizer if role == "hidden" or not row(optimizer).matrices_only else other
+        asked = rule(which, role, k)
+        norm = asked.multiplier * weight_norm(role, asked.variance)
+        change = asked.multiplier * asked.lr * update_norm(which, role, k)
         for quantity, size, get in (
-            ("initial norm", norm, "weights"),
-            ("update norm", change, "updates"),
+            ("initial norm", norm, lambda r: r.weights),
+            ("update norm", change, lambda r: r.updates),
         ):
-            for axis, target in (("width", float(size.n)), ("depth", float(size.L))):
-                reading = lambda r, get=get, role=role: getattr(r, get).get(role, math.nan)  # noqa: E731
-                slope = along(axis, reading)
-                if (
-                    slope is not None
-                    and abs(slope.value - target) > FLAT
-                    and not slope.low <= target <= slope.high
-                ):
-                    findings.append(
-                        Finding(role, quantity, axis, slope, target, _condition(role, quantity, k))
-                    )
+            measured = fits(lambda r, get=get, role=role: get(r).get(role, math.nan))  # type: ignore[misc]
+            for axis, slope in measured.items():
+                wanted = float(size.n if axis == "width" else size.L)
+                off = abs(slope.value - wanted) > FLAT
+                if off and not slope.low <= wanted <= slope.high:
+                    condition = _condition(role, quantity, k)
+                    findings.append(Finding(role, quantity, axis, slope, wanted, condition))
+    outs = fits(lambda r: r.outputs[-1])
     return CoordCheck(
         runs, optimizer, parametrization, slopes, outs, first, verdict, tuple(findings)
     )
 
 
 def _condition(role: str, quantity: str, k: int) -> str:
+    """Return the name of the condition on a norm in the paper."""
     if role.endswith("bias"):
         return "B.3"
-    if role == "hidden":
-        return "B.1" if k == 1 else "C1.2" if quantity == "initial norm" else "C2.2"
-    return "C1.1" if quantity == "initial norm" else "C2.1"
+    if role == "hidden" and k == 1:
+        return "B.1"
+    return f"C{1 if quantity == 'initial norm' else 2}.{2 if role == 'hidden' else 1}"
