@@ -243,19 +243,19 @@ def summarize(
             rows.append(((name, role, "condition"), wanted, norms, factor))
 
     exponents = []
-    for (name, role, quantity), wanted, norms, factor in rows:
+    for (optimizer, of, quantity), wanted, read, factor in rows:
         for place, axis in enumerate(("width", "depth")):
             points = []
             for s in measured:
                 at = (s.width, s.depth)
                 if at[1 - place] == base[1 - place]:
-                    size = norms(s).get(role, math.nan)
-                    points.append((at[place], size * factor.at(at[0] / base[0], at[1] / base[1])))
+                    value = read(s).get(of, math.nan)
+                    points.append((at[place], value * factor.at(at[0] / base[0], at[1] / base[1])))
             slope = fit_slope(points)
             if slope is not None:
-                allowed = tolerance(role, quantity, axis) if callable(tolerance) else tolerance
+                allowed = tolerance(of, quantity, axis) if callable(tolerance) else tolerance
                 target = float(wanted[place])
-                exponents.append(Exponent(name, role, quantity, axis, slope, target, allowed))
+                exponents.append(Exponent(optimizer, of, quantity, axis, slope, target, allowed))
     return UpdateAudit(tuple(measured), tuple(exponents))
 
 

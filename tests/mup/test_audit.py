@@ -222,7 +222,9 @@ def test_bad_input_is_refused() -> None:
         measure_sizes(Dropping, loss, **settings)
     with pytest.raises(ValueError, match="no rule for the optimizer 'adam'"):
         measure_sizes(Small, loss, **{**settings, "optimizers": ["adam"]})
-    with pytest.raises(ValueError, match="need positive sizes, got width 0"):
+    with pytest.raises(
+        ValueError, match=r"width, depth, base and blocks\[0\] is 0; it must be at least 1"
+    ):
         measure_sizes(Small, loss, **{**settings, "width": 0})
     with pytest.raises(KeyError, match="the audit has no exponent"):
         summarize([], base=(16, 2), optimizers=[])["sgd", "hidden", "update", "width"]
