@@ -16,7 +16,7 @@ from scipy.integrate import quad, solve_ivp
 from grsd import checks
 from grsd.dynamics.problem import Problem, Vector
 
-__all__ = ["Path", "around", "central", "descend", "effective_time", "integrate", "orbit_gap"]
+__all__ = ["Path", "around", "central", "descend", "effective_time", "integrate"]
 
 Schedule = Callable[[float], float]
 STENCIL = np.array([1 / 280, -4 / 105, 1 / 5, -4 / 5, 0, 4 / 5, -1 / 5, 4 / 105, -1 / 280])
@@ -205,26 +205,6 @@ def effective_time(schedule: Schedule, t: np.ndarray | float) -> np.ndarray:
     ends = np.atleast_1d(np.asarray(t, dtype=np.float64))
     tau = [quad(schedule, 0.0, end, epsabs=1e-13, epsrel=1e-13, limit=500)[0] for end in ends]
     return np.array(tau).reshape(np.shape(t))
-
-
-def orbit_gap(path: Path, reference: Path) -> np.ndarray:
-    """Return how far `path` is from the curve of `reference` when time does not count, (K,).
-
-    Entry k is the distance from output f(θ_k) to the nearest point of the reference's outputs, taken
-    as a polyline, relative to ‖e(0)‖: whatever is left after the best rescaling of time, monotone or
-    not. Resolution: the sagitta of the polyline, so give the reference many times. Cost: a forward
-    pass per time of both, and K·K′·n numbers.
-    """
-    points = np.array([path.problem.output(theta).cpu().numpy() for theta in path.thetas])
-    curve = np.array([reference.problem.output(theta).cpu().numpy() for theta in reference.thetas])
-    begin, along = curve[:-1], np.diff(curve, axis=0)
-    length = np.maximum((along**2).sum(1), np.finfo(float).tiny)
-    size = np.sqrt((reference.problem.error(reference.thetas[0]).cpu().numpy() ** 2).sum())
-    gaps = []
-    for point in points:
-        share = np.clip(((point - begin) * along).sum(1) / length, 0.0, 1.0)
-        gaps.append(np.sqrt(((begin + share[:, None] * along - point) ** 2).sum(1).min()) / size)
-    return np.array(gaps)
 
 
 def around(problem: Problem, theta: Vector, h: float) -> Path:

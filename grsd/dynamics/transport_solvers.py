@@ -1,8 +1,8 @@
-"""Three numerical routes through ∂ₜε + ∂_λ(vε) = −2λε for any drift v = (λ/t) H(λt).
+"""Two numerical routes through ∂ₜε + ∂_λ(vε) = −2λε for any drift v = (λ/t) H(λt).
 
-`characteristics` follows densities and needs ∂_λv, as the closed form of
-:mod:`grsd.dynamics.transport` does. `particles` follows lumps of energy and does not;
-`finite_volume` moves energy between fixed cells. These two share no step with that derivation.
+`particles` follows lumps of energy, `finite_volume` moves energy between fixed cells. Neither shares
+a step with the derivation of the closed form in :mod:`grsd.dynamics.transport`. A third, by
+characteristics, which does, is in the chapter on transport.
 """
 
 from __future__ import annotations
@@ -13,40 +13,16 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.integrate import solve_ivp
 
 from grsd import checks
 from grsd.dynamics.transport import CovariantDrift, Spectrum, panels_of
 
-__all__ = [
-    "Characteristics",
-    "FiniteVolume",
-    "Particles",
-    "characteristics",
-    "finite_volume",
-    "fitted_exponent",
-    "particles",
-]
+__all__ = ["FiniteVolume", "Particles", "finite_volume", "fitted_exponent", "particles"]
 
 Array = NDArray[np.float64]
 Drift = CovariantDrift | float
 Window = tuple[float, float]
 WINDOW = (1e-14, 1e3)  # wide enough for three decades of time from t0 = 1 and a cutoff near 1
-
-
-@dataclass(frozen=True)
-class Characteristics:
-    """Densities along moving points: times (K,), positions (K, N) ascending, densities (K, N)."""
-
-    times: Array
-    positions: Array
-    densities: Array
-
-    @property
-    def loss(self) -> Array:
-        """∫ε dλ over the points, (K,), by the trapezoidal rule in log λ."""
-        s, h = np.log(self.positions), self.positions * self.densities
-        return np.sum(0.5 * np.diff(s, axis=1) * (h[:, 1:] + h[:, :-1]), axis=1)
 
 
 @dataclass(frozen=True)
@@ -94,49 +70,6 @@ class FiniteVolume:
     @property
     def centers(self) -> Array:
         return np.sqrt(self.edges[1:] * self.edges[:-1])
-
-
-def characteristics(
-    eps0: Spectrum,
-    drift: Drift,
-    times: ArrayLike,
-    *,
-    window: Window = WINDOW,
-    count: int = 800,
-    dissipation: bool = True,
-    divergence: bool = True,
-    rtol: float = 1e-9,
-) -> Characteristics:
-    """Integrate d log λ/d log t = H and d log ε/d log t = −2λt − t∂_λv from points even in log λ.
-
-    `times` (K,) ascend, and the first is t0. Without `dissipation` −2λε is dropped; without
-    `divergence` −∂_λv is, which is equation (10) of 2512.10427 as printed. Integrator: DOP853.
-    """
-    rule, when = _drift(drift), _instants(times)
-    checks.at_least("count", count, 3, "expected at least three points")
-    u = np.geomspace(*_bounds(window), count)
-    start = _positive(eps0, u)
-    first = np.concatenate([np.log(u), np.log(np.where(start > 0.0, start, 1.0))])
-
-    def rate(tau: float, state: Array) -> Array:
-        x = np.exp(state[: u.size] + tau)
-        change = np.zeros_like(x)
-        if dissipation:
-            change -= 2.0 * x
-        if divergence:
-            change -= rule.divergence(x)
-        return np.concatenate([rule.speed(x), change])
-
-    tau = np.log(when)
-    done = solve_ivp(
-        rate, (tau[0], tau[-1]), first, method="DOP853", t_eval=tau, rtol=rtol, atol=rtol
-    )
-    if not done.success:
-        raise ValueError(
-            f"the characteristics could not be followed to t = {when[-1]}: {done.message}"
-        )
-    positions, densities = np.split(np.exp(done.y.T), 2, axis=1)
-    return Characteristics(when, positions, np.where(start > 0.0, densities, 0.0))
 
 
 def particles(

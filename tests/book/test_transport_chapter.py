@@ -7,11 +7,13 @@ import pytest
 
 from grsd.dynamics import transport
 from grsd.dynamics.transport import CovariantDrift, PowerSpectrum
-from grsd.dynamics.transport_solvers import characteristics
 
 from .chapter_code import definitions
 
-SHOWN = definitions("dynamics/transport.md", "printed_density", "self_similar")
+SHOWN = definitions(
+    "dynamics/transport.md", "Lines", "characteristics", "printed_density", "self_similar"
+)
+characteristics = SHOWN.characteristics
 RATIONAL = CovariantDrift(lambda x: 0.5 / (1 + x), lambda x: -0.5 / (1 + x) ** 2)
 TIMES = np.geomspace(1.0, 1000.0, 25)
 

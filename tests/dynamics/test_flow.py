@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import expm
 from torch import Tensor, nn
 
-from grsd.dynamics.flow import Path, around, central, descend, effective_time, integrate, orbit_gap
+from grsd.dynamics.flow import around, central, descend, effective_time, integrate
 from grsd.dynamics.problem import Problem
 from grsd.lab.nets.architectures import res_mlp
 from grsd.lab.nets.models import mlp
@@ -247,15 +247,6 @@ def test_divergence_names_the_step() -> None:
     with pytest.raises(ValueError, match=r"ηλ_max = 2\.2 at the start"):
         descend(problem.linearized(problem.theta), 2.2 / top, 500)
     descend(problem.linearized(problem.theta), 1.9 / top, 500)  # and stays quiet below 2
-
-
-def test_the_distance_to_an_orbit_ignores_time_and_sees_a_detour() -> None:
-    problem = tanh()
-    curve = integrate(problem, np.linspace(0, 2, 200), estimate=False)
-    slower = integrate(problem, np.linspace(0, 2, 30) ** 2 / 2, estimate=False)
-    assert orbit_gap(slower, curve).max() < 1e-3  # sagitta of 200 pieces
-    aside = Path(slower.times, slower.thetas + 0.05, slower.losses, 0.0, problem)
-    assert orbit_gap(aside, curve).max() > 1e-2
 
 
 def test_the_stencil_is_of_order_eight_and_centred() -> None:

@@ -12,13 +12,10 @@ from scipy.integrate import quad
 
 from grsd.dynamics import transport, transport_solvers
 from grsd.dynamics.transport import CovariantDrift, PowerSpectrum
-from grsd.dynamics.transport_solvers import (
-    characteristics,
-    finite_volume,
-    fitted_exponent,
-    particles,
-)
+from grsd.dynamics.transport_solvers import finite_volume, fitted_exponent, particles
+from tests.book.chapter_code import definitions
 
+characteristics = definitions("dynamics/transport.md", "Lines", "characteristics").characteristics
 TIMES = np.geomspace(1.0, 1000.0, 25)
 CASES = [(c0, p) for c0 in (-0.5, 0.0, 0.5, 1.0) for p in (-0.5, 0.0, 0.5, 1.0)]
 RATIONAL = CovariantDrift(lambda x: 0.5 / (1 + x), lambda x: -0.5 / (1 + x) ** 2)
@@ -170,8 +167,8 @@ def test_three_routes_give_the_exact_loss_and_reject_the_printed_exponent(
 def test_characteristics_follow_the_closed_density_and_without_the_divergence_the_printed_one() -> (
     None
 ):
-    run = characteristics(soft(0.5), 0.5, np.array([1.0, 3.0, 20.0]), count=200)
-    for k, t in enumerate(run.times):
+    run = characteristics(soft(0.5), 0.5, times := np.array([1.0, 3.0, 20.0]), count=200)
+    for k, t in enumerate(times):
         exact = transport.density(run.positions[k], t, 0.5, soft(0.5))
         kept = exact > 1e-200
         assert run.densities[k][kept] == pytest.approx(exact[kept], rel=1e-6)
@@ -264,9 +261,9 @@ def test_a_non_linear_drift_has_the_exponent_of_its_value_at_zero(p: float) -> N
             "no mass",
         ),
         (lambda: finite_volume(lambda u: -u, 0.5, TIMES), "density ≥ 0"),
-        (lambda: characteristics(soft(0.0), math.inf, TIMES), "c0 is inf"),
+        (lambda: particles(soft(0.0), math.inf, TIMES), "c0 is inf"),
         (
-            lambda: characteristics(soft(0.0), CovariantDrift(np.log, lambda x: 1 / x), [0.0, 1.0]),
+            lambda: particles(soft(0.0), CovariantDrift(np.log, lambda x: 1 / x), [0.0, 1.0]),
             "0.0; .*ascending order, positive",
         ),
         (lambda: particles(soft(0.0), 0.5, TIMES, step=1.0), "step is 1.0"),
