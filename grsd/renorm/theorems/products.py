@@ -1,8 +1,9 @@
-"""Products P = J_L ⋯ J₁ of layers J = I + εG: their singular values, and two kinds of coupling between them.
+"""Products P = J_L ⋯ J₁ of layers J = I + εG: singular values, and couplings between them.
 
-With λ = σ² and s = log λ, the spectrum depends on ε and L through t = ε²L alone once ε is small and n large: `Bulk` is that law. The coupling
-X̃ = φᵀṀφ/√(λ_uλ_v) of M = PPᵀ has one kernel when a layer is added (`depth_kernel`) and another when all layers change
-(`training_kernel`). Single vectors are in :mod:`grsd.renorm.theorems.increments`. Source: 2512.18209, section 4 and appendix A.3.
+With λ = σ² and s = log λ, the spectrum depends on ε and L through t = ε²L alone once ε is small and
+n large: `Bulk` is that law. The coupling X̃ = φᵀṀφ/√(λ_uλ_v) of M = PPᵀ has one kernel when a layer
+is added (`depth_kernel`) and another when all layers change (`training_kernel`). Single vectors are
+in :mod:`grsd.renorm.theorems.increments`. Source: 2512.18209, section 4 and appendix A.3.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from scipy import optimize
 from scipy.linalg import lapack
 from torch import Tensor
 
+from grsd import checks, statistics
 from grsd.renorm.theorems.increments import Ensemble, step
 
 __all__ = [
@@ -35,29 +37,23 @@ __all__ = [
 
 def layers(ensemble: Ensemble, epsilon: float, count: int, generator: torch.Generator) -> Tensor:
     """Draw J_1 … J_L = I + εG_ℓ, (count, n, n)."""
-    step(epsilon)
     eye = torch.eye(ensemble.n, dtype=torch.float64, device=generator.device)
-    return eye + epsilon * ensemble.matrices(count, generator)
+    return eye + step(epsilon) * ensemble.matrices(count, generator)
 
 
 class Graded:
     """A growing product P = Q D T with Q orthogonal, D diagonal and descending, T well conditioned.
 
-    No singular value is lost beside a larger one, where the SVD of P itself loses those below 1e−16 of the largest. Cost: a matrix product per
-    factor, a QR per `every` factors, one Jacobi SVD on the CPU per `spectrum`.
-
-    Parameters
-    ----------
-    every : int
-        Factors between two QR steps; their product must keep more than half of its digits.
+    No singular value is lost beside a larger one, where the SVD of P itself loses those below 1e−16
+    of the largest. `every` factors are multiplied between two QR steps; their product must keep
+    more than half of its digits. Cost: a matrix product per factor, a QR per `every` factors, one
+    Jacobi SVD on the CPU per `spectrum`.
     """
 
     def __init__(self, every: int = 8) -> None:
-        if every < 1:
-            raise ValueError(f"every is {every}; expected one factor or more between two QR steps")
-        self.every = every
-        self._pending: Tensor | None = None
-        self._waiting = 0
+        self.every = checks.whole("every", every, 1)
+        self._pending: Tensor | None = None  # product of the factors since the last QR step
+        self._waiting = 0  # their number
         self._parts: tuple[Tensor, Tensor, Tensor] | None = None  # Q, log D, T
 
     def apply(self, matrix: Tensor) -> None:
@@ -69,20 +65,16 @@ class Graded:
         self._pending = matrix if self._pending is None else matrix @ self._pending
         self._waiting += 1
         if self._waiting == self.every:
-            self._absorb()
+            self._absorb(self._pending)
 
-    def _absorb(self) -> None:
-        assert self._pending is not None
-        matrix = self._pending
+    def _absorb(self, pending: Tensor) -> None:
         if self._parts is None:
-            eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-            self._parts = (eye, torch.zeros_like(matrix[0]), eye)
+            eye = torch.eye(len(pending), dtype=pending.dtype, device=pending.device)
+            self._parts = (eye, torch.zeros_like(pending[0]), eye)
         q, logs, t = self._parts
         top = logs.max()
-        scaled = (matrix @ q) * torch.exp(logs - top)
-        order = torch.argsort(
-            scaled.norm(dim=0), descending=True
-        )  # pivoting by length, once per step
+        scaled = (pending @ q) * torch.exp(logs - top)
+        order = torch.argsort(scaled.norm(dim=0), descending=True)  # pivoting once per step
         q, r = torch.linalg.qr(scaled[:, order])
         size = r.diagonal().abs()
         self._parts = (q, size.log() + top, (r / size[:, None]) @ t[order])
@@ -91,23 +83,21 @@ class Graded:
     def spectrum(self) -> np.ndarray:
         """Return s = log λ = 2 log σ of the product so far, ascending, (n,)."""
         if self._pending is not None:
-            self._absorb()
+            self._absorb(self._pending)
         if self._parts is None:
             raise ValueError("a product of no matrix has no singular values to report")
-        logs, t = self._parts[1].cpu().numpy(), self._parts[2].cpu().numpy()
+        logs, t = (part.cpu().numpy() for part in self._parts[1:])
         top = float(logs.max())
         # one-sided Jacobi on Tᵀ D: its relative accuracy does not depend on the spread of D
-        sva, _, _, work, _, info = lapack.dgejsv(
-            np.asfortranarray(t.T * np.exp(logs - top)), joba=2, jobu=3, jobv=3
-        )
+        product = np.asfortranarray(t.T * np.exp(logs - top))
+        sva, _, _, work, _, info = lapack.dgejsv(product, joba=2, jobu=3, jobv=3)
         if info != 0:
             raise ArithmeticError(f"one-sided Jacobi ended with code {info}")
-        found: np.ndarray = np.sort(2 * (np.log(sva * work[0] / work[1]) + top))
-        return found
+        return np.sort(2 * (np.log(sva * work[0] / work[1]) + top))
 
 
 def graded(matrices: Iterable[Tensor], every: int = 8) -> np.ndarray:
-    """Return s_u = log λ_u = 2 log σ_u of ⋯ J_2 J_1, ascending, (n,), for `matrices` J_1, J_2, …; see `Graded`."""
+    """Return s_u = 2 log σ_u of ⋯ J_2 J_1, ascending, (n,), for J_1, J_2, …; see `Graded`."""
     product = Graded(every)
     for matrix in matrices:
         product.apply(matrix)
@@ -115,31 +105,29 @@ def graded(matrices: Iterable[Tensor], every: int = 8) -> np.ndarray:
 
 
 def lyapunov(matrices: Iterable[Tensor], skip: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean growth per layer of each log σ_k, descending k = 1 … n, and its standard error, (n,) each.
+    """Return the mean growth per layer of each log σ_k and its standard error, descending, (n,).
 
-    The diagonal of R in J_ℓ Q_{ℓ−1} = Q_ℓ R_ℓ, averaged over the layers after the first `skip`. For an isotropic law the diagonals of different
-    layers are independent, which the standard error assumes.
+    The diagonal of R in J_ℓ Q_{ℓ−1} = Q_ℓ R_ℓ, averaged over the layers after the first `skip`. For
+    an isotropic law the diagonals of different layers are independent, which the standard error
+    assumes.
     """
     rows: list[Tensor] = []
     q: Tensor | None = None
     for index, matrix in enumerate(matrices):
-        q = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) if q is None else q
-        q, r = torch.linalg.qr(matrix @ q)
+        q, r = torch.linalg.qr(matrix if q is None else matrix @ q)
         if index >= skip:
             rows.append(r.diagonal().abs().log())
-    if len(rows) < 2:
-        raise ValueError(
-            f"{len(rows)} layers after the first {skip}; an average with an error needs two or more"
-        )
+    why = "layers after the first: an average with an error needs two or more"
+    checks.at_least(f"number of layers but {skip}", len(rows), 2, why)
     logs = torch.stack(rows).cpu().numpy()
-    return logs.mean(axis=0), logs.std(axis=0, ddof=1) / math.sqrt(len(logs))
+    return logs.mean(axis=0), statistics.standard_error(logs)
 
 
 def lyapunov_exponents(n: int, epsilon: float) -> np.ndarray:
-    """Lyapunov exponents ε²(n − 2k)/2n of ∏(I + εG), k = 1 … n, G of independent N(0, 1/n) entries, to order ε².
+    """Lyapunov exponents ε²(n − 2k)/2n, k = 1 … n, of ∏(I + εG), G Gaussian, to order ε².
 
-    Equally spaced, by ε²/n. The first k add up to ε²k(n − k − 1)/2n, the growth of the log volume of k vectors. They are those of the limit
-    L → ∞; at finite t the spectrum is `Bulk`.
+    Equally spaced, by ε²/n. The first k add up to ε²k(n − k − 1)/2n, the growth of the log volume
+    of k vectors. They are those of the limit L → ∞; at finite t the spectrum is `Bulk`.
     """
     k = np.arange(1, n + 1)
     return epsilon**2 * (n - 2 * k) / (2 * n)
@@ -147,123 +135,100 @@ def lyapunov_exponents(n: int, epsilon: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Bulk:
-    """The law of s = log λ of ∏(I + εG) at t = ε²L, in the limit of small ε and then large n, for Gaussian G.
+    """The law of s = log λ of ∏(I + εG) at t = ε²L, for small ε, then large n, G Gaussian.
 
-    It is the free positive multiplicative Brownian motion of Biane (1997). Its S-transform is exp(−t(1 + 2z)), so that
-    ψ(w) = ∫ wλ/(1 − wλ) dμ obeys  log ψ − log(1 + ψ) − t(1 + 2ψ) = log w, and the density of s is Im ψ(e^{−s} + i0)/π.
-
-    Parameters
-    ----------
-    t : float
-        ε²L, positive.
+    It is the free positive multiplicative Brownian motion of Biane (1997). Its S-transform is
+    exp(−t(1 + 2z)), so that ψ(w) = ∫ wλ/(1 − wλ) dμ obeys  log ψ − log(1 + ψ) − t(1 + 2ψ) = log w,
+    and the density of s is Im ψ(e^{−s} + i0)/π.
     """
 
     t: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.t) and self.t > 0):
-            raise ValueError(f"t is {self.t}; expected ε²L > 0")
+        checks.positive("t", self.t, "expected ε²L > 0")
 
     @property
     def edge(self) -> float:
-        """The support of s is [−edge, edge]: √(t² + 2t) + 2 arsinh √(t/2); t + 1 + log 2t at large t. log‖P‖ = edge/2."""
+        """The support of s is [−edge, edge]: √(t² + 2t) + 2 arsinh √(t/2). log‖P‖ = edge/2.
+
+        At large t it is t + 1 + log 2t.
+        """
         return math.sqrt(self.t**2 + 2 * self.t) + 2 * math.asinh(math.sqrt(self.t / 2))
 
     @property
     def centre(self) -> float:
         """The density at s = 0: y/π with cot(ty) = 2y; 1/2(t + 2) at large t."""
-        t = self.t
-        y = optimize.brentq(
-            lambda y: math.cos(t * y) - 2 * y * math.sin(t * y), 0, math.pi / (2 * t), xtol=1e-15
-        )
-        return float(y) / math.pi
+
+        def gap(y: float) -> float:
+            return math.cos(self.t * y) - 2 * y * math.sin(self.t * y)
+
+        return float(optimize.brentq(gap, 0, math.pi / (2 * self.t), xtol=1e-15)) / math.pi
 
     def density(self, s: np.ndarray) -> np.ndarray:
         """Density of s, per nat, of unit mass; 0 outside the support.
 
-        With ψ = −½ + x + iy the argument of the equation gives x² = ¼ − y² + y/tan 2ty, its modulus s, for 0 < y ≤ π · `centre`.
+        With ψ = −½ + x + iy the argument of the equation gives x² = ¼ − y² + y/tan 2ty, its modulus
+        s, for 0 < y ≤ π · `centre`.
         """
         v = np.linspace(0, 1, 4001)[:-1]
         y = math.pi * self.centre * (1 - v**2)
         x = np.sqrt(np.maximum(0.25 - y**2 + y / np.tan(2 * self.t * y), 0))
         place = 2 * self.t * x + 0.5 * np.log(((x + 0.5) ** 2 + y**2) / ((x - 0.5) ** 2 + y**2))
-        wanted = np.abs(np.asarray(s, dtype=np.float64))
-        found: np.ndarray = np.interp(
-            wanted, np.append(place, self.edge), np.append(y, 0) / math.pi, right=0.0
-        )
-        return found
+        place, height = np.append(place, self.edge), np.append(y, 0) / math.pi
+        return np.interp(np.abs(np.asarray(s, dtype=np.float64)), place, height, right=0.0)
 
     def flatness(self, window: float) -> float:
-        """Largest relative change of the density over |s| ≤ window/2; about (window/t)²/2t at large t."""
+        """Largest relative change of the density over |s| ≤ window/2; at large t (window/t)²/2t."""
         return float(1 - self.density(np.array(window / 2)) / self.centre)
 
 
 def depth_kernel(distance: np.ndarray, ensemble: Ensemble, epsilon: float) -> np.ndarray:
-    """E X̃_uv² of one more layer, for u ≠ v at the log distance Δ = s_v − s_u: a function of Δ, whatever the layers before it.
+    """E X̃_uv² of one more layer, u ≠ v, at the log distance Δ = s_v − s_u: a function of Δ alone.
 
-    Adding J = I + εG turns M into M + ε(GM + MGᵀ) + O(ε²), and φ_uᵀ(GM + MGᵀ)φ_v/√(λ_uλ_v) = g_uv e^{Δ/2} + g_vu e^{−Δ/2} with
-    g = φᵀGφ. For an isotropic law of zero mean E g_uv² = a and E g_uv g_vu = b are the same for all pairs: 2ε²(a cosh Δ + b). Here a = 1/n
-    and b = 0, 1/n, −1/n for ``ginibre``, ``symmetric`` and ``antisymmetric``; a = 1/n², b = 0 for ``rank_one``.
-
-    Raises
-    ------
-    ValueError
-        An ensemble with a mean: its couplings depend on which vectors the φ are.
+    Adding J = I + εG turns M into M + ε(GM + MGᵀ) + O(ε²), and φ_uᵀ(GM + MGᵀ)φ_v/√(λ_uλ_v) = g_uv
+    e^{Δ/2} + g_vu e^{−Δ/2} with g = φᵀGφ. For an isotropic law of zero mean E g_uv² = a and E g_uv
+    g_vu = b are the same for all pairs: 2ε²(a cosh Δ + b), whatever the layers before it. Here a =
+    1/n and b = 0, 1/n, −1/n for ``ginibre``, ``symmetric`` and ``antisymmetric``; a = 1/n², b = 0
+    for ``rank_one``. An ensemble with a mean is refused: its couplings depend on which vectors the
+    φ are.
     """
     step(epsilon)
     if ensemble.mean is not None:
         raise ValueError(
-            "G has a mean, so its couplings depend on the eigenvectors and not on Δ alone; take mean=None"
+            "G has a mean, so its couplings depend on the eigenvectors and not on Δ alone; take "
+            "mean=None"
         )
     n = ensemble.n
     a = 1 / n**2 if ensemble.kind == "rank_one" else 1 / n
     b = {"symmetric": 1 / n, "antisymmetric": -1 / n}.get(ensemble.kind, 0.0)
-    found: np.ndarray = 2 * epsilon**2 * (a * np.cosh(np.asarray(distance, dtype=np.float64)) + b)
-    return found
+    return 2 * epsilon**2 * (a * np.cosh(np.asarray(distance, dtype=np.float64)) + b)
 
 
 class Training(NamedTuple):
     """Expected squared couplings when every layer of a product changes independently."""
 
     s: np.ndarray  # (n,), log λ ascending
-    kernel: (
-        np.ndarray
-    )  # (n, n), E X̃_uv² given the layers, in units of the variance of an entry of J̇
+    kernel: np.ndarray  # (n, n), E X̃_uv² given the layers, per variance of an entry of J̇
 
     @property
     def couplings(self) -> np.ndarray:
-        """√kernel · √(λ_uλ_v), (n, n): what `grsd.renorm.diagnostics.couplings.shift_invariance` takes as X, free of sampling noise."""
-        found: np.ndarray = np.sqrt(self.kernel) * np.exp((self.s[:, None] + self.s[None, :]) / 2)
-        return found
+        """√kernel · √(λ_uλ_v), (n, n): the X of `shift_invariance`, free of sampling noise."""
+        return np.sqrt(self.kernel) * np.exp((self.s[:, None] + self.s[None, :]) / 2)
 
 
 def training_kernel(matrices: Tensor) -> Training:
-    """Return E X̃_uv² over independent updates J̇_ℓ with independent entries of zero mean and variance 1, given J_1 … J_L.
+    """Return E X̃_uv² over independent updates J̇_ℓ, given J_1 … J_L, (L, n, n) float64.
 
-    With P = ΦΣVᵀ, A_ℓ = (J_L ⋯ J_{ℓ+1})ᵀΦ and B_ℓ = J_{ℓ−1} ⋯ J_1 V,
+    Their entries are independent, of zero mean and variance 1. With P = ΦΣVᵀ, A_ℓ = (J_L ⋯
+    J_{ℓ+1})ᵀΦ and B_ℓ = J_{ℓ−1} ⋯ J_1 V,
 
         E X̃_uv² = Σ_ℓ |a_ℓu|²|b_ℓv|²/λ_u + |a_ℓv|²|b_ℓu|²/λ_v + 2 (a_ℓu·a_ℓv)(b_ℓu·b_ℓv)/√(λ_uλ_v).
 
-    No update is drawn. Multiplying every layer by c^{1/L} shifts s by 2 log c and multiplies this by c^{−2/L}: one layer of L is missing in
-    every term.
-
-    Parameters
-    ----------
-    matrices : Tensor (L, n, n) float64
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit, or a product whose smallest singular value is rounding.
-
-    Notes
-    -----
-    Cost: 5 L matrix products and one SVD.
+    No update is drawn. Multiplying every layer by c^{1/L} shifts s by 2 log c and multiplies this
+    by c^{−2/L}: one layer of L is missing in every term. Refuses a product whose smallest singular
+    value is rounding. Cost: 5 L matrix products and one SVD.
     """
-    if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2] or len(matrices) < 1:
-        raise ValueError(
-            f"matrices have shape {tuple(matrices.shape)}; expected (L, n, n) with L ≥ 1"
-        )
+    checks.shape("matrices", matrices, ("L", "n", "n"))
     product = matrices[0]
     for matrix in matrices[1:]:
         product = matrix @ product
@@ -271,13 +236,14 @@ def training_kernel(matrices: Tensor) -> Training:
     phi, sigma, v = phi.flip(1), sigma.flip(0), vt.mT.flip(1)  # ascending
     if float(sigma[0]) < 1e3 * len(sigma) * torch.finfo(sigma.dtype).eps * float(sigma[-1]):
         raise ValueError(
-            f"the singular values span {float(sigma[-1] / sigma[0]):.1g}: the smallest are rounding; take fewer layers"
+            f"the singular values span {float(sigma[-1] / sigma[0]):.1g}: the smallest are "
+            "rounding; take fewer layers"
         )
+    # A_L … A_1 backwards, then B_1 … B_L forwards beside them
     after = [phi]
     for matrix in matrices.flip(0)[:-1]:
         after.append(matrix.mT @ after[-1])
-    b = v
-    kernel = torch.zeros_like(product)
+    b, kernel = v, torch.zeros_like(product)
     for matrix, a in zip(matrices, reversed(after), strict=True):
         a = a / sigma
         aa, bb = a.mT @ a, b.mT @ b
