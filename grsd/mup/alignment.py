@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from grsd import checks
 from grsd.mup.norms import rms_norm, rms_operator_norm
 
 __all__ = [
@@ -60,17 +61,14 @@ class Observed:
     def alignment(self) -> float:
         """Return the mean over samples of ‖G a_i‖_R / (‖G‖_R ‖a_i‖_R), G the batch gradient: 1 for a batch of one (claim E.2)."""
         G = self.gradient()
-        return float(
-            (rms_norm(self.inputs @ G.T) / rms_norm(self.inputs)).mean()
-        ) / rms_operator_norm(G)
+        gain = rms_norm(self.inputs @ G.T) / rms_norm(self.inputs)
+        return float(gain.mean()) / rms_operator_norm(G)
 
     def batch_norm_ratio(self) -> float:
         """Return ‖mean of G_i‖_R over the mean of ‖G_i‖_R, in [0, 1]: 1 when all samples ask for the same (assumption F.3)."""
-        n_out, n_in = self.weight.shape
-        singles = torch.linalg.vector_norm(self.deltas, dim=1) * torch.linalg.vector_norm(
-            self.inputs, dim=1
-        )
-        return rms_operator_norm(self.gradient()) / float(singles.mean() * (n_in / n_out) ** 0.5)
+        # a matrix of rank one has the RMS norm n_in ‖δ‖_R ‖a‖_R
+        singles = rms_norm(self.deltas) * rms_norm(self.inputs) * self.inputs.shape[1]
+        return rms_operator_norm(self.gradient()) / float(singles.mean())
 
     def own_share(self) -> float:
         """Return the median over samples of ‖G a_i‖ / ‖(1/B) G_i a_i‖: what the batch does to a sample, in units of its own share."""
@@ -89,10 +87,10 @@ class Step:
 
     Attributes
     ----------
-    ratio : float, ‖W + ΔW‖_R / (‖W‖_R + ‖ΔW‖_R)
-    size : float, ‖ΔW‖_R / ‖W‖_R
-    floor : float, the least that `ratio` can be at this size, |1 − size| / (1 + size)
-    cosine : float, ⟨W, ΔW⟩ / (‖W‖_F ‖ΔW‖_F)
+    ratio : ‖W + ΔW‖_R / (‖W‖_R + ‖ΔW‖_R)
+    size : ‖ΔW‖_R / ‖W‖_R
+    floor : the least that `ratio` can be at this size, |1 − size| / (1 + size)
+    cosine : ⟨W, ΔW⟩ / (‖W‖_F ‖ΔW‖_F)
 
     Notes
     -----
@@ -113,67 +111,45 @@ def observe(
 
     Parameters
     ----------
-    model : nn.Module
     losses : model → (B,), one loss a sample, in the order of the batch
     layers : names of `nn.Linear` modules, each called once a pass on (B, n_in)
-
-    Raises
-    ------
-    ValueError
-        A name that is no linear layer, a layer called never or more than once, or inputs that are not one row a sample.
     """
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     modules = dict(model.named_modules())
+    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+
+    def keep(name: str, args: tuple[Tensor, ...], out: Tensor) -> None:
+        calls[name].append((args[0].detach(), out))
+
     handles = []
-    for name, calls in found.items():
-        layer = modules.get(name)
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(
-                f"{name!r} is no nn.Linear of this model; it has {', '.join(_linear(modules))}"
-            )
-
-        def keep(
-            _: nn.Module,
-            args: tuple[Tensor, ...],
-            out: Tensor,
-            calls: list[tuple[Tensor, Tensor]] = calls,
-        ) -> None:
-            out.retain_grad()
-            calls.append((args[0].detach(), out))
-
-        # before other hooks, which may scale the output: δ is that of s = W a itself
-        handles.append(layer.register_forward_hook(keep, prepend=True))
     try:
+        for name in calls:
+            if name not in linear:
+                known = ", ".join(linear)
+                raise ValueError(f"{name!r} is no nn.Linear of this model; it has {known}")
+            hook = lambda _, args, out, name=name: keep(name, args, out)  # noqa: E731
+            # before other hooks, which may scale the output: δ is that of s = W a itself
+            handles.append(linear[name].register_forward_hook(hook, prepend=True))
         each = losses(model)
     finally:
         for handle in handles:
             handle.remove()
-    if each.ndim != 1:
-        raise ValueError(
-            f"losses must give one number a sample, shape (B,); it gave {tuple(each.shape)}"
-        )
-    for name, calls in found.items():
-        if len(calls) != 1 or calls[0][0].shape[:-1] != each.shape:
-            shapes = [tuple(a.shape) for a, _ in calls]
+    checks.shape("losses", each, ("B",), "they must give one number a sample, shape (B,)")
+    for name, made in calls.items():
+        shapes = [tuple(a.shape) for a, _ in made]
+        if len(made) != 1 or shapes[0][:-1] != tuple(each.shape):
             raise ValueError(
                 f"{name!r} was called with {shapes}; expected one call with ({len(each)}, n_in)"
             )
-    outputs = [calls[0][1] for calls in found.values()]
-    deltas = torch.autograd.grad(each.sum(), outputs)
+    deltas = torch.autograd.grad(each.sum(), [out for ((_, out),) in calls.values()])
     return {
-        name: Observed(modules[name].get_parameter("weight").detach(), calls[0][0], delta)
-        for (name, calls), delta in zip(found.items(), deltas, strict=True)
+        name: Observed(linear[name].weight.detach(), a, delta)
+        for (name, ((a, _),)), delta in zip(calls.items(), deltas, strict=True)
     }
 
 
 def step(before: Tensor, after: Tensor) -> Step:
-    """Compare a weight (n_out, n_in) before and after; a feature (n,) is measured by its RMS norm.
-
-    Raises
-    ------
-    ValueError
-        Different shapes, a zero `before`, or nothing changed.
-    """
+    """Compare a weight (n_out, n_in) before and after; a feature (n,) is measured by its RMS norm. Neither may be zero."""
     if before.shape != after.shape or before.ndim not in (1, 2):
         raise ValueError(
             f"need two matrices or two vectors of one shape, got {tuple(before.shape)}, {tuple(after.shape)}"
@@ -187,10 +163,7 @@ def step(before: Tensor, after: Tensor) -> Step:
     if old == 0 or moved == 0:
         raise ValueError(f"‖W‖_R = {old} and ‖ΔW‖_R = {moved}; both must be positive")
     size = moved / old
-    cosine = float(
-        (before * change).sum()
-        / (torch.linalg.vector_norm(before) * torch.linalg.vector_norm(change))
-    )
+    cosine = float(torch.cosine_similarity(before.flatten(), change.flatten(), dim=0))
     return Step(norm(after) / (old + moved), size, abs(1 - size) / (1 + size), cosine)
 
 
@@ -203,7 +176,7 @@ def contributions(
 
     Parameters
     ----------
-    model : nn.Module; its parameters are put back
+    model : its parameters are put back
     changes : groups of parameter name → ΔW
     features : model → tensor, such as the output of the last block
 
@@ -213,22 +186,21 @@ def contributions(
     pass a group, and one more.
     """
     parameters = dict(model.named_parameters())
-    found = []
+    if unknown := sorted({name for group in changes for name in group} - set(parameters)):
+        raise ValueError(f"{unknown[0]!r} is no parameter of this model")
+    terms = []
     with torch.no_grad():
         start = features(model).clone()
         for group in changes:
-            unknown = sorted(set(group) - set(parameters))
-            if unknown:
-                raise ValueError(f"{unknown[0]!r} is no parameter of this model")
             saved = {name: parameters[name].clone() for name in group}
             try:
                 for name, change in group.items():
                     parameters[name].add_(change)
-                found.append(features(model) - start)
+                terms.append(features(model) - start)
             finally:
                 for name, value in saved.items():
                     parameters[name].copy_(value)
-    return torch.stack(found)
+    return torch.stack(terms)
 
 
 def submultiplicative(vector: Tensor, *weights: Tensor) -> float:
@@ -248,7 +220,3 @@ def submultiplicative(vector: Tensor, *weights: Tensor) -> float:
 def stable_activation(before: Tensor, after: Tensor) -> float:
     """Return the mean over rows of ‖φ(z)‖_R / ‖z‖_R (assumption F.2), rows z of shape (B, n)."""
     return float((rms_norm(after.detach()) / rms_norm(before.detach())).mean())
-
-
-def _linear(modules: dict[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if isinstance(module, nn.Linear)]

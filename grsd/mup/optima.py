@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+
+from grsd import checks, statistics
 
 __all__ = ["Drift", "Optimum", "Regret", "drift", "optimum", "regret"]
 
 Array = npt.NDArray[np.float64]
 Bound = Literal["", "at most", "at least", "unknown"]
+SIGNS = {"": "", "at most": "≤ ", "at least": "≥ ", "unknown": "? "}
 DRAWS = 2000  # resamples; a 95 % end is then known to a few per cent of the interval
 _SEED = 20260301
 
@@ -29,23 +31,15 @@ class Optimum:
 
     Attributes
     ----------
-    value : float
-        Vertex of the parabola; the end of the grid for a bound; NaN when every run diverged.
-    low, high : float
-        95 % interval: over seeds, over the noise that was given, or over both; NaN when neither is known, and for a bound.
-    loss : float
-        The parabola's smallest loss (the smallest mean loss for a bound).
-    bound : str
-        "" for an optimum inside the grid, "at most" or "at least" when it stands at the left or right end (to half a step of the grid),
-        "unknown" when fewer than two rates gave a loss.
-    cliff : bool
-        The next larger rate diverged. The optimum is then known to lie between the two neighbours and no better; so says the interval.
-    index : int
-        Which rate had the smallest mean loss, counted in the sorted grid of the rates that were run; −1 when none.
-    draws : ndarray (B,)
-        Resampled values, empty when there is no interval.
-    dof : float
-        Degrees of freedom of the spread over seeds, seeds − 1; infinite when only `noise` is known.
+    value : vertex of the parabola; the end of the grid for a bound; NaN when every run diverged.
+    low, high : 95 % interval over seeds, over the noise that was given, or over both; NaN when neither is known, and for a bound.
+    loss : the parabola's smallest loss (the smallest mean loss for a bound).
+    bound : "" for an optimum inside the grid, "at most" or "at least" when it stands at the left or right end (to half a step of the
+        grid), "unknown" when fewer than two rates gave a loss.
+    cliff : the next larger rate diverged. The optimum is then known to lie between the two neighbours and no better; so says the interval.
+    index : which rate had the smallest mean loss, counted in the sorted grid of the rates that were run; −1 when none.
+    draws : (B,), resampled values, empty when there is no interval.
+    dof : degrees of freedom of the spread over seeds, seeds − 1; infinite when only `noise` is known.
     """
 
     value: float
@@ -59,10 +53,8 @@ class Optimum:
     dof: float = math.inf
 
     def __str__(self) -> str:
-        words = {"": "", "at most": "≤ ", "at least": "≥ ", "unknown": "? "}[
-            self.bound
-        ] + f"{self.value:.2f}"
-        return words + ("" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]")
+        interval = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{SIGNS[self.bound]}{self.value:.2f}{interval}"
 
 
 @dataclass(frozen=True)
@@ -71,18 +63,13 @@ class Drift:
 
     Attributes
     ----------
-    value : float
-        Least-squares slope of log₂ η∗ against log₂ size.
-    low, high : float
-        95 % interval; from the optima's own resamples when all have them, else from the scatter about the line (three sizes or more).
-        NaN for a bound.
-    bound : str
-        "" when every optimum is inside its grid; "at least" or "at most" when the bounded ones all push the slope one way; "unknown"
+    value : least-squares slope of log₂ η∗ against log₂ size.
+    low, high : 95 % interval; from the optima's own resamples when all have them, else from the scatter about the line (three sizes or
+        more). NaN for a bound.
+    bound : "" when every optimum is inside its grid; "at least" or "at most" when the bounded ones all push the slope one way; "unknown"
         when they do not, or when fewer than two optima are left.
-    scatter : float
-        Root mean square distance of the optima from the line, octaves.
-    points : int
-        Optima used; those that are NaN are left out.
+    scatter : root mean square distance of the optima from the line, octaves.
+    points : optima used; those that are NaN are left out.
     """
 
     value: float
@@ -93,10 +80,8 @@ class Drift:
     points: int
 
     def __str__(self) -> str:
-        words = {"": "", "at most": "≤ ", "at least": "≥ ", "unknown": "? "}[
-            self.bound
-        ] + f"{self.value:+.2f}"
-        return words + ("" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]")
+        interval = "" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{SIGNS[self.bound]}{self.value:+.2f}{interval}"
 
 
 @dataclass(frozen=True)
@@ -105,14 +90,10 @@ class Regret:
 
     Attributes
     ----------
-    at : float
-        log₂ of the rate that is carried over.
-    values : ndarray (sizes,)
-        Mean loss at that rate minus the smallest mean loss of the size; infinite when it diverges there, NaN when not run.
-    low, high : ndarray (sizes,)
-        95 % interval over seeds, NaN with one seed.
-    censored : tuple of bool
-        The size's own best rate is at an end of its grid: its regret is then at least this.
+    at : log₂ of the rate that is carried over.
+    values : (sizes,), mean loss at that rate minus the smallest mean loss of the size; infinite when it diverges there, NaN when not run.
+    low, high : (sizes,), 95 % interval over seeds, NaN with one seed.
+    censored : the size's own best rate is at an end of its grid: its regret is then at least this.
 
     Notes
     -----
@@ -139,43 +120,36 @@ def optimum(
 
     Parameters
     ----------
-    log2_lr : (G,)
-        Rates, in any order, none twice.
-    losses : (G,) or (seeds, G)
-        NaN and infinity are diverged runs: a rate at which one seed diverged counts as diverged. Mask (`numpy.ma`) what was not run: a
-        seed that is missing at some rates is filled in by the additive model seed + rate, so that no rate gains by which seeds ran.
-    ceiling : float
-        Losses from here on count as diverged too, e.g. that of the untrained model: a parabola through a run that exploded says nothing.
-    noise : float
-        Standard deviation of one run's loss, for a curve of one seed or on top of the seeds.
-    draws : int
-        Resamples of the seeds (rows) and of the noise. With S seeds the resampled means are spread by √(S/(S−1)), and the interval by
+    log2_lr : (G,), rates in any order, none twice.
+    losses : (G,) or (seeds, G). NaN and infinity are diverged runs: a rate at which one seed diverged counts as diverged. Mask (`numpy.ma`)
+        what was not run: a seed that is missing at some rates is filled in by the additive model seed + rate, so that no rate gains by
+        which seeds ran.
+    noise : standard deviation of one run's loss, for a curve of one seed or on top of the seeds.
+    ceiling : losses from here on count as diverged too, e.g. that of the untrained model: a parabola through a run that exploded says
+        nothing.
+    draws : resamples of the seeds (rows) and of the noise. With S seeds the resampled means are spread by √(S/(S−1)), and the interval by
         the ratio of Student's to the normal quantile at S − 1 degrees of freedom: three seeds resampled as they are cover far too little.
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit, rates that are not finite or given twice, negative noise.
     """
     x, means, rows, kept = _curve(log2_lr, losses, ceiling)
-    if not noise >= 0:
-        raise ValueError(f"noise is a standard deviation, at least 0; got {noise}")
+    checks.at_least("noise", noise, 0, "it is a standard deviation, at least 0")
     value, loss, index, bound, cliff = _vertex(x, means)
     runs = len(rows)
     if bound or (runs < 2 and noise == 0):
         return Optimum(value, math.nan, math.nan, loss, bound, cliff, index, np.empty(0))
+    # resample the seeds, then the noise, and take the best rate of every drawn curve
     rng = np.random.default_rng(seed)
     sample = np.tile(means, (draws, 1))
     if runs > 1:
         sample[:, kept] += _resampled(rows[:, kept], means[kept], draws, rng)
     if noise > 0:
         sample[:, kept] += noise / math.sqrt(runs) * rng.standard_normal((draws, int(kept.sum())))
-    found = _vertices(x, sample, rng)
+    drawn = _vertices(x, sample, rng)
     dof = runs - 1.0 if runs > 1 else math.inf
-    low, high = (
-        (float(x[index - 1]), float(x[index + 1])) if cliff else _interval(value, found, dof)
-    )
-    return Optimum(value, low, high, loss, bound, cliff, index, found, dof)
+    if cliff:
+        low, high = float(x[index - 1]), float(x[index + 1])
+    else:
+        _, low, high, _ = statistics.percentile(value, drawn, dof)
+    return Optimum(value, low, high, loss, bound, cliff, index, drawn, dof)
 
 
 def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Drift:
@@ -186,11 +160,6 @@ def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Dr
     sizes : (N,), positive
     optima : N times `Optimum`, or (N,) log₂ rates. With `Optimum`, bounds are carried through: the slope is Σ wᵢ log₂ ηᵢ with known
         weights, so a bound on ηᵢ bounds it in the direction of wᵢ.
-
-    Raises
-    ------
-    ValueError
-        Sizes that are not positive, or not as many as optima, or all one size.
     """
     listed: list[Any] = list(optima)  # type: ignore[arg-type]
     x = np.log2(np.asarray(sizes, dtype=float))
@@ -198,37 +167,30 @@ def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Dr
         raise ValueError(
             f"need one positive size for each of the {len(listed)} optima, got {np.asarray(sizes)}"
         )
-    known = [o if isinstance(o, Optimum) else None for o in listed]
     y = np.array([o.value if isinstance(o, Optimum) else float(o) for o in listed])
     good = np.isfinite(y)
-    x, y, known = x[good], y[good], [o for o, g in zip(known, good, strict=True) if g]
-    if len(x) and len(set(x)) < 2 and good.all():
-        raise ValueError(f"a drift needs two sizes, got {np.asarray(sizes)}")
+    x, y, known = x[good], y[good], [o for o, fine in zip(listed, good, strict=True) if fine]
     if len(set(x)) < 2:
+        if len(x) and good.all():
+            raise ValueError(f"a drift needs two sizes, got {np.asarray(sizes)}")
         return Drift(math.nan, math.nan, math.nan, "unknown", math.nan, len(x))
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     value = float(weights @ y)
     off = y - y.mean() - value * (x - x.mean())
-    pushes = {_push(o.bound, w) for o, w in zip(known, weights, strict=True) if o is not None} - {
-        ""
-    }
+    held = [o for o in known if isinstance(o, Optimum)]
+    # bounds on optima, where all push the slope one way, bound it
+    pairs = zip(known, weights, strict=True)
+    pushes = {_push(o.bound, w) for o, w in pairs if isinstance(o, Optimum)} - {""}
     bound: Bound = "" if not pushes else pushes.pop() if len(pushes) == 1 else "unknown"
     low = high = math.nan
-    if not bound and all(o is not None and o.draws.size for o in known):
-        count = min(o.draws.size for o in known if o is not None)
+    if not bound and len(held) == len(known) and all(o.draws.size for o in held):
         # seeds of two sizes are taken as independent; shifting the resamples against each other undoes their common generator
-        slopes = sum(
-            w * np.roll(o.draws[:count], 97 * k)
-            for k, (w, o) in enumerate(zip(weights, known, strict=True))
-            if o
-        )
-        low, high = _interval(value, np.asarray(slopes), sum(o.dof for o in known if o is not None))
+        count = min(o.draws.size for o in held)
+        apart = [np.roll(o.draws[:count], 97 * k) for k, o in enumerate(held)]
+        drawn = sum(w * one for w, one in zip(weights, apart, strict=True))
+        _, low, high, _ = statistics.percentile(value, drawn, sum(o.dof for o in held))
     elif not bound and len(x) > 2:
-        spread = math.sqrt(
-            float((off**2).sum()) / (len(x) - 2) / float(((x - x.mean()) ** 2).sum())
-        )
-        half = float(stats.t.ppf(0.975, len(x) - 2)) * spread
-        low, high = value - half, value + half
+        _, low, high, _ = statistics.slope(x, y)
     return Drift(value, low, high, bound, float(np.sqrt((off**2).mean())), len(x))
 
 
@@ -245,17 +207,9 @@ def regret(
 
     Parameters
     ----------
-    log2_lr : (G,)
-    losses : (sizes, G) or (sizes, seeds, G)
-        As in `optimum`; the same grid for every size.
-    source : int
-        Index of the size whose best rate is carried to the others, usually the smallest.
-    ceiling : as in `optimum`
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit, a source that does not exist or at which every run diverged.
+    log2_lr, ceiling, draws : as in `optimum`; one grid for every size.
+    losses : (sizes, G) or (sizes, seeds, G), as in `optimum`.
+    source : index of the size whose best rate is carried to the others, usually the smallest.
     """
     table = np.ma.masked_array(losses, dtype=float)
     if table.ndim not in (2, 3) or not 0 <= source < len(table):
@@ -270,7 +224,7 @@ def regret(
             f"every run of the source size (index {source}) diverged; there is no rate to carry over"
         )
     at, rng = float(x[best]), np.random.default_rng(seed)
-    values, lows, highs = (np.full(len(table), math.nan) for _ in range(3))
+    values, lows, highs = np.full((3, len(table)), math.nan)
     ends = []
     for k, (grid, mean, rows, kept) in enumerate(curves):
         _, _, own, bound, _ = _vertex(grid, mean)
@@ -280,10 +234,10 @@ def regret(
             continue
         values[k] = mean[here[0]] - mean[own]
         if len(rows) > 1 and math.isfinite(values[k]):
+            # the smallest mean is that of each draw: it need not stand at one rate
             sample = mean[kept] + _resampled(rows[:, kept], mean[kept], draws, rng)
-            column = int(kept[: here[0]].sum())
-            found = sample[:, column] - sample.min(axis=1)
-            lows[k], highs[k] = _interval(float(values[k]), found, len(rows) - 1.0)
+            drawn = sample[:, int(kept[: here[0]].sum())] - sample.min(axis=1)
+            _, lows[k], highs[k], _ = statistics.percentile(float(values[k]), drawn, len(rows) - 1)
     return Regret(at, values, np.maximum(lows, 0.0), highs, tuple(ends))
 
 
@@ -303,22 +257,16 @@ def _curve(
         )
     if not np.isfinite(x).all() or len(set(x.tolist())) < len(x):
         raise ValueError(f"rates must be finite (in log₂) and different from each other, got {x}")
+    # sorted, without rates and seeds that were not run at all
     order = np.argsort(x)
-    missing = np.ma.getmaskarray(table)[:, order]
-    values = np.ma.getdata(table)[:, order]
-    run, rows_run = ~missing.all(axis=0), ~missing.all(axis=1)
-    missing, values, x = (
-        missing[np.ix_(rows_run, run)],
-        values[np.ix_(rows_run, run)],
-        x[order][run],
-    )
+    missing, values = np.ma.getmaskarray(table)[:, order], np.ma.getdata(table)[:, order]
+    run = np.ix_(~missing.all(axis=1), ~missing.all(axis=0))
+    missing, values, x = missing[run], values[run], x[order][run[1][0]]
+    # a rate is lost where one seed diverged; a seed that only ran where another diverged says nothing
     values = np.where(missing | (values < ceiling), values, np.inf)
     kept = ~(np.isinf(values) & ~missing).any(axis=0)
     useful = (kept & ~missing).any(axis=1) | ~kept.any()
-    values, missing = (
-        values[useful],
-        missing[useful],
-    )  # a seed that only ran where another diverged says nothing
+    values, missing = values[useful], missing[useful]
     rows = np.full(values.shape, np.inf)
     rows[:, kept] = _completed(values[:, kept], missing[:, kept])
     return x, rows.mean(axis=0) if len(rows) else np.empty(0), rows, kept
@@ -370,38 +318,28 @@ def _parabola(x: Array, y: Array) -> tuple[float, float]:
 
 def _vertices(x: Array, sample: Array, rng: np.random.Generator) -> Array:
     """Return the best rate of many curves (B, G), all diverged at the same rates; `_vertex` row by row."""
-    i = sample.argmin(axis=1)
-    found: Array = x[i]
-    row, left, right = np.arange(len(sample)), np.maximum(i - 1, 0), np.minimum(i + 1, len(x) - 1)
-    inside = (
-        (left < i) & (right > i) & np.isfinite(sample[row, left]) & np.isfinite(sample[row, right])
-    )
+    row, i = np.arange(len(sample)), sample.argmin(axis=1)
+    left, right = np.maximum(i - 1, 0), np.minimum(i + 1, len(x) - 1)
+    best: Array = x[i]
+    # inside: the vertex of the parabola, in divided differences
+    ends = np.isfinite(sample[row, left]) & np.isfinite(sample[row, right])
+    inside = (left < i) & (right > i) & ends
     k, a, b, c = row[inside], left[inside], i[inside], right[inside]
     first = (sample[k, b] - sample[k, a]) / (x[b] - x[a])
     bend = ((sample[k, c] - sample[k, b]) / (x[c] - x[b]) - first) / (x[c] - x[a])
     slope = first + bend * (x[b] - x[a])
-    found[inside] -= np.divide(slope, 2 * bend, out=np.zeros_like(slope), where=bend > 0)
+    best[inside] -= np.divide(slope, 2 * bend, out=np.zeros_like(slope), where=bend > 0)
+    # beside a cliff nothing is known but the bracket
     cliff = (right > i) & ~np.isfinite(sample[row, right])
-    found[cliff] = rng.uniform(
-        x[left[cliff]], x[right[cliff]]
-    )  # nothing is known there but the bracket
-    return found
+    best[cliff] = rng.uniform(x[left[cliff]], x[right[cliff]])
+    return best
 
 
 def _resampled(rows: Array, means: Array, draws: int, rng: np.random.Generator) -> Array:
     """Return deviations (draws, G) of the mean over resampled rows, spread so that their variance is that of the mean."""
     count = len(rows)
     weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
-    deviations: Array = math.sqrt(count / (count - 1)) * (weights @ (rows - means))
-    return deviations
-
-
-def _interval(value: float, draws: Array, dof: float) -> tuple[float, float]:
-    wider = float(stats.t.ppf(0.975, dof) / stats.norm.ppf(0.975)) if math.isfinite(dof) else 1.0
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return value - wider * max(value - float(low), 0.0), value + wider * max(
-        float(high) - value, 0.0
-    )
+    return math.sqrt(count / (count - 1)) * (weights @ (rows - means))
 
 
 def _push(bound: Bound, weight: float) -> Bound:

@@ -167,7 +167,9 @@ def test_what_cannot_be_observed() -> None:
     losses = lambda m: (m(x).reshape(-1) - y) ** 2  # noqa: E731
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         observe(model, losses, ["blocks"])
-    with pytest.raises(ValueError, match="one number a sample"):
+    with pytest.raises(
+        ValueError, match=r"losses has shape \(1, 1\); they must give one number a sample"
+    ):
         observe(model, lambda m: losses(m).mean()[None, None], ["read"])
     with pytest.raises(ValueError, match="expected one call"):
         observe(model, lambda m: losses(m) + losses(m), ["read"])

@@ -134,7 +134,7 @@ def test_bad_input_is_refused() -> None:
         check("sgd", 0.1, steps=0)
     with pytest.raises(ValueError, match="positive sizes"):
         check("sgd", 0.1, widths=(0,))
-    with pytest.raises(ValueError, match="parametrization must be"):
+    with pytest.raises(ValueError, match="parametrization is 'ntk'; expected one of mup, sp"):
         check("sgd", 0.1, parametrization="ntk")
 
 

@@ -283,7 +283,10 @@ def test_regret_over_seeds_has_an_interval() -> None:
         (lambda: optimum(GRID, curve(-5.0)[:-1]), r"got \(1, 6\) for \(7,\) rates"),
         (lambda: optimum([-3, -3, -2], [1.0, 2.0, 3.0]), "different from each other"),
         (lambda: optimum([-3, math.inf], [1.0, 2.0]), "must be finite"),
-        (lambda: optimum(GRID, curve(-5.0), noise=-1.0), "at least 0; got -1.0"),
+        (
+            lambda: optimum(GRID, curve(-5.0), noise=-1.0),
+            "noise is -1.0; it is a standard deviation, at least 0",
+        ),
         (lambda: drift([32, 64], [1.0]), "one positive size for each of the 1 optima"),
         (lambda: drift([32, 0], [1.0, 2.0]), "one positive size"),
         (lambda: drift([32, 32], [1.0, 2.0]), "needs two sizes"),
