@@ -91,7 +91,7 @@ def experiment(
     from grsd.experiments import engine
 
     if name is None:
-        found = {key: engine.find(key) for key in engine.MODULES}
+        found = {key: engine.find(key) for key in engine.NAMES}
         if as_json:
             emit({"experiments": {k: asdict(engine.parameters(e)) for k, e in found.items()}})
             return

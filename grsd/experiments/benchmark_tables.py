@@ -202,5 +202,7 @@ def filled(text: str) -> str:
             raise ValueError(
                 f"the marker 'benchmark: {name[:40]}' is not closed, or is none of {', '.join(BLOCKS)}"
             )
-        out.append(f"<!-- benchmark: {name} -->\n\n{BLOCKS[name]().markdown()}\n\n<!-- end -->{tail}")
+        out.append(
+            f"<!-- benchmark: {name} -->\n\n{BLOCKS[name]().markdown()}\n\n<!-- end -->{tail}"
+        )
     return "".join(out)

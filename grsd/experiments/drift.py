@@ -1,41 +1,38 @@
-"""The experiment ``drift``: how the drift of the error spectrum of two-layer nets, and its spread, change with size.
+"""The experiment ``drift``: how the drift of the error of two-layer nets changes with their size.
 
-One piece is one net on one data set: gradient flow, energies and fluxes at every time and edge, loss exponents. A result
-holds one target and one series: n and h grow together, h grows at fixed data, or γ is held fixed.
+One piece is one net on one data set: gradient flow, energies and fluxes at every time and edge,
+loss exponents. A result holds one target and one series: n and h grow together, h grows at fixed
+data, or γ is held fixed.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
-from grsd import statistics
+from grsd import checks, statistics
 from grsd.dynamics import drift, flow, modes, transport
 from grsd.dynamics.problem import Problem
 from grsd.dynamics.transport_solvers import fitted_exponent
-from grsd.experiments import two_layer_forms
-from grsd.experiments.engine import Experiment, Piece, rounded
+from grsd.experiments.engine import Data, Experiment, Piece, Rows, grouped, rounded, shared
+from grsd.experiments.two_layer_forms import TwoLayerProblem
 from grsd.lab.data.functions import TARGETS, data
 from grsd.lab.nets import models
 
-__all__ = ["EDGES", "EXPERIMENT", "TARGETS", "Parameters", "data", "exponents", "follow", "problem"]
-
-EDGES = np.power(
-    2.0, np.arange(-18, 2)
-)  # of λ, in 1/time: two decades below what t = 1000 can learn, up to 2
+# edges of λ, in 1/time: two decades below what t = 1000 can learn, up to 2
+EDGES = np.power(2.0, np.arange(-18, 2))
 ORDERS = {"1": 1.0, "4": 4.0, "sharp": math.inf}
 PARTS: tuple[drift.Part, ...] = ("advective", "kato", "total")
 REFERENCE = 128  # width at which `gamma` is quoted
+ROUNDING = 1 - 1e-9  # a grid in log t rounds
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Attributes: see the fields' comments. Sizes and seeds only; the method is that of the module."""
+    """Sizes and seeds; the method is that of the module."""
 
     target: str = "wave"  # a key of TARGETS
     sizes: tuple[int, ...] = (64, 128, 256, 512)  # n, samples
@@ -54,27 +51,14 @@ class Parameters:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(
-                f"unknown target {self.target!r}: expected one of {', '.join(TARGETS)}"
-            )
-        if self.scaling not in ("mean-field", "ntk"):
-            raise ValueError(f"scaling is {self.scaling!r}; expected mean-field or ntk")
-        if (
-            not self.sizes
-            or min(self.sizes) < 4
-            or min(self.widths, default=1) < 1
-            or self.inputs < 2
-        ):
-            raise ValueError(
-                f"sizes {self.sizes}, widths {self.widths}, inputs {self.inputs}: too small or empty"
-            )
-        if self.seeds < 2:
-            raise ValueError(f"seeds is {self.seeds}; a spread needs two or more")
-        if not 0.1 < self.after < self.until or self.points < 12:
-            raise ValueError(
-                f"need 0.1 < after < until and points ≥ 12, got {self.after}, {self.until} and {self.points}"
-            )
+        checks.one_of("target", self.target, TARGETS)
+        checks.one_of("scaling", self.scaling, ("mean-field", "ntk"))
+        checks.at_least("sizes", min(self.sizes, default=0), 4)
+        checks.at_least("widths", min(self.widths, default=1), 1)
+        checks.at_least("inputs", self.inputs, 2)
+        checks.at_least("seeds", self.seeds, 2, "a spread needs two or more")
+        checks.between("after", self.after, 0.1, self.until, "()")
+        checks.at_least("points", self.points, 12)
 
 
 def problem(
@@ -89,21 +73,22 @@ def problem(
     activation: str = "tanh",
     gain: float = 1.0,
     device: str = "cpu",
-) -> two_layer_forms.TwoLayerProblem:
-    """Return a two-layer net of width h (by default n) on one of the `TARGETS`; γ is that of `models.two_layer`."""
+) -> TwoLayerProblem:
+    """Return a two-layer net of width h (by default n) on one of the `TARGETS`.
+
+    γ is that of `models.two_layer`.
+    """
     x, y = data(target, samples, seed if data_seed is None else data_seed, inputs)
-    net = models.two_layer(inputs, width or samples, gamma, activation, seed=seed, gain=gain).to(
-        device
-    )
-    return two_layer_forms.TwoLayerProblem(net, x.to(device), y.to(device))
+    net = models.two_layer(inputs, width or samples, gamma, activation, seed=seed, gain=gain)
+    return TwoLayerProblem(net.to(device), x.to(device), y.to(device))
 
 
 def follow(
     at: Problem, until: float = 1000.0, points: int = 25, rtol: float = 1e-7
 ) -> tuple[flow.Path, list[modes.Modes]]:
-    """Integrate gradient flow and return the path at 0 and at times even in log t from 0.1, with its modes.
+    """Integrate gradient flow and return the path at 0 and at times even in log t from 0.1.
 
-    The modes leave out time 0: `path.times[1:]` are theirs.
+    With it the modes at `path.times[1:]`: time 0 is left out.
     """
     times = np.append(0.0, np.geomspace(0.1, until, points))
     path = flow.integrate(at, times, rtol=rtol, atol=1e-2 * rtol, estimate=False)
@@ -112,79 +97,65 @@ def follow(
 
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per size, width and seed."""
-    found = []
-    pairs = product(p.sizes, p.widths) if p.widths else ((n, n) for n in p.sizes)
-    for n, h in pairs:
-        for seed in range(p.seeds):
-            gamma = p.gamma * (math.sqrt(h / REFERENCE) if p.scaling == "mean-field" else 1.0)
-            left = {
-                k: v
-                for k, v in asdict(p).items()
-                if k not in ("sizes", "widths", "seeds", "scaling")
-            }
-            data_seed = seed if p.data_seed < 0 else p.data_seed
-            found.append(
-                {**left, "n": n, "h": h, "gamma": gamma, "seed": seed, "data_seed": data_seed}
-            )
-    return found
+    common = shared(p, "sizes", "widths", "seeds", "scaling")
+    sizes = list(product(p.sizes, p.widths)) if p.widths else [(n, n) for n in p.sizes]
+    listed = []
+    for (n, h), seed in product(sizes, range(p.seeds)):
+        factor = math.sqrt(h / REFERENCE) if p.scaling == "mean-field" else 1.0
+        data_seed = seed if p.data_seed < 0 else p.data_seed
+        size = {"n": n, "h": h, "gamma": p.gamma * factor, "seed": seed, "data_seed": data_seed}
+        listed.append({**common, **size})
+    return listed
 
 
-def measure(piece: Piece) -> dict[str, Any]:
-    """Follow one net and return its fields c(t, edge), their summaries at three orders of edge, and its loss exponents."""
-    names = ("seed", "data_seed", "inputs", "activation", "gain", "device")
-    at = problem(
-        piece["target"],
-        piece["n"],
-        piece["gamma"],
-        width=piece["h"],
-        **{k: piece[k] for k in names},
-    )
+def measure(piece: Piece) -> Data:
+    """Follow one net: fields c(t, edge), summaries at three orders of edge, loss exponents."""
+    names = ("gamma", "seed", "data_seed", "inputs", "activation", "gain", "device")
+    options = {name: piece[name] for name in names}
+    at = problem(piece["target"], piece["n"], width=piece["h"], **options)
     path, instants = follow(at, piece["until"], piece["points"], piece["rtol"])
     times, after = path.times[1:], piece["after"]
+    late = times >= after * ROUNDING
     drifts = {name: drift.Drift.of(instants, times, EDGES, order) for name, order in ORDERS.items()}
-    soft = drifts["1"]
-    summaries = {
-        name: {part: d.summary(part, after) for part in PARTS} for name, d in drifts.items()
-    }
-    late = times >= after * (1 - 1e-9)
-    fit = drifts["sharp"].power_law("advective", after)
+    soft, sharp = drifts["1"], drifts["sharp"]
     return {
         "times": times,
         "losses": path.losses[1:],
         "identity": path.identity,
         "weights": soft.weights(after)[late],
         "fields": {part: soft.c(part)[late] for part in PARTS},
-        "summaries": summaries,
+        "summaries": {
+            name: {part: d.summary(part, after) for part in PARTS} for name, d in drifts.items()
+        },
         "ratio": {name: _ratios(d, after) for name, d in drifts.items()},
-        "velocity": fit._asdict(),
-        "upward": _upward(drifts["sharp"], after),
+        "velocity": sharp.power_law("advective", after)._asdict(),
+        # share of the octaves with energy whose eigenvalues move up
+        "upward": float((sharp.c("advective")[_cells(sharp, after)] > 0).mean()),
         "exponents": exponents(path, instants, after),
         "correlation": soft.correlation(after),
         "regime": _regime(soft, after),
     }
 
 
-def _regime(d: drift.Drift, after: float) -> dict[str, float]:
-    """Share of the energy where |v| > 2λ², and the median over time of |c| at the edge nearest to 1/2t, both for the total."""
-    late = np.flatnonzero(d.times >= after * (1 - 1e-9))
-    at = [int(np.abs(np.log(2 * d.edges * d.times[k])).argmin()) for k in late]
-    fast = float(d.weights(after)[d.regime("total") > 1].sum())
-    return {"share": fast, "frontier": float(np.median(np.abs(d.c("total")[late, at])))}
-
-
-def _upward(d: drift.Drift, after: float) -> float:
-    """Share of the octaves with at least 1 % of their time's energy whose eigenvalues move up."""
+def _cells(d: drift.Drift, after: float) -> np.ndarray:
+    """Times from `after` on and edges with at least 1 % of their time's energy, (T, edges)."""
     share = d.energy / d.energy.sum(axis=1, keepdims=True)
-    cells = (d.times[:, None] >= after * (1 - 1e-9)) & (share >= 0.01)
-    return float((d.c("advective")[cells] > 0).mean())
+    return (d.times[:, None] >= after * ROUNDING) & (share >= 0.01)
 
 
 def _ratios(d: drift.Drift, after: float) -> dict[str, float]:
-    """|Kato|/|advective| over the cells with at least 1 % of their time's energy: median and 90th percentile."""
-    share = d.energy / d.energy.sum(axis=1, keepdims=True)
-    cells = (d.times[:, None] >= after * (1 - 1e-9)) & (share >= 0.01) & (d.advective != 0)
+    """|Kato|/|advective| over the cells with energy: median and 90th percentile."""
+    cells = _cells(d, after) & (d.advective != 0)
     ratio = np.abs(d.kato[cells] / d.advective[cells])
     return {"median": float(np.median(ratio)), "tail": float(np.quantile(ratio, 0.9))}
+
+
+def _regime(d: drift.Drift, after: float) -> dict[str, float]:
+    """Of the total: share of the energy where |v| > 2λ², median of |c| at the edge near 1/2t."""
+    late = np.flatnonzero(d.times >= after * ROUNDING)
+    at = [int(np.abs(np.log(2 * d.edges * d.times[k])).argmin()) for k in late]
+    fast = float(d.weights(after)[d.regime("total") > 1].sum())
+    return {"share": fast, "frontier": float(np.median(np.abs(d.c("total")[late, at])))}
 
 
 def exponents(
@@ -192,169 +163,130 @@ def exponents(
 ) -> dict[str, float]:
     """Return loss exponents from `after` on: the one measured, and those of models that know less.
 
-    ``frozen``: the kernel of the first time for ever; it stands for p + 1 in the formulas. ``still``: the same from `after` on.
-    ``formula_…`` is (1 + c)(p + 1) and ``printed_…`` is (1 + c)p + 1, with c the mean of the advective or of the total drift.
-    ``model_…`` starts from the spectrum measured at `after` and moves it with that constant c; ``model_printed_…`` does so by
+    ``frozen``: the kernel of the first time for ever; it stands for p + 1 in the formulas.
+    ``still``: the same from `after` on. ``formula_…`` is (1 + c)(p + 1) and ``printed_…`` is (1 +
+    c)p + 1, with c the mean of the advective or of the total drift. ``model_…`` starts from the
+    spectrum measured at `after` and moves it with that constant c; ``model_printed_…`` does so by
     equation (13) as printed.
     """
-    times, least = path.times[1:], after * (1 - 1e-9)
+    times, least = path.times[1:], after * ROUNDING
     lead = int(np.flatnonzero(times >= least)[0])
 
-    def model(found: modes.Modes, c0: float, start: float) -> tuple[float, float]:
-        window = times[times >= start]
-        both = drift.constant_drift_loss(
-            found.eigenvalues.clip(min=0), 0.5 * found.coefficients**2, c0, start, window
-        )
-        corrected, printed = (fitted_exponent(window, loss, after=least) for loss in both)
+    def model(k: int, c0: float) -> tuple[float, float]:
+        """The exponents, corrected and as printed, of the spectrum at time k moved with c0."""
+        lam, energy = instants[k].eigenvalues.clip(min=0), 0.5 * instants[k].coefficients ** 2
+        window = times[times >= times[k]]
+        losses = drift.constant_drift_loss(lam, energy, c0, float(times[k]), window)
+        corrected, printed = (fitted_exponent(window, loss, after=least) for loss in losses)
         return corrected, printed
 
     soft = drift.Drift.of(instants, times, EDGES)
-    frozen = model(instants[0], 0.0, float(times[0]))[0]
-    found = {"measured": fitted_exponent(times, path.losses[1:], after=least), "frozen": frozen}
-    found["still"] = model(instants[lead], 0.0, float(times[lead]))[0]
-    parts: tuple[drift.Part, ...] = ("advective", "total")
-    for part in parts:
+    frozen = model(0, 0.0)[0]
+    values = {"measured": fitted_exponent(times, path.losses[1:], after=least), "frozen": frozen}
+    values["still"] = model(lead, 0.0)[0]
+    for part in PARTS[::2]:
         c = max(soft.summary(part, after)["mean"], -0.9)  # the formulas need c > −1
-        found[f"formula_{part}"], found[f"printed_{part}"] = transport.loss_exponent(c, frozen - 1)
-        found[f"model_{part}"], found[f"model_printed_{part}"] = model(
-            instants[lead], c, float(times[lead])
-        )
-    return found
+        both = transport.loss_exponent(c, frozen - 1)
+        values[f"formula_{part}"], values[f"printed_{part}"] = both
+        values[f"model_{part}"], values[f"model_printed_{part}"] = model(lead, c)
+    return values
 
 
-def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
+def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
     """Runs without their fields; per size the means over seeds with intervals; trends with size."""
     groups, deviations = [], []
-    sizes = sorted({(piece["n"], piece["h"]) for piece in listed})
-    for n, h in sizes:
-        chosen = [i for i, piece in enumerate(listed) if (piece["n"], piece["h"]) == (n, h)]
-        group, rows = _group([measured[i] for i in chosen])
-        groups.append({"n": n, "h": h, "gamma": listed[chosen[0]]["gamma"], **group})
-        deviations += [{"n": n, "h": h, **row} for row in rows]
-    runs = [
-        {
-            "n": piece["n"],
-            "h": piece["h"],
-            "seed": piece["seed"],
-            **{k: v for k, v in one.items() if k not in _FIELDS},
-        }
-        for piece, one in zip(listed, measured, strict=True)
-    ]
-    axis = "n" if len({n for n, _ in sizes}) > 1 else "h"
-    found: dict[str, Any] = rounded(
+    for (n, h, gamma), members in sorted(grouped(listed, measured, "n", "h", "gamma").items()):
+        group, off = _group(members)
+        groups.append({"n": n, "h": h, "gamma": gamma, **group})
+        deviations += off
+    runs = []
+    for piece, one in zip(listed, measured, strict=True):
+        kept = {k: v for k, v in one.items() if k not in ("times", "weights", "fields", "losses")}
+        runs.append({"n": piece["n"], "h": piece["h"], "seed": piece["seed"], **kept})
+    late = [t for t in measured[0]["times"] if t >= p.after * ROUNDING]
+    axis = "n" if len({g["n"] for g in groups}) > 1 else "h"
+    return rounded(
         {
             "edges": EDGES,
-            "times": [t for t in measured[0]["times"] if t >= p.after * (1 - 1e-9)][
-                ::2
-            ],  # of the fields
+            "times": late[::2],  # of the fields
             "axis": axis,
             "runs": runs,
             "groups": groups,
-            "trends": _trends(axis, runs, deviations) if len(sizes) > 1 else {},
+            "trends": _trends(axis, runs, deviations) if len(groups) > 1 else {},
         }
     )
-    return found
 
 
-_FIELDS = ("times", "weights", "fields", "losses")
-
-
-def _group(members: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Statistics over the seeds of one size, and how far each seed's field lies from the mean field."""
-    w = np.mean([one["weights"] for one in members], axis=0)
-    count = len(members)
-    found: dict[str, Any] = {"weights": w[::2]}
-    rows: list[dict[str, float]] = [{} for _ in members]
+def _group(members: list[Data]) -> tuple[Data, list[dict[str, float]]]:
+    """Statistics over the seeds of one size; how far each seed's field lies from the mean field."""
+    w, count = np.mean([one["weights"] for one in members], axis=0), len(members)
+    soft = [one["summaries"]["1"] for one in members]
+    group: Data = {"weights": w[::2]}
+    off: list[dict[str, float]] = [{} for _ in members]
     for part in PARTS:
-        field = np.array([one["fields"][part] for one in members])
-        mean = field.mean(axis=0)
-        off = np.sqrt((w * (field - mean) ** 2).sum(axis=(1, 2)) * count / (count - 1))
-        for row, value in zip(rows, off, strict=True):
-            row[part] = float(value)
+        fields = np.array([one["fields"][part] for one in members])
+        mean = fields.mean(axis=0)
+        distances = np.sqrt((w * (fields - mean) ** 2).sum(axis=(1, 2)) * count / (count - 1))
+        for row, distance in zip(off, distances, strict=True):
+            row[part] = float(distance)
         centre = float((w * mean).sum())
-        found[part] = {
-            "mean": statistics.mean([one["summaries"]["1"][part]["mean"] for one in members]),
-            "spread": statistics.mean([one["summaries"]["1"][part]["spread"] for one in members]),
-            "seed_sd": float(np.sqrt((w * field.var(axis=0, ddof=1)).sum())),
+        group[part] = {
+            "mean": statistics.mean([one[part]["mean"] for one in soft]),
+            "spread": statistics.mean([one[part]["spread"] for one in soft]),
+            "seed_sd": float(np.sqrt((w * fields.var(axis=0, ddof=1)).sum())),
             "field_sd": float(np.sqrt((w * (mean - centre) ** 2).sum())),
+            "field": mean[::2],
         }
-        found[part]["field"] = mean[::2]
-    found["cancelled"] = statistics.mean([_cancelled(one) for one in members])
-    found["negative"] = statistics.mean(
-        [one["summaries"]["1"]["total"]["negative"] for one in members]
-    )
-    found["correlation"] = statistics.mean([one["correlation"] for one in members])
-    found["exponents"] = {
-        name: statistics.mean([m["exponents"][name] for m in members])
+    group["cancelled"] = statistics.mean([_cancelled(one) for one in members])
+    group["negative"] = statistics.mean([one["total"]["negative"] for one in soft])
+    group["correlation"] = statistics.mean([one["correlation"] for one in members])
+    group["exponents"] = {
+        name: statistics.mean([one["exponents"][name] for one in members])
         for name in members[0]["exponents"]
     }
-    return found, rows
+    return group, off
 
 
-def _cancelled(one: dict[str, Any]) -> float:
+def _cancelled(one: Data) -> float:
     """−c_Kato/c_adv of one run: 1 when the two cancel, negative when they add."""
-    means = {part: one["summaries"]["1"][part]["mean"] for part in PARTS}
-    return float(-means["kato"] / means["advective"])
+    soft = one["summaries"]["1"]
+    return float(-soft["kato"]["mean"] / soft["advective"]["mean"])
 
 
-def _trends(
-    axis: str, runs: list[dict[str, Any]], deviations: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Slopes over all runs: of logarithms against log size (`log_…`), else per doubling of the size."""
-    doublings = np.log2([run[axis] for run in runs])
-    found: dict[str, Any] = {
-        "cancelled": statistics.slope(doublings, [_cancelled(run) for run in runs]),
-        "correlation": statistics.slope(doublings, [run["correlation"] for run in runs]),
-    }
+def _trends(axis: str, runs: list[Data], deviations: list[dict[str, float]]) -> Data:
+    """Slopes over all runs: of logarithms against log size (`log_…`), else per doubling."""
+    values = {"cancelled": [_cancelled(run) for run in runs]}
+    values["correlation"] = [run["correlation"] for run in runs]
     for part in PARTS:
-        summary = [run["summaries"]["1"][part] for run in runs]
-        found[f"mean_{part}"] = statistics.slope(doublings, [s["mean"] for s in summary])
-        found[f"log_spread_{part}"] = statistics.slope(
-            doublings, np.log2([s["spread"] for s in summary])
-        )
-        found[f"log_seed_{part}"] = statistics.slope(
-            doublings, np.log2([row[part] for row in deviations])
-        )
-    return found
+        soft = [run["summaries"]["1"][part] for run in runs]
+        values[f"mean_{part}"] = [one["mean"] for one in soft]
+        values[f"log_spread_{part}"] = [math.log2(one["spread"]) for one in soft]
+        values[f"log_seed_{part}"] = [math.log2(row[part]) for row in deviations]
+    doublings = np.log2([run[axis] for run in runs])
+    return {name: statistics.slope(doublings, y) for name, y in values.items()}
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
+def table(result: Data) -> Rows:
     """Per size: c in its three parts with 95 % intervals, its spreads, and the loss exponents."""
-    columns = [
-        "n",
-        "h",
-        "γ",
-        "c_adv",
-        "c_Kato",
-        "c_tot",
-        "spread",
-        "seed sd",
-        "cancelled",
-        "exponent",
-        "frozen",
-    ]
+    columns = ["n", "h", "γ", "c_adv", "c_Kato", "c_tot", "spread", "seed sd", "cancelled"]
     rows: list[list[object]] = []
     for g in result["groups"]:
-        means = [str(statistics.Interval(*g[part]["mean"])) for part in PARTS]
-        others = [
-            f"{g['total']['spread'][0]:.2f}",
-            f"{g['total']['seed_sd']:.2f}",
-            str(statistics.Interval(*g["cancelled"])),
-        ]
-        exponents = [f"{g['exponents'][k][0]:.2f}" for k in ("measured", "frozen")]
-        rows.append([g["n"], g["h"], f"{g['gamma']:.3g}", *means, *others, *exponents])
-    return columns, rows
+        row: list[object] = [g["n"], g["h"], f"{g['gamma']:.3g}"]
+        row += [str(statistics.Interval(*g[part]["mean"])) for part in PARTS]
+        row += [f"{g['total']['spread'][0]:.2f}", f"{g['total']['seed_sd']:.2f}"]
+        row += [str(statistics.Interval(*g["cancelled"]))]
+        row += [f"{g['exponents'][name][0]:.2f}" for name in ("measured", "frozen")]
+        rows.append(row)
+    return [*columns, "exponent", "frozen"], rows
 
 
 EXPERIMENT = Experiment(
-    name="drift",
-    summary="fluxes of error energy in two-layer nets, and how their spread changes with size",
-    parameters=Parameters,
-    pieces=pieces,
-    measure=measure,
-    reduce=reduce,
-    table=table,
-    seeds=lambda p: range(p.seeds),
-    sources=(drift, flow, modes, transport, models, two_layer_forms, sys.modules[__name__]),
+    "drift",
+    "fluxes of error energy in two-layer nets, and how their spread changes with size",
+    Parameters,
+    pieces,
+    measure,
+    reduce,
+    table,
     gpu={"sizes": (2048, 4096, 8192), "seeds": 10, "points": 13, "device": "cuda"},
 )

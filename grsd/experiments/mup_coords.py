@@ -10,7 +10,6 @@ scatter from seed to seed (SGD's most; a loss that is linear in the output has n
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +20,6 @@ from torch.nn import functional
 
 from grsd.experiments.engine import Experiment, Piece
 from grsd.lab.nets import architectures
-from grsd.mup import coordcheck, norms, optimizers, registry, roles, rules
 from grsd.mup.coordcheck import coord_check, fit_slope
 from grsd.mup.planning import Plan, plan
 from grsd.mup.registry import OPTIMIZERS, row
@@ -255,18 +253,6 @@ EXPERIMENT = Experiment(
     measure=measure,
     reduce=reduce,
     table=table,
-    seeds=lambda p: range(p.seeds),
-    sources=(
-        sys.modules[__name__],
-        architectures,
-        coordcheck,
-        roles,
-        norms,
-        optimizers,
-        sys.modules["grsd.mup.planning"],
-        rules,
-        registry,
-    ),
     gpu={
         "widths": (128, 256, 512, 1024, 2048),
         "depths": (4, 8, 16, 32, 64),

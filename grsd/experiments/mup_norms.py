@@ -6,7 +6,6 @@ that ∂ℓ/∂f has one size everywhere. The stored result holds the sizes; the
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from grsd.experiments.engine import Experiment, Piece, rounded
 from grsd.lab.nets import architectures
 from grsd.mup import audit as audits
-from grsd.mup import norms, optimizers, registry, roles, rules
 from grsd.mup.audit import Sizes, UpdateAudit
 from grsd.mup.registry import OPTIMIZERS, row
 
@@ -211,18 +209,6 @@ EXPERIMENT = Experiment(
     measure=measure,
     reduce=reduce,
     table=table,
-    seeds=lambda p: range(p.seeds),
-    sources=(
-        audits,
-        roles,
-        norms,
-        optimizers,
-        sys.modules["grsd.mup.planning"],
-        rules,
-        registry,
-        architectures,
-        sys.modules[__name__],
-    ),
     gpu={
         "widths": (64, 256, 1024, 4096),
         "depths": (4, 16, 64, 256),

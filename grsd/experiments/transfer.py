@@ -1,75 +1,66 @@
-"""The experiment ``transfer``: U-curves of small GPTs over width and depth, under standard and μ parametrization.
+"""The experiment ``transfer``: U-curves of small GPTs over width and depth, under SP and μP.
 
-One piece is one curve: one size under one scheme, every learning rate, and the seeds. Text is the help text that comes with Python
-(`pydoc_data.topics`), byte by byte, so that a fresh machine needs no download.
+One piece is one curve: one size under one scheme, every learning rate, and the seeds. Text is the
+help text that comes with Python (`pydoc_data.topics`), byte by byte, so that a fresh machine needs
+no download.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
-from grsd.experiments.engine import Experiment, Piece, rounded
+from grsd import checks
+from grsd.experiments.engine import Data, Experiment, Piece, Rows, rounded, shared
 from grsd.lab.data.help_text import VOCABULARY, text
-from grsd.mup import optima, optimizers, roles, rules, schedules, sweeps
-
-__all__ = ["EXPERIMENT", "GPT", "SCHEMES", "Parameters", "losses"]
+from grsd.mup import optima, schedules, sweeps
+from grsd.mup.registry import OPTIMIZERS
 
 SCHEMES = ("sp", "mup", "k1")
-"""Standard parametrization; μP for blocks of two or more layers; the rules for blocks of one, on the same net."""
+"""Standard parametrization; μP for blocks of two or more layers; the rules for blocks of one."""
 CEILING = math.log(VOCABULARY)  # loss of a uniform guess: a run that ends above it diverged
 TEST = 4096  # bytes of the held-out part that a run is scored on
 
 
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def _norm(width: int, norm: bool) -> nn.Module:
+    return nn.LayerNorm(width, elementwise_affine=False) if norm else nn.Identity()
+
+
 class _Block(nn.Module):
-    """Attention and feed-forward, each added to the stream; `branch_end` is the layer that ends a branch."""
+    """Attention and feed-forward, each added to the stream; `branch_end` ends a branch."""
 
     def __init__(self, width: int, heads: int, norm: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.attention = nn.ModuleDict(
-            {
-                "qkv": nn.Linear(width, 3 * width, bias=False),
-                "branch_end": nn.Linear(width, width, bias=False),
-            }
-        )
-        self.feed = nn.ModuleDict(
-            {
-                "first": nn.Linear(width, 4 * width, bias=False),
-                "branch_end": nn.Linear(4 * width, width, bias=False),
-            }
-        )
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(width, elementwise_affine=False) if norm else nn.Identity()
-            for _ in range(2)
-        )
+        attention = {"qkv": _linear(width, 3 * width), "branch_end": _linear(width, width)}
+        feed = {"first": _linear(width, 4 * width), "branch_end": _linear(4 * width, width)}
+        self.attention, self.feed = nn.ModuleDict(attention), nn.ModuleDict(feed)
+        self.norms = nn.ModuleList(_norm(width, norm) for _ in range(2))
 
     def forward(self, h: Tensor) -> Tensor:
         batch, length, width = h.shape
-        q, k, v = (
-            self.attention["qkv"](self.norms[0](h)).view(batch, length, 3, self.heads, -1).unbind(2)
-        )
-        mixed = scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
-        )
+        qkv = self.attention["qkv"](self.norms[0](h)).view(batch, length, 3, self.heads, -1)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h + self.attention["branch_end"](mixed.transpose(1, 2).reshape(batch, length, width))
-        out: Tensor = h + self.feed["branch_end"](
-            nn.functional.gelu(self.feed["first"](self.norms[1](h)))
-        )
-        return out
+        return h + self.feed["branch_end"](gelu(self.feed["first"](self.norms[1](h))))
 
 
 class GPT(nn.Module):
     """A pre-norm GPT without biases or gains: token ids (B, T) → logits (B, T, V).
 
-    Weights are normal with standard deviation `std` wherever they stand; heads have a fixed dimension, so that width adds heads.
+    Weights are normal with standard deviation `std` wherever they stand; heads have a fixed
+    dimension, so that width adds heads.
     """
 
     def __init__(
@@ -77,7 +68,6 @@ class GPT(nn.Module):
         width: int,
         depth: int,
         *,
-        vocabulary: int = VOCABULARY,
         length: int = 64,
         head: int = 16,
         norm: bool = True,
@@ -85,16 +75,15 @@ class GPT(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if width % head or width < head or depth < 1:
-            raise ValueError(
-                f"the width must be a multiple of the head dimension {head}, got {width} (depth {depth})"
-            )
+        why = f"it must be a multiple of the head dimension {head}"
+        checks.one_of("width", width, range(head, width + 1, head), why)
+        checks.at_least("depth", depth, 1)
         with torch.random.fork_rng(devices=[]):  # torch draws values that are overwritten below
-            self.tokens = nn.Embedding(vocabulary, width)
+            self.tokens = nn.Embedding(VOCABULARY, width)
             self.places = nn.Embedding(length, width)
             self.blocks = nn.ModuleList(_Block(width, width // head, norm) for _ in range(depth))
-            self.norm = nn.LayerNorm(width, elementwise_affine=False) if norm else nn.Identity()
-            self.read_out = nn.Linear(width, vocabulary, bias=False)
+            self.norm = _norm(width, norm)
+            self.read_out = _linear(width, VOCABULARY)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weight in self.parameters():
@@ -104,13 +93,12 @@ class GPT(nn.Module):
         h = self.tokens(ids) + self.places.weight[: ids.shape[1]]
         for block in self.blocks:
             h = block(h)
-        logits: Tensor = self.read_out(self.norm(h))
-        return logits
+        return self.read_out(self.norm(h))
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Attributes: see the fields' comments. One result holds one axis, one optimizer, and nets with or without LayerNorm."""
+    """Sizes and seeds. A result holds one axis, one optimizer, nets with or without LayerNorm."""
 
     axis: str = "width"  # or "depth": what `sizes` are; the other size is that of the base
     optimizer: str = "muon_kimi"  # of hidden matrices; AdamW for the rest, at the same base rate
@@ -121,7 +109,7 @@ class Parameters:
     base_depth: int = 2
     rates: tuple[int, ...] = (-8, -7, -6, -5, -4, -3, -2)  # log₂ of the base rates
     seeds: int = 3  # seeds 0, 1, … of weights and batches
-    near: int = 1  # seeds after the first run only so many rates from the best, and further to bracket their own best
+    near: int = 1  # later seeds run only so many rates from the best, more to bracket their own
     steps: int = 40  # a tenth is warm-up, then a cosine to a tenth
     batch: int = 8
     length: int = 64  # bytes
@@ -131,142 +119,109 @@ class Parameters:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.axis not in ("width", "depth") or self.norm not in ("layer", "none"):
-            raise ValueError(
-                f"axis is {self.axis!r} (width or depth) and norm is {self.norm!r} (layer or none)"
-            )
-        unknown = [s for s in self.schemes if s not in SCHEMES]
-        if unknown or not self.schemes:
-            raise ValueError(f"schemes are {self.schemes}; expected some of {', '.join(SCHEMES)}")
-        if self.optimizer not in rules.OPTIMIZERS:
-            raise ValueError(
-                f"unknown optimizer {self.optimizer!r}: expected one of {', '.join(rules.OPTIMIZERS)}"
-            )
-        if (
-            len(set(self.sizes)) < 2
-            or min(self.sizes) < 1
-            or len(set(self.rates)) < 3
-            or self.seeds < 1
-        ):
-            raise ValueError(
-                f"need two sizes, three rates and a seed; got {self.sizes}, {self.rates} and {self.seeds} seeds"
-            )
+        checks.one_of("axis", self.axis, ("width", "depth"))
+        checks.one_of("norm", self.norm, ("layer", "none"))
+        checks.one_of("optimizer", self.optimizer, OPTIMIZERS)
+        for scheme in self.schemes or ("",):
+            checks.one_of("scheme", scheme, SCHEMES)
+        checks.at_least("sizes", min(self.sizes, default=0), 1)
+        checks.at_least("number of sizes", len(set(self.sizes)), 2)
+        checks.at_least("number of rates", len(set(self.rates)), 3)
+        checks.at_least("seeds", self.seeds, 1)
 
 
 def pieces(p: Parameters) -> list[Piece]:
-    """One piece per curve, small sizes first. At the base's size all schemes are one, called base."""
-    found: list[Piece] = []
-    shared = {k: v for k, v in asdict(p).items() if k not in ("axis", "schemes", "sizes", "seeds")}
+    """One piece per curve, small sizes first; at the base's size all schemes are one, `base`."""
+    common = {**shared(p, "axis", "schemes", "sizes"), "text": text().fingerprint}
+    common |= {"rates": list(p.rates), "seeds": list(range(p.seeds))}
+    listed: list[Piece] = []
     for size in sorted(p.sizes):
         width, depth = (size, p.base_depth) if p.axis == "width" else (p.base_width, size)
         at_base = (width, depth) == (p.base_width, p.base_depth)
         for scheme in ("base",) if at_base else p.schemes:
-            piece = {
-                **shared,
-                "width": width,
-                "depth": depth,
-                "scheme": scheme,
-                "seeds": list(range(p.seeds)),
-            }
-            found.append({**piece, "rates": list(p.rates), "text": text().fingerprint})
-    return found
+            listed.append({**common, "width": width, "depth": depth, "scheme": scheme})
+    return listed
 
 
-def measure(piece: Piece) -> dict[str, Any]:
+def measure(piece: Piece) -> Data:
     """Sweep one curve: [seed, log₂ η, held-out loss] of every run, None for one that diverged."""
-    found = text()
-    batch, length, device = piece["batch"], piece["length"], piece["device"]
+    words, scheme, steps, device = text(), piece["scheme"], piece["steps"], piece["device"]
+    batch, length = piece["batch"], piece["length"]
+    shape: dict[str, Any] = {name: piece[name] for name in ("length", "head", "std")}
 
     def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(model(inputs.to(device)).flatten(0, 1), targets.to(device).flatten())
 
     def loss(model: nn.Module, seed: int, step: int) -> Tensor:
-        return mean_loss(model, *found.batch(seed, step, batch, length))
+        return mean_loss(model, *words.batch(seed, step, batch, length))
 
     def factory(width: int, depth: int) -> nn.Module:
-        shape = {
-            "length": length,
-            "head": piece["head"],
-            "norm": piece["norm"] == "layer",
-            "std": piece["std"],
-        }
-        return GPT(width, depth, **shape).to(device)
+        return GPT(width, depth, norm=piece["norm"] == "layer", **shape).to(device)
 
-    test = found.test(TEST // length, length)
-    scheme: str = piece["scheme"]
-    adamw = piece["optimizer"] == "adamw" or rules.OPTIMIZERS[piece["optimizer"]].matrices_only
-    result = sweeps.sweep(
+    test = words.test(TEST // length, length)
+    adamw = piece["optimizer"] == "adamw" or OPTIMIZERS[piece["optimizer"]].matrices_only
+    swept = sweeps.sweep(
         factory,
         loss,
         sizes=[(piece["width"], piece["depth"])],
         base=(piece["base_width"], piece["base_depth"]),
         lrs=[2.0**rate for rate in piece["rates"]],
         seeds=piece["seeds"],
-        steps=piece["steps"],
+        steps=steps,
         optimizer=piece["optimizer"],
         parametrization="sp" if scheme == "sp" else "mup",
         near=piece["near"],
         k=1 if scheme == "k1" else 2,
         score=lambda model: float(mean_loss(model, *test)),
-        schedule=schedules.cosine(piece["steps"], warmup=piece["steps"] // 10, floor=0.1),
+        schedule=schedules.cosine(steps, warmup=steps // 10, floor=0.1),
         clip=piece["clip"],
         eps=1e-16,
         options={"adamw": {"betas": (0.9, 0.95)}} if adamw else None,
     )
     runs = []
-    for seed, row in zip(result.seeds, result.losses[0, 0], strict=True):
-        for rate, value, missing in zip(
-            result.log2_lr, np.ma.getdata(row), np.ma.getmaskarray(row), strict=True
-        ):
-            if not missing:
-                runs.append([seed, float(rate), float(value) if math.isfinite(value) else None])
+    for seed, row in zip(swept.seeds, swept.losses[0, 0], strict=True):
+        ran = ~np.ma.getmaskarray(row)
+        for rate, value in zip(np.array(swept.log2_lr)[ran], np.ma.getdata(row)[ran], strict=True):
+            runs.append([seed, float(rate), float(value) if math.isfinite(value) else None])
     return {"runs": runs}
 
 
-def losses(data: dict[str, Any], scheme: str) -> tuple[list[int], list[float], Any]:
-    """Return sizes, log₂ rates and losses (sizes, seeds, rates) of one scheme of a result, NaN where a run diverged, masked where none was.
+def losses(data: Data, scheme: str) -> tuple[list[int], list[float], Any]:
+    """Return sizes, log₂ rates and losses (sizes, seeds, rates) of one scheme of a result.
 
-    Raises
-    ------
-    ValueError
-        A scheme that the result does not have.
+    A loss is NaN where a run diverged, and masked where none was.
     """
+    checks.one_of("scheme", scheme, sorted({c["scheme"] for c in data["curves"]}))
     chosen = [c for c in data["curves"] if c["scheme"] in (scheme, "base")]
-    if not any(c["scheme"] == scheme for c in chosen):
-        raise ValueError(
-            f"the result has no scheme {scheme!r}; it has {sorted({c['scheme'] for c in data['curves']})}"
-        )
     rates = sorted({run[1] for c in chosen for run in c["runs"]})
     seeds = sorted({run[0] for c in chosen for run in c["runs"]})
-    table = np.full((len(chosen), len(seeds), len(rates)), math.nan)
-    missing = np.ones(table.shape, dtype=bool)
+    shape = (len(chosen), len(seeds), len(rates))
+    values = np.ma.masked_array(np.full(shape, math.nan), mask=True)
     for k, curve in enumerate(chosen):
         for seed, rate, value in curve["runs"]:
             at = k, seeds.index(seed), rates.index(rate)
-            missing[at] = False
-            table[at] = math.nan if value is None else value
-    return [c["size"] for c in chosen], rates, np.ma.masked_array(table, mask=missing)
+            values[at] = math.nan if value is None else value
+    return [c["size"] for c in chosen], rates, values
 
 
-def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """All runs; per scheme the best rate of every size, its drift per doubling and the regret of carrying the base's rate over."""
-    found: dict[str, Any] = {
-        "axis": p.axis,
-        "text": listed[0]["text"],
-        "curves": [
-            {"scheme": piece["scheme"], "size": piece[p.axis], "runs": one["runs"]}
-            for piece, one in zip(listed, measured, strict=True)
-        ],
-    }
-    found["schemes"] = {scheme: _summary(*losses(found, scheme)) for scheme in p.schemes}
-    kept: dict[str, Any] = rounded(found, 6)
-    return kept
+def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
+    """All runs; per scheme the best rate of every size, its drift per doubling and the regret.
+
+    The regret is that of carrying the base's rate over.
+    """
+    curves = [
+        {"scheme": piece["scheme"], "size": piece[p.axis], "runs": one["runs"]}
+        for piece, one in zip(listed, measured, strict=True)
+    ]
+    data: Data = {"axis": p.axis, "text": listed[0]["text"], "curves": curves}
+    data["schemes"] = {scheme: _summary(*losses(data, scheme)) for scheme in p.schemes}
+    return rounded(data, 6)
 
 
-def _summary(sizes: list[int], rates: list[float], table: Any) -> dict[str, Any]:
+def _summary(sizes: list[int], rates: list[float], table: Any) -> Data:
     best = [optima.optimum(rates, one, ceiling=CEILING) for one in table]
-    slope = optima.drift(sizes, best)
     cost = optima.regret(rates, table, ceiling=CEILING)
+    slope = optima.drift(sizes, best)
     return {
         "sizes": sizes,
         "optima": [_known(o, "value", "low", "high", "loss", "bound", "cliff") for o in best],
@@ -275,64 +230,41 @@ def _summary(sizes: list[int], rates: list[float], table: Any) -> dict[str, Any]
     }
 
 
-def _known(found: object, *names: str) -> dict[str, Any]:
+def _known(one: object, *names: str) -> Data:
     """The named fields, without those that are not finite numbers."""
-    values = {name: getattr(found, name) for name in names}
+    values = {name: getattr(one, name) for name in names}
     return {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
+def table(result: Data) -> Rows:
     """One row per scheme and size."""
-    columns = [
-        "scheme",
-        result["axis"],
-        "log2 rate",
-        "95 %",
-        "loss",
-        "regret",
-        "drift per doubling",
-    ]
+    columns = ["scheme", result["axis"], "log2 rate", "95 %", "loss", "regret"]
     rows: list[list[object]] = []
-    for scheme, found in result["schemes"].items():
-        d = found["drift"]
-        drift = f"{d['bound']} {d.get('value', math.nan):+.2f} [{d.get('low', math.nan):+.2f}, {d.get('high', math.nan):+.2f}]"
-        for k, (size, o) in enumerate(zip(found["sizes"], found["optima"], strict=True)):
-            interval = f"{o.get('low', math.nan):.2f} to {o.get('high', math.nan):.2f}"
-            cost = found["regret"][k]
-            shown = [
-                f"{o['bound']} {o.get('value', math.nan):.2f}".strip(),
-                interval,
-                f"{o.get('loss', math.nan):.3f}",
-            ]
-            rows.append(
-                [
-                    scheme,
-                    size,
-                    *shown,
-                    "diverged" if cost is None else f"{cost:.3f}",
-                    drift if k == 0 else "",
-                ]
+    for scheme, one in result["schemes"].items():
+        for k, (size, best) in enumerate(zip(one["sizes"], one["optima"], strict=True)):
+            value, low, high, loss = (
+                best.get(name, math.nan) for name in ("value", "low", "high", "loss")
             )
-    return columns, rows
+            cost = one["regret"][k]
+            row = [scheme, size, f"{best['bound']} {value:.2f}".strip(), f"{low:.2f} to {high:.2f}"]
+            row += [f"{loss:.3f}", "diverged" if cost is None else f"{cost:.3f}"]
+            rows.append([*row, _shown(one["drift"]) if k == 0 else ""])
+    return [*columns, "drift per doubling"], rows
+
+
+def _shown(drift: Data) -> str:
+    value, low, high = (drift.get(name, math.nan) for name in ("value", "low", "high"))
+    return f"{drift['bound']} {value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 EXPERIMENT = Experiment(
-    name="transfer",
-    summary="U-curves of small GPTs over width and depth, standard against μ parametrization",
-    parameters=Parameters,
-    pieces=pieces,
-    measure=measure,
-    reduce=reduce,
-    table=table,
-    seeds=lambda p: range(p.seeds),
-    sources=(
-        sweeps,
-        sys.modules["grsd.mup.planning"],
-        roles,
-        optimizers,
-        rules,
-        sys.modules[__name__],
-    ),
+    "transfer",
+    "U-curves of small GPTs over width and depth, standard against μ parametrization",
+    Parameters,
+    pieces,
+    measure,
+    reduce,
+    table,
     gpu={
         "sizes": (128, 256, 512, 1024),
         "base_width": 128,

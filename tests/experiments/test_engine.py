@@ -132,19 +132,19 @@ def test_options_are_read_by_the_type_of_their_parameter(monkeypatch: pytest.Mon
     large = engine.parameters(EXPERIMENT, ["seeds=3"])
     assert large.sizes == EXPERIMENT.gpu["sizes"] and large.seeds == 3
     for option, words in (
-        ("colour=red", "no option 'colour'"),
+        ("colour=red", "option of drift is 'colour'"),
         ("sizes", "has no value"),
         ("sizes=8,big", "expected ints between commas"),
         ("gamma=x", "expected float"),
-        ("target=x", "unknown target"),
-        ("scaling=x", "expected mean-field or ntk"),
+        ("target=x", "target is 'x'"),
+        ("scaling=x", "expected one of mean-field, ntk"),
         ("seeds=1", "a spread needs two"),
-        ("sizes=2", "too small"),
-        ("until=5", "need 0.1 < after < until"),
+        ("sizes=2", "sizes is 2; it must be at least 4"),
+        ("until=5", "after is 10.0; expected 0.1 < after < 5.0"),
     ):
         with pytest.raises(ValueError, match=words):
             engine.parameters(EXPERIMENT, [option])
-    with pytest.raises(ValueError, match="unknown experiment 'x'"):
+    with pytest.raises(ValueError, match="experiment is 'x'; expected one of drift"):
         engine.find("x")
     with pytest.raises(TypeError, match="takes Parameters"):
         engine.run(EXPERIMENT, {})
@@ -180,7 +180,7 @@ def test_a_change_of_the_code_makes_pieces_anew(
 ) -> None:
     asked = engine.parameters(EXPERIMENT, [*SMALL, "sizes=12"])
     engine.run(EXPERIMENT, asked, cache=tmp_path)
-    monkeypatch.setattr(engine, "_code", lambda _: "another")
+    monkeypatch.setattr(engine, "code", lambda _: "another")
     engine.run(EXPERIMENT, asked, cache=tmp_path)
     assert len(list((tmp_path / "experiments" / "drift").glob("*.json"))) == 4
 

@@ -157,13 +157,13 @@ def test_the_rules_of_epsilon() -> None:
     ("change", "words"),
     [
         ({"family": "rnn"}, "family is 'rnn'"),
-        ({"depths": (4, 2)}, "depths are"),
-        ({"depths": ()}, "depths are"),
+        ({"depths": (4, 2)}, "depths"),
+        ({"depths": ()}, "depths"),
         ({"samples": 24}, "too small"),
         ({"seeds": 1}, "seeds is 1"),
         ({"remaining": 0.0}, "remaining is 0.0"),
         ({"part": "third"}, "part is 'third'"),
-        ({"part": "late", "family": "plain"}, "all for plain"),
+        ({"part": "late", "family": "plain"}, "a plain net has all"),
     ],
 )
 def test_parameters_are_checked(change: dict[str, Any], words: str) -> None:

@@ -160,16 +160,16 @@ def test_the_experiment_runs_and_its_table_reads(
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"families": ("MLP", "RNN")}, "unknown family 'RNN'"),
-        ({"widths": (6,)}, "multiples of 4"),
-        ({"widths": ()}, "multiples of 4"),
-        ({"samples": 8}, "samples 8"),
-        ({"seeds": 1}, "seeds 1"),
+        ({"families": ("MLP", "RNN")}, "family is 'RNN'"),
+        ({"widths": (6,)}, "width is 6; expected a multiple of 4"),
+        ({"widths": ()}, "width is 0; expected a multiple of 4"),
+        ({"samples": 8}, "samples is 8"),
+        ({"seeds": 1}, "seeds is 1"),
         ({"level": 0.0}, "level is 0.0"),
     ],
 )
 def test_bad_parameters_are_quoted(given: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         tour.Parameters(**given)
-    with pytest.raises(ValueError, match="unknown family 'RNN'"):
+    with pytest.raises(ValueError, match="family is 'RNN'"):
         tour.model("RNN", seed=0)
