@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grsd import checks
 from grsd.mup.optima import Array, Drift, Optimum, Regret, drift, optimum, regret
 from grsd.mup.optimizers import backward
-from grsd.mup.planning import Plan, plan
+from grsd.mup.planning import Plan, plan, unscaled
+from grsd.pieces import Store, code
 
 __all__ = [
     "Drift",
@@ -42,12 +45,10 @@ class Sweep:
 
     Attributes
     ----------
-    sizes : tuple of (width, depth)
-    log2_lr : ndarray (G,), sorted base rates
-    weight_decays : tuple of float, base values
-    seeds : tuple of int
-    losses : masked array (sizes, weight decays, seeds, G)
-        NaN is a run that diverged; masked is a run that was not made.
+    sizes : (width, depth) of each.
+    log2_lr : (G,), sorted base rates.
+    weight_decays : base values.
+    losses : masked array (sizes, weight decays, seeds, G). NaN is a run that diverged; masked is a run that was not made.
     """
 
     sizes: tuple[Size, ...]
@@ -58,22 +59,18 @@ class Sweep:
 
     def curve(self, size: Size, weight_decay: float | None = None) -> Any:
         """Return the losses (seeds, G) of one size; with several weight decays, of the one that is asked for."""
-        chosen = (
-            self.weight_decays[0]
-            if weight_decay is None and len(self.weight_decays) == 1
-            else weight_decay
-        )
-        if size not in self.sizes or chosen not in self.weight_decays:
+        if weight_decay is None and len(self.weight_decays) == 1:
+            (weight_decay,) = self.weight_decays
+        if size not in self.sizes or weight_decay not in self.weight_decays:
             raise ValueError(
-                f"the sweep has sizes {self.sizes} and weight decays {self.weight_decays}, not {size}, {chosen}"
+                f"the sweep has sizes {self.sizes} and weight decays {self.weight_decays}, not {size}, {weight_decay}"
             )
-        return self.losses[self.sizes.index(size), self.weight_decays.index(chosen)]
+        return self.losses[self.sizes.index(size), self.weight_decays.index(weight_decay)]
 
     def optima(self, weight_decay: float | None = None, **more: Any) -> list[Optimum]:
         """Return the best rate of every size; further arguments as `optimum`."""
-        return [
-            optimum(self.log2_lr, self.curve(size, weight_decay), **more) for size in self.sizes
-        ]
+        curves = (self.curve(size, weight_decay) for size in self.sizes)
+        return [optimum(self.log2_lr, curve, **more) for curve in curves]
 
     def drift(
         self, axis: Literal["width", "depth"], weight_decay: float | None = None, **more: Any
@@ -83,48 +80,22 @@ class Sweep:
             raise ValueError(
                 f"the sizes {self.sizes} differ along both axes; a drift along {axis} needs the other fixed"
             )
-        return drift(
-            [size[axis == "depth"] for size in self.sizes], self.optima(weight_decay, **more)
-        )
+        sizes = [size[axis == "depth"] for size in self.sizes]
+        return drift(sizes, self.optima(weight_decay, **more))
 
     def regret(self, weight_decay: float | None = None, **more: Any) -> Regret:
         """Return what every size pays for the best rate of the first; further arguments as `grsd.mup.optima.regret`."""
-        return regret(
-            self.log2_lr,
-            np.ma.stack([self.curve(size, weight_decay) for size in self.sizes]),
-            **more,
-        )
+        curves = np.ma.stack([self.curve(size, weight_decay) for size in self.sizes])
+        return regret(self.log2_lr, curves, **more)
 
     def __str__(self) -> str:
-        lines = [("width", "depth", "λ", "log₂ η∗", "loss", "regret")]
+        rows: list[tuple[str, ...]] = [("width", "depth", "λ", "log₂ η∗", "loss", "regret")]
         for decay in self.weight_decays:
             best, cost = self.optima(decay), self.regret(decay)
-            for (width, depth), o, r in zip(self.sizes, best, cost.values, strict=True):
-                lines.append(
-                    (str(width), str(depth), f"{decay:g}", str(o), f"{o.loss:.4g}", f"{r:.3g}")
-                )
-        columns = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(line, columns, strict=True)).rstrip()
-            for line in lines
-        )
-
-
-def unscaled(made: Plan) -> Plan:
-    """Return the plan of standard parametrization: the base's variance, multiplier and rate at every size."""
-    entries = tuple(
-        replace(
-            e,
-            multiplier=1.0,
-            std=1.0,
-            lr=1.0,
-            weight_decay=1.0,
-            eps=e.eps and 1.0,
-            clip=e.clip and 1.0,
-        )
-        for e in made
-    )
-    return replace(made, entries=entries, multipliers=())
+            for size, o, r in zip(self.sizes, best, cost.values, strict=True):
+                rows.append((*map(str, size), f"{decay:g}", str(o), f"{o.loss:.4g}", f"{r:.3g}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def train(
@@ -145,7 +116,7 @@ def train(
 
     Parameters
     ----------
-    model : nn.Module, changed in place
+    model : changed in place
     loss : (model, seed, step) → scalar. The same seed and step must give the same batch.
     schedule : step → factor on all rates, such as `grsd.mup.schedules.cosine`
     score : model → number to be compared, called once at the end without gradients; by default the mean training loss of the last
@@ -206,7 +177,7 @@ def sweep(
     parametrization: Literal["mup", "sp"] = "mup",
     make_plan: Callable[[nn.Module, nn.Module], Plan] | None = None,
     near: int | None = None,
-    store: MutableMapping[str, Any] | None = None,
+    store: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
     other: str = "adamw",
     k: int = 2,
@@ -223,80 +194,73 @@ def sweep(
     make_plan : (model, base model) → Plan, in place of both: for a rule of your own
     near : run the seeds after the first only up to so many grid steps from the best rate of the seeds before, further where a seed's own
         best rate would else stand at the end of what it ran. None runs all.
-    store : mapping
-        Runs found here are not made again, and every finished run is put here at once (`sync` is called if there is one), so that a
-        sweep that was killed goes on where it was: ``shelve.open("sweep")``, or any mapping of your own. A value is ``{"loss": float or
-        None, "steps": int}``, None for a diverged run. A key names the run and a digest of its plan; it cannot see what `loss`, `score`
-        and `schedule` do: take a new store when they change.
-    progress : called with the key of every run that was made
-
-    Raises
-    ------
-    ValueError
-        Nothing to run, rates that are not positive, rates or sizes given twice, and what `plan` refuses.
+    store : a folder. Every finished run is kept there at once (`grsd.pieces`), and runs found there are not made again, so that a sweep
+        that was killed goes on where it was. A run is known by its plan, its settings and the code of this module; what `loss`, `score`
+        and `schedule` do cannot be seen: take a new folder when they change.
+    progress : called with a description of every run that was made
 
     Notes
     -----
     Cost: sizes · weight decays · seeds · rates runs of `steps` steps, less with `near`.
     """
-    if parametrization not in ("mup", "sp"):
-        raise ValueError(f'parametrization must be "mup" or "sp", got {parametrization!r}')
-    if (
-        not (sizes and lrs and seeds and weight_decays)
-        or steps < 1
-        or (near is not None and near < 1)
+    checks.one_of("parametrization", parametrization, ("mup", "sp"))
+    checks.positive("lrs", lrs)
+    checks.whole("steps", steps, 1)
+    if near is not None:
+        checks.whole("near", near, 1)
+    for name, given in (
+        ("sizes", sizes),
+        ("lrs", lrs),
+        ("seeds", seeds),
+        ("weight_decays", weight_decays),
     ):
-        raise ValueError(
-            f"need sizes, rates, seeds, weight decays, steps ≥ 1 and near ≥ 1; got {sizes}, {lrs}, {seeds}, {weight_decays}, {steps}, {near}"
-        )
-    if (
-        min(lrs) <= 0
-        or len(set(lrs)) < len(lrs)
-        or len(set(sizes)) < len(sizes)
-        or len(set(seeds)) < len(seeds)
-    ):
-        raise ValueError(
-            f"rates must be positive, and rates, sizes and seeds given once; got {lrs}, {sizes}, {seeds}"
-        )
+        if not len(given) or len(set(given)) < len(given):
+            raise ValueError(f"need {name}, each given once; got {given}")
     start = _built(factory, base)
+    kept = None if store is None else Store(Path(store), code(__name__))
+
+    def run(size: Size, decay: float, seed: int, lr: float) -> float:
+        """Make one run, or find it in the store."""
+        model = _built(factory, size)
+        if make_plan is not None:
+            made = make_plan(model, start)
+        else:
+            made = plan(model, base=start, optimizer=optimizer, other=other, k=k)
+            made = unscaled(made) if parametrization == "sp" else made
+        inputs = {
+            "optimizer": optimizer,
+            "parametrization": parametrization,
+            "size": list(size),
+            "lr": float(lr),
+            "weight decay": float(decay),
+            "seed": int(seed),
+            "steps": steps,
+            "plan": _digest(made, more),
+        }
+
+        def make() -> dict[str, Any]:
+            value, done = train(
+                model, made, loss, seed=seed, steps=steps, lr=lr, weight_decay=decay, **more
+            )
+            return {"loss": None if math.isnan(value) else value, "steps": done}
+
+        content = None if kept is None else kept.read(inputs)
+        if content is None:
+            content = make() if kept is None else kept.get(inputs, make)
+            if progress is not None:
+                progress(", ".join(f"{name} {value}" for name, value in inputs.items()))
+        return math.nan if content["loss"] is None else float(content["loss"])
+
     rates, decays = sorted(lrs), tuple(weight_decays)
-    found = np.ma.masked_array(
-        np.full((len(sizes), len(decays), len(seeds), len(rates)), math.nan), mask=True
-    )
-    kept: MutableMapping[str, Any] = {} if store is None else store
+    shape = (len(sizes), len(decays), len(seeds), len(rates))
+    losses = np.ma.masked_array(np.full(shape, math.nan), mask=True)
     for a, size in enumerate(sizes):
         for b, decay in enumerate(decays):
-
-            def run(seed: int, lr: float, size: Size = size, decay: float = decay) -> float:
-                model = _built(factory, size)
-                made = (
-                    make_plan(model, start)
-                    if make_plan
-                    else plan(model, base=start, optimizer=optimizer, other=other, k=k)
-                )
-                made = unscaled(made) if parametrization == "sp" and make_plan is None else made
-                key = _key(made, (size, parametrization, optimizer, lr, decay, seed, steps), more)
-                if key not in kept:
-                    value, done = train(
-                        model, made, loss, seed=seed, steps=steps, lr=lr, weight_decay=decay, **more
-                    )
-                    kept[key] = {"loss": None if math.isnan(value) else value, "steps": done}
-                    if hasattr(kept, "sync"):
-                        kept.sync()
-                    if progress is not None:
-                        progress(key)
-                value = kept[key]["loss"]
-                return math.nan if value is None else float(value)
-
             for c, seed in enumerate(seeds):
-                every = range(len(rates))
-                while todo := [
-                    g
-                    for g in every
-                    if np.ma.getmaskarray(found)[a, b, c, g] and _wanted(found[a, b], c, g, near)
-                ]:
-                    found[a, b, c, todo[0]] = run(seed, rates[todo[0]])
-    return Sweep(tuple(sizes), np.log2(rates), decays, tuple(seeds), found)
+                # one run at a time: which rates a seed needs depends on what it gave so far
+                while todo := _wanted(losses[a, b], c, near):
+                    losses[a, b, c, todo[0]] = run(size, decay, seed, rates[todo[0]])
+    return Sweep(tuple(sizes), np.log2(rates), decays, tuple(seeds), losses)
 
 
 def _built(factory: Callable[[int, int], nn.Module], size: Size) -> nn.Module:
@@ -306,21 +270,21 @@ def _built(factory: Callable[[int, int], nn.Module], size: Size) -> nn.Module:
         return factory(*size)
 
 
-def _key(made: Plan, run: tuple[Any, ...], more: dict[str, Any]) -> str:
-    (width, depth), parametrization, optimizer, lr, decay, seed, steps = run
-    plain = {name: value for name, value in more.items() if not callable(value)}
-    digest = hashlib.sha256(repr((made, sorted(plain.items()))).encode()).hexdigest()[:12]
-    return f"{optimizer} {parametrization} {width}x{depth} lr={lr!r} wd={decay!r} seed={seed} steps={steps} {digest}"
+def _digest(made: Plan, more: dict[str, Any]) -> str:
+    """Return what a plan and the arguments of `train` that are no functions are, in short."""
+    plain = sorted((name, value) for name, value in more.items() if not callable(value))
+    return hashlib.sha256(repr((made, plain)).encode()).hexdigest()[:12]
 
 
-def _wanted(found: Any, row: int, column: int, near: int | None) -> bool:
-    """Return whether a seed is to be run at a rate: all of the first seed, then what is near the best, then what brackets its own."""
-    if near is None or row == 0:
-        return True
-    best, own = _lowest(found[:row]), _lowest(found[row : row + 1])
-    return (
-        best is None or abs(column - best) <= near or (own is not None and abs(column - own) == 1)
-    )
+def _wanted(losses: Any, seed: int, near: int | None) -> list[int]:
+    """Return the rates at which a seed is still to be run: all of the first seed, then what is near the best, then what brackets its own."""
+    missing = [int(g) for g in np.flatnonzero(np.ma.getmaskarray(losses)[seed])]
+    if near is None or seed == 0:
+        return missing
+    best, own = _lowest(losses[:seed]), _lowest(losses[seed : seed + 1])
+    if best is None:
+        return missing
+    return [g for g in missing if abs(g - best) <= near or (own is not None and abs(g - own) == 1)]
 
 
 def _lowest(rows: Any) -> int | None:

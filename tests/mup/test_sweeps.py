@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import shelve
 import signal
 import subprocess
 import sys
@@ -395,17 +395,21 @@ def test_the_default_score_is_the_mean_of_the_last_quarter_and_generators_are_pu
     torch.random.set_rng_state(state)
 
 
-def test_diverged_runs_are_data() -> None:
-    store: dict[str, Any] = {}
+def stored(folder: Path) -> list[dict[str, Any]]:
+    """What a store keeps of every run."""
+    return [json.loads(path.read_text())["content"] for path in sorted(folder.glob("*.json"))]
+
+
+def test_diverged_runs_are_data(tmp_path: Path) -> None:
     found = sweep(
         Net,
         loss,
         **{**SETTINGS, "optimizer": "sgd", "lrs": [1e-3, 1e-2, 1e30], "steps": 6},
-        store=store,
+        store=tmp_path,
     )
     assert np.isnan(found.losses[..., 2]).all() and np.isfinite(found.losses[..., :2]).all()
     assert not np.ma.getmaskarray(found.losses).any()  # run, not missing
-    lost = [v for v in store.values() if v["loss"] is None]
+    lost = [v for v in stored(tmp_path) if v["loss"] is None]
     assert len(lost) == 4 and all(0 < v["steps"] < 6 for v in lost)
     assert {o.bound for o in found.optima()} <= {"", "at most"} and "width" in str(found)
 
@@ -454,7 +458,7 @@ def test_weight_decays_and_depths_are_axes_too() -> None:
 
 
 KILLED = """
-import os, shelve, signal, sys
+import os, signal, sys
 sys.path.insert(0, {folder!r})
 from tests.mup.test_sweeps import SETTINGS, Net, loss
 from grsd.mup.sweeps import sweep
@@ -465,8 +469,7 @@ def stop(key):
     made.append(key)
     if len(made) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-with shelve.open({store!r}) as store:
-    sweep(Net, loss, **SETTINGS, store=store, progress=stop)
+sweep(Net, loss, **SETTINGS, store={store!r}, progress=stop)
 """
 
 
@@ -478,41 +481,42 @@ def test_a_killed_sweep_goes_on_and_equals_one_that_was_not(tmp_path: Path) -> N
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     made: list[str] = []
-    with shelve.open(str(tmp_path / "sweep")) as store:
-        assert len(store) == 5
-        resumed = sweep(Net, loss, **SETTINGS, store=store, progress=made.append)
-        again = sweep(Net, loss, **SETTINGS, store=store, progress=made.append)
+    store = tmp_path / "sweep"
+    assert len(stored(store)) == 5
+    resumed = sweep(Net, loss, **SETTINGS, store=store, progress=made.append)
+    again = sweep(Net, loss, **SETTINGS, store=store, progress=made.append)
     assert len(made) == 12 - 5  # and none the second time
     whole = sweep(Net, loss, **SETTINGS)
     np.testing.assert_array_equal(resumed.losses, whole.losses)
     np.testing.assert_array_equal(again.losses, whole.losses)
 
 
-def test_a_store_does_not_mix_plans_or_settings() -> None:
-    store: dict[str, Any] = {}
-    first = sweep(Net, loss, **SETTINGS, store=store)
-    count = len(store)
+def test_a_store_does_not_mix_plans_or_settings(tmp_path: Path) -> None:
+    first = sweep(Net, loss, **SETTINGS, store=tmp_path)
+    count = len(stored(tmp_path))
 
     def bent(model: nn.Module, base: nn.Module) -> mup.Plan:
         right = mup.plan(model, base=base, optimizer="adamw")
         return replace(right, entries=tuple(replace(e, lr=e.lr * right.r_n) for e in right))
 
-    other = sweep(Net, loss, **SETTINGS, store=store, make_plan=bent)
-    assert len(store) == count + 6  # the base's plan is the same, its six runs are shared
+    other = sweep(Net, loss, **SETTINGS, store=tmp_path, make_plan=bent)
+    assert (
+        len(stored(tmp_path)) == count + 6
+    )  # the base's plan is the same, its six runs are shared
     assert (other.losses[1] != first.losses[1]).all()
-    sweep(Net, loss, **SETTINGS, store=store, clip=0.1)
-    assert len(store) == 2 * count + 6
+    sweep(Net, loss, **SETTINGS, store=tmp_path, clip=0.1)
+    assert len(stored(tmp_path)) == 2 * count + 6
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"lrs": [0.0, 0.1]}, "rates must be positive"),
-        ({"lrs": [0.1, 0.1]}, "given once"),
-        ({"seeds": []}, "need sizes"),
-        ({"steps": 0}, "need sizes"),
-        ({"near": 0}, "near ≥ 1"),
-        ({"parametrization": "ntp"}, 'must be "mup" or "sp", got \'ntp\''),
+        ({"lrs": [0.0, 0.1]}, r"lrs\[0\] is 0\.0; it must be positive"),
+        ({"lrs": [0.1, 0.1]}, r"need lrs, each given once; got \[0\.1, 0\.1\]"),
+        ({"seeds": []}, r"need seeds, each given once; got \[\]"),
+        ({"steps": 0}, "steps is 0; expected a whole number from 1"),
+        ({"near": 0}, "near is 0; expected a whole number from 1"),
+        ({"parametrization": "ntp"}, "parametrization is 'ntp'; expected one of mup, sp"),
         ({"optimizer": "adam"}, "no rule for the optimizer 'adam'"),
     ],
 )
