@@ -101,6 +101,8 @@ class Optimizer:
         """The table, read: k (2 stands for more) → role → rule."""
         lines = [line.split() for line in self.table.strip().splitlines()]
         cells = {name: tuple(map(parse, row)) for name, *row in lines}
+        if {len(row) for row in cells.values()} not in ({4}, {8}) or not cells.keys() >= {"η", "λ"}:
+            raise ValueError(f"a table has lines of 4 or 8 cells for η and λ, got {self.table!r}")
         rules: dict[int, dict[Role, Rule]] = {1: {}, 2: {}}
         for k, by_role in rules.items():
             # of the eight columns, hidden roles have one for each k
