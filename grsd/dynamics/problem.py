@@ -37,9 +37,9 @@ class Problem:
     Parameters
     ----------
     model : nn.Module
-        Any module with one number per sample: its output on `inputs` has shape (n,) or (n, 1). It
-        is copied and the copy converted to float64; the original is not touched. Parameters that
-        require no gradient stay fixed.
+        Gives one number per sample: (n,) or (n, 1). A copy is converted to float64, the original is
+        not touched; parameters that require no gradient stay fixed. Active dropout, batch
+        statistics in training mode and complex numbers are refused.
     inputs : Tensor, (n, ...)
         Given to the model whole. Floating inputs are converted to float64.
     targets : Tensor, (n,) or (n, 1)
@@ -49,14 +49,12 @@ class Problem:
     theta : Tensor, (P,) float64, the parameters as found, in the order of `model.parameters()`.
     samples : int, n.
     kinks : tuple of str, operations of the forward pass without a continuous second derivative
-        (ReLU, hardtanh, max, ...); where it is not empty, M(t) jumps or bends and Ṁ does not exist
-        at those times.
+        (ReLU, max, ...); where there are any, M(t) jumps or bends and Ṁ does not always exist.
 
     Notes
     -----
     Every method takes θ as a tensor or an array (P,) and returns float64 tensors on the model's
-    device. Refused are active dropout, batch statistics in training mode, complex numbers. Source:
-    2512.10427, section 2.2, with J∗ = Jᵀ/n the adjoint in L² of the empirical measure.
+    device. Source: 2512.10427, section 2.2, with J∗ = Jᵀ/n the adjoint in L² of the samples.
     """
 
     theta: Tensor
@@ -68,8 +66,7 @@ class Problem:
         for name, module in model.named_modules():
             if getattr(module, "track_running_stats", False) and module.training:
                 raise ValueError(
-                    f"{name!r} uses the statistics of the batch and updates buffers: call "
-                    "model.eval() first"
+                    f"{name!r} uses the statistics of the batch: call model.eval() first"
                 )
         named = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
@@ -90,8 +87,7 @@ class Problem:
         self.samples = n = len(self.inputs)
         if targets.shape not in ((n,), (n, 1)):
             raise ValueError(
-                f"targets have shape {tuple(targets.shape)}; expected one number for each of {n} "
-                "inputs"
+                f"targets have shape {tuple(targets.shape)}; expected one for each of {n} inputs"
             )
         self.targets = targets.reshape(n)
         self._curvature_checked = False
@@ -104,16 +100,14 @@ class Problem:
             output = self._forward(theta, self.inputs)
         if output.shape not in ((n,), (n, 1)):
             raise ValueError(
-                f"the model gives shape {tuple(output.shape)} for {n} inputs; the flow here is that "
-                "of one number per sample, (n,) or (n, 1): wrap the model so that it returns the "
-                "output you mean"
+                f"the model gives shape {tuple(output.shape)} for {n} inputs; expected one number per "
+                "sample, (n,) or (n, 1): wrap the model so that it returns the output you mean"
             )
         if not (torch.isfinite(output).all() and torch.isfinite(self.targets).all()):
             raise ValueError("outputs or targets are not finite; check the model and the data")
         if not output.requires_grad:
             raise ValueError(
-                "the outputs carry no gradient: was the model's forward run under no_grad or "
-                "detached?"
+                "the outputs carry no gradient: are they made under no_grad, or detached?"
             )
         kinks = kinks_of(output)
         # A random cotangent tells whether row i depends on sample i alone: then J is n times cheaper.
@@ -188,10 +182,7 @@ class Problem:
         return vmap(grad(self._single), in_dims=(None, 0))(theta, self.inputs)
 
     def jacobian(self, theta: Vector) -> Tensor:
-        """Return J = ∂f/∂θ, (n, P).
-
-        Cost: n backward passes of one sample (of the whole batch if samples mix).
-        """
+        """Return J = ∂f/∂θ, (n, P). Cost: n backward passes of a sample, or of all if samples mix."""
         return self._jacobian(self._theta(theta)).detach()
 
     def kernel(self, theta: Vector) -> Tensor:
@@ -205,16 +196,14 @@ class Problem:
     ) -> Tensor:
         """Return Ṁ = (J̇ Jᵀ + J J̇ᵀ)/n along θ̇ (or `direction`), (n, n), by autodiff of the Jacobian.
 
-        Exact up to rounding: no difference quotient enters; one, taken once per problem, raises an
-        ArithmeticError where autodiff is wrong. Networks with kinks are refused, unless `piecewise`
-        asks for the derivative between two kinks, which knows nothing of the jumps. Cost: about
-        three Jacobians.
+        Exact up to rounding; a difference quotient, taken once per problem, raises an
+        ArithmeticError where autodiff is wrong. `piecewise` allows networks with kinks: the rate is
+        then that between two kinks and knows nothing of the jumps. Cost: about three Jacobians.
         """
         if self.kinks and not piecewise:
             raise ValueError(
-                f"this network uses {', '.join(self.kinks)}: M(t) jumps or bends where a sample "
-                "crosses the kink, so Ṁ does not exist there. Use a smooth activation, or "
-                "piecewise=True for the derivative between two kinks"
+                f"this network uses {', '.join(self.kinks)}: Ṁ does not exist where a sample crosses a "
+                "kink. Use a smooth activation, or piecewise=True for the rate between two kinks"
             )
         at = self._theta(theta)
         along = self.velocity(at) if direction is None else self._theta(direction)
@@ -266,9 +255,8 @@ class Problem:
                 break
         else:
             raise ArithmeticError(
-                f"the second derivative of this model by autodiff is off by {gap:.2g} from a "
-                "difference quotient: an operation in it has a wrong or no second derivative. "
-                "Replace it by plain tensor operations"
+                f"the second derivative of this model is off by {gap:.2g} from a difference quotient: "
+                "an operation in it has a wrong one, or none. Replace it by plain tensor operations"
             )
         self._curvature_checked = True
 

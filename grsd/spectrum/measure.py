@@ -18,10 +18,12 @@ from grsd import checks
 from grsd.spectrum.shells import LogShells, ShellProfile
 
 Array = NDArray[np.float64]
-FLOOR = 4.0  # in eps of the largest node: products are right to eps, nodes this near 0 are rounding
-RITZ = (
-    1e7  # a Radau corner this large moves no node by over 1e-7 of the spectrum: a is a Ritz value
-)
+# in eps of the largest node: products are right to about eps, so nodes this near to zero are rounding
+FLOOR = 4.0
+# of the largest node: the rounding of the small eigenproblems, which parts nodes that agree
+TIE = 2.0**-48
+# a Radau corner this large moves no node by more than 1e-7 of the spectrum: a is a Ritz value
+RITZ = 1e7
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class SpectralMeasure:
         These are the Chebyshev–Markov–Stieltjes inequalities. With the 2m moments and the residual
         that m steps know, μ(−∞, a) of *any* measure on the line that has them lies between the two,
         and both ends are attained: they are read off the quadrature that has a as one of its nodes
-        (Gauss–Radau). Edges within `floor` of a node are counted to both sides. An exact measure
+        (Gauss–Radau). Nodes that agree with an edge to rounding count to both sides. An exact measure
         gives equal ends. Different measures attain the bounds at different edges, so differences of
         bounds hold and are not sharp.
 
@@ -149,15 +151,18 @@ class SpectralMeasure:
             return 0.0, 0.0
         if a <= 0.0:
             return 0.0, float(self.weights[self.in_kernel].sum())
-        extended = _with_node(tri, a)
         nodes, weights = self.nodes, self.weights
-        under, up_to = nodes < a - self.floor, nodes <= a + self.floor
+        tie = TIE * float(np.abs(nodes).max())
+        near = max(self.floor, tie)
+        under, up_to = nodes < a - near, nodes <= a + near
+        # where a is a Ritz value already, the corner of an extension would be 0/0
+        extended = None if (np.abs(nodes - a) <= tie).any() else _with_node(tri, a)
         if extended is not None:
             nodes, first = _eigen_first(*extended)
             weights = tri.mass * first
             index, node = np.arange(nodes.size), int(np.abs(nodes - a).argmin())
-            under = (index < node) & (nodes < a - self.floor)
-            up_to = (index <= node) | (nodes <= a + self.floor)
+            under = (index < node) & (nodes < a - near)
+            up_to = (index <= node) | (nodes <= a + near)
         return float(weights[under].sum()), float(weights[up_to].sum())
 
     def shells(self, shells: LogShells) -> ShellProfile:

@@ -134,6 +134,14 @@ def test_rate_is_the_derivative_between_two_crossings_and_leak_that_of_the_kerne
     assert abs(balances[4].leak) > 1e-6
 
 
+def test_an_eigenvalue_at_an_edge_lies_in_the_shell_above_it() -> None:
+    values = np.array([0.0, 1e-3, 0.05, 0.2, 0.6])
+    shells = LogShells(np.array([0.05, 0.2, 0.6]))
+    found = shell_balance(modes(np.diag(values), np.eye(5), np.ones(5)), shells)
+    assert found.counts.tolist() == [1, 1, 1, 1, 1]  # ker M, below, two shells, above
+    assert found.dissipation == pytest.approx(values / 5, rel=1e-14)
+
+
 def test_repeated_eigenvalues_inside_a_shell_are_harmless_and_across_an_edge_refused() -> None:
     _, rate, error = random_instant(6, 3)
     M = np.diag([0.1, 0.1, 0.3, 0.3, 0.3, 0.9])

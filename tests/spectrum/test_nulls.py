@@ -80,6 +80,10 @@ def test_fit_finds_the_time() -> None:
     for impossible in (0.25, 4.5):  # the kernel's half energy is never lost; energy never rises
         with pytest.raises(ValueError, match=f"asked for {impossible}"):
             nulls.fit_frozen_kernel(mu, impossible)
+    # an eigenvalue that is positive by rounding alone is of the kernel, too
+    noisy = SpectralMeasure.exact([1e-17, 1.0], [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"above 0\.5"):
+        nulls.fit_frozen_kernel(noisy, 0.5)
 
 
 def test_random_signs_keep_every_size() -> None:
