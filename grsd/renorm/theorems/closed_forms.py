@@ -1,4 +1,4 @@
-"""Velocity fields v(λ, t) in closed form: balanced modes, their ensembles, a common gain, spirals.
+"""Velocity fields v(λ, t) in closed form: balanced modes and their ensembles.
 
 A balanced two-factor mode is f = a b with a = b: λ = a² + b² = 2f, error y − λ/2, λ̇ = λ(2y − λ).
 It is the one learning system here whose λ(t) is elementary, and an ensemble of them is a velocity
@@ -22,8 +22,6 @@ from grsd import checks
 
 __all__ = [
     "BalancedModes",
-    "Gain",
-    "Spirals",
     "balanced_eigenvalue",
     "balanced_field",
     "balanced_velocity",
@@ -178,86 +176,3 @@ def deep_exponent(depth: int) -> float:
     """Return α = (3L−4)/(2L−2): v ∝ λ^α while a mode of L factors grows at error y."""
     checks.whole("depth", depth, 2, ONE_FACTOR)
     return (3 * depth - 4) / (2 * depth - 2)
-
-
-@dataclass(frozen=True)
-class Gain:
-    """The gain model f = g Φ w with all of the target, and all of w, in the first mode of Φ.
-
-    The other modes have λ_k = q s_k² with one common factor q = g², so λ̇_k/λ_k = q̇/q is the same
-    for all of them, exactly. With g = w₁ at the start q̇ = 2 s₁ q (y₁ − s₁q): a logistic curve, or
-    for y₁ = 0 the hyperbola q = 1/(2s₁²(t + t∗)). The first singular value s1 and q0 = q(0) are
-    positive, y1 is the target.
-    """
-
-    s1: float
-    y1: float
-    q0: float
-
-    def __post_init__(self) -> None:
-        checks.positive("s1, q0", (self.s1, self.q0))
-
-    @property
-    def lag(self) -> float:
-        """t∗ = 1/(2 s₁² q₀), the time by which the clock of the y₁ = 0 model runs ahead."""
-        return 1 / (2 * self.s1**2 * self.q0)
-
-    def gain(self, t: ArrayLike) -> Array:
-        """Return q(t) = g². With λ = 2 s₁² q it is a balanced mode: λ̇ = λ(2 s₁y₁ − λ)."""
-        scale = 2 * self.s1**2
-        return balanced_eigenvalue(t, self.s1 * self.y1, scale * self.q0) / scale
-
-    def log_velocity(self, t: ArrayLike) -> Array:
-        """Return λ̇/λ of every mode but the first, 2 s₁(y₁ − s₁q(t))."""
-        return 2 * self.s1 * (self.y1 - self.s1 * self.gain(t))
-
-
-@dataclass(frozen=True)
-class Spirals:
-    """Pairs of modes (ρ, rρ) that turn at one rate ω while eigenvalues stand still.
-
-    All flux is rotation. Ω = ω for every pair, and the normalised coupling X/√(λ_uλ_v) = ω(r −
-    1)/√r: neither knows where in log λ the pair lies. The error of a pair decays as one, |e|² =
-    e^{−2xt}, with x the lower root of x² − (1 + r)ρx + rρ² + ω² = 0. Its lower mode would lose
-    energy at 2ρ; it loses it at 2x, so 2(x − ρ)E₁ passes to the upper one. `scales` (K,) are the
-    lower eigenvalues ρ_k > 0, `ratio` is r > 1, `rate` is ω below (r − 1)ρ/2.
-    """
-
-    scales: Array
-    ratio: float
-    rate: float
-
-    def __post_init__(self) -> None:
-        checks.positive("ratio − 1", self.ratio - 1)
-        high = 0.5 * (self.ratio - 1) * float(np.min(self.scales))
-        checks.between("rate", self.rate, 0, high, "()", f"expected 0 < rate < (r − 1)ρ/2 = {high}")
-
-    @property
-    def decay(self) -> Array:
-        """x, (K,)."""
-        r, rho = self.ratio, self.scales
-        return 0.5 * ((1 + r) * rho - np.sqrt(((r - 1) * rho) ** 2 - 4 * self.rate**2))
-
-    @property
-    def shape(self) -> tuple[Array, Array, Array]:
-        """(p, q, β), (K,) each, of the planes that realise them, for `counterexamples.spiral`.
-
-        p² = x, pq = ω, β = rρ²/x.
-        """
-        p = np.sqrt(self.decay)
-        return p, self.rate / p, self.ratio * self.scales**2 / p**2
-
-    def energies(self, t: float) -> tuple[Array, Array]:
-        """Return ½g² of the lower and the upper modes at t, (K,) each; every pair starts with ½."""
-        whole = 0.5 * np.exp(-2 * self.decay * t)
-        low = whole / (1 + ((self.decay - self.scales) / self.rate) ** 2)
-        return low, whole - low
-
-    def log_velocity(
-        self, step: Callable[[Array], Array], slope: Callable[[Array], Array], t: float
-    ) -> float:
-        """Return J/ε at a smooth edge χ, nats per time: Σ 2(x − ρ)E₁[χ(rρ) − χ(ρ)]/Σ Eλχ'(λ)."""
-        low, high = self.energies(t)
-        rho, upper = self.scales, self.ratio * self.scales
-        passed = float(np.sum(2 * (self.decay - rho) * low * (step(upper) - step(rho))))
-        return passed / float(np.sum(low * rho * slope(rho) + high * upper * slope(upper)))

@@ -80,7 +80,7 @@ class _Gain(nn.Module):
 
 
 def gain_network(singular: ArrayLike, y1: float, q0: float) -> Problem:
-    """Return f = g Φ w, g² = w₁² = q₀ > 0, with w and the target y₁ in the first mode, as `Gain`.
+    """Return f = g Φ w, g² = w₁² = q₀ > 0, with w and the target y₁ in the first mode.
 
     `singular` are the singular values s_k > 0 of Φ/√n, (n,), n ≥ 2. M = g² diag(s²) + s₁²w₁² in the
     first place; its modes do not turn.
@@ -126,7 +126,7 @@ def spiral(
     into the target, |e| = r₀ e^{−p²t}, with p = `inward`, q = `across`, β = `normal`, r₀ =
     `radius`, all but q positive. In the frame (ê, ê⊥) of the error M = [[p², pq], [pq, q² + β]] for
     ever, and the frame turns at the rate −pq. Arrays (K,), which broadcast, give K such planes side
-    by side, with 2K samples and parameters; `closed_forms.Spirals` is a family of them.
+    by side, with 2K samples and parameters.
 
     ∂F/∂θ₁ = −pê − qê⊥ and ∂F/∂θ₂ = √β ê⊥ on θ₂ = 0, where gradient flow from 0 stays because ⟨e,
     ê⊥⟩ = 0. Rotation without drift: the flux of energy is not zero, λ̇ is.

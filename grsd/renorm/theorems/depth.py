@@ -1,10 +1,9 @@
-"""A residual stack layer by layer: what M^(l) is, and which couplings add up or average out.
+"""A residual stack layer by layer: the factors of J^(l), and what M^(l) is.
 
 `ResidualFactors` holds the factors of J^(l) in a residual network and refuses any other.
-`layer_grams` gives the two Gram matrices whose entrywise product is M^(l). `additivity` and
-`dilute` are the two steps of Proposition 1. Here J and M = JJᵀ are without the 1/n of the other
-modules, as in section 4 of 2512.18209. Products of random layers alone are in
-:mod:`grsd.renorm.theorems.products`.
+`layer_grams` gives the two Gram matrices whose entrywise product is M^(l). Here J and M = JJᵀ are
+without the 1/n of the other modules, as in section 4 of 2512.18209. Products of random layers alone
+are in :mod:`grsd.renorm.theorems.products`.
 """
 
 from __future__ import annotations
@@ -13,27 +12,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from grsd import checks
 
-__all__ = [
-    "Additivity",
-    "Dilution",
-    "LayerGrams",
-    "ResidualFactors",
-    "additivity",
-    "binned_sums",
-    "dilute",
-    "end_share",
-    "layer_grams",
-    "linear_end_share",
-]
+__all__ = ["LayerGrams", "ResidualFactors", "layer_grams"]
 
 
 @contextmanager
@@ -206,115 +193,3 @@ def layer_grams(model: nn.Module, layer: str, inputs: Tensor) -> LayerGrams:
     a = given.flatten(1).detach()
     (b,) = torch.autograd.grad(rows.sum(), [out])
     return LayerGrams(a @ a.T + (linear[layer].bias is not None), b @ b.T)
-
-
-# --- Proposition 1
-
-
-class Additivity(NamedTuple):
-    """How far couplings of a sum are from their sum, ‖K(Σ) − Σ K‖_F/‖K(Σ)‖_F."""
-
-    own_first: float  # Σ X over pairs of bins, each summand in its own bins and basis: K̂(M^(l))
-    own_second: float  # the same with Σ X²
-    total_first: float  # bins and eigenvectors of the whole M for every summand
-    total_second: float
-
-
-def binned_sums(kernel: np.ndarray, rate: np.ndarray, edges: np.ndarray, power: int) -> np.ndarray:
-    """Return Σ X_uv^power over the pairs of two bins of log λ, (B, B), X = φᵀ rate φ.
-
-    φ are the eigenvectors of `kernel`. Modes outside the edges, the kernel's null space among them,
-    are left out. Cost: one eigenproblem.
-    """
-    values, vectors = np.linalg.eigh((kernel + kernel.T) / 2)
-    s = np.log(np.maximum(values, np.finfo(float).tiny))
-    place = np.searchsorted(edges, s, side="right") - 1
-    member = (place[:, None] == np.arange(len(edges) - 1)).astype(float)
-    return member.T @ (vectors.T @ rate @ vectors) ** power @ member
-
-
-def additivity(
-    kernels: Sequence[np.ndarray], rates: Sequence[np.ndarray], edges: np.ndarray
-) -> Additivity:
-    """Compare the binned couplings of M = Σ M^(l) with those of its summands, equation (28).
-
-    `kernels` and `rates` are two or more symmetric M^(l) and Ṁ^(l), (n, n); `edges` are bins of s =
-    log λ, the same for all, which should hold the positive spectra of all summands and of the sum.
-    X is linear in Ṁ, so that first moments add up exactly at one eigenbasis. No statistic of two
-    bases does.
-    """
-    if len(kernels) != len(rates) or len(kernels) < 2:
-        raise ValueError(
-            f"{len(kernels)} kernels and {len(rates)} rates; expected the same number, two or more"
-        )
-    checks.ascending("edges", edges, 2, "edges ascend, and hold one bin or more")
-    whole, rate = np.sum(kernels, axis=0), np.sum(rates, axis=0)
-
-    def defect(power: int, bases: Sequence[np.ndarray]) -> float:
-        pairs = zip(bases, rates, strict=True)
-        sums = np.sum([binned_sums(k, r, edges, power) for k, r in pairs], axis=0)
-        together = binned_sums(whole, rate, edges, power)
-        return float(np.linalg.norm(together - sums) / np.linalg.norm(together))
-
-    same = [whole] * len(kernels)
-    return Additivity(defect(1, kernels), defect(2, kernels), defect(1, same), defect(2, same))
-
-
-class Dilution(NamedTuple):
-    """The couplings of a stack over those of its bulk."""
-
-    kernel: (
-        np.ndarray
-    )  # (B, B), Σ_l K^(l) over the number of layers times the weight of a bulk layer
-    deviation: float  # largest |kernel − bulk|
-
-
-def dilute(
-    boundary: np.ndarray,
-    bulk: np.ndarray,
-    depth: int,
-    weight: Literal["constant", "bounded"] = "constant",
-) -> Dilution:
-    """Average the kernels of ℓ∗ `boundary` layers, (ℓ∗, B, B), and depth − ℓ∗ equal `bulk` layers.
-
-    Equations (29) and (30). Weight ``constant``: a bulk layer has the kernel `bulk` at every depth,
-    as in the proof; the deviation is |Σ(K_b − K)|/L exactly. ``bounded``: it has bulk/L, since
-    Condition 3 gives Σ_l ‖Ṁ^(l)‖₁ ≤ ½ N C_J² and so all layers of one kernel 1/L each; the
-    deviation tends to |Σ K_b|.
-    """
-    count = len(boundary)
-    if not 0 < count < depth:
-        raise ValueError(
-            f"depth is {depth} with {count} boundary layers; expected more layers than boundary, "
-            "and a boundary"
-        )
-    checks.one_of("weight", weight, ("constant", "bounded"))
-    one = 1.0 if weight == "constant" else 1.0 / depth
-    kernel = (boundary.sum(axis=0) + (depth - count) * one * bulk) / (depth * one)
-    return Dilution(kernel, float(np.abs(kernel - bulk).max()))
-
-
-def end_share(kernels: Sequence[np.ndarray]) -> float:
-    """(tr M^(1) + tr M^(L))/tr M for the blocks in order of depth: the share of the two ends.
-
-    In a residual net they are read-in and read-out.
-    """
-    traces = [float(np.trace(k)) for k in kernels]
-    if len(traces) < 3 or sum(traces) <= 0:
-        raise ValueError(
-            f"{len(traces)} blocks with traces {traces}; expected two ends, something between "
-            "them, and M ≠ 0"
-        )
-    return (traces[0] + traces[-1]) / sum(traces)
-
-
-def linear_end_share(inputs: int, width: int, depth: int, epsilon: float) -> float:
-    """The share of read-in and read-out in E tr M for linear blocks h + εWh.
-
-    Weights of variance 1/fan-in: E tr M^(read) : E tr M^(head) : E tr M^(l) = d : w : w ε²/(1 + ε²) for every l, so that the
-    share is (d + w)/(d + w + L w ε²/(1 + ε²)). It tends to (d + w)/(d + 2w) for ε² = 1/L, and to 0
-    like 1/L at fixed ε.
-    """
-    checks.positive("epsilon", epsilon, "at 0 the blocks have no part in the output")
-    ends = inputs + width
-    return ends / (ends + depth * width * epsilon**2 / (1 + epsilon**2))
