@@ -9,14 +9,14 @@ many layers. Singular values of whole products are in :mod:`grsd.renorm.theorems
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import integrate, special, stats
+from scipy import special, stats
 from torch import Tensor
 
 from grsd import checks, statistics
@@ -29,9 +29,6 @@ __all__ = [
     "Moments",
     "SumLaw",
     "chain",
-    "drift_overlap",
-    "flatness_depth",
-    "long_run_ratio",
     "moments",
     "step",
 ]
@@ -284,17 +281,6 @@ class Increments:
         return high * self.epsilon**2
 
 
-def flatness_depth(tau: float, sigma: float, eta: float) -> float:
-    """Layers after which a normal S_L and S_L + τ are a small η apart: τ²/(2πσ²η²).
-
-    In total variation; the exact distance is 2Φ(|τ|/2σ√L) − 1. For Gaussian G, σ² = ε²/n, so that L
-    = nτ²/(2πε²η²).
-    """
-    checks.positive("sigma", sigma)
-    checks.between("eta", eta, 0, 1, "()")
-    return tau**2 / (2 * math.pi * sigma**2 * eta**2)
-
-
 class Chain(NamedTuple):
     """Directions and growth along the layers, at the recorded ones."""
 
@@ -330,41 +316,3 @@ def chain(
         if layer in record:
             kept.append((u, growth, delta))
     return Chain(*(torch.stack(part) for part in zip(*kept, strict=True)))
-
-
-# --- A mean of order ε, in the limit ε → 0 at fixed t = ε²L
-
-
-def drift_overlap(n: int, strength: float) -> float:
-    """E u₁² in the invariant law of the direction for E G = ε c e₁e₁ᵀ, c = `strength`, Gaussian G.
-
-    The direction is a Brownian motion on the sphere at rate 1/n in the potential −½c u₁², with
-    invariant density exp(n c u₁²); E u₁² = (1/n) ₁F₁(3/2; n/2+1; nc)/₁F₁(1/2; n/2; nc). At large n
-    it is 0 for c < 1/2 and 1 − 1/2c above.
-    """
-    ratio = special.hyp1f1(1.5, n / 2 + 1, n * strength) / special.hyp1f1(0.5, n / 2, n * strength)
-    return float(ratio) / n
-
-
-def long_run_ratio(strength: float) -> float:
-    """Long-run over marginal variance of δ, n = 2, E G = ε b diag(1, −1), b = `strength`.
-
-    The angle obeys dφ = −b sin 2φ dt + dW/√2 and the growth b cos 2φ dt + dW′/√2, so that the ratio
-    is 1 + E h′² with ¼h″ − b sin 2φ h′ = −(b cos 2φ − mean): one plus the share of the variance
-    that the direction's memory adds.
-    """
-
-    def density(phi: float) -> float:
-        return math.exp(2 * strength * (math.cos(2 * phi) - 1))
-
-    def quadrature(f: Callable[[float], float], to: float = math.pi / 2) -> float:
-        return float(integrate.quad(f, 0, to, epsabs=1e-12)[0])
-
-    mass = quadrature(density)
-    mean = quadrature(lambda p: strength * math.cos(2 * p) * density(p)) / mass
-
-    def slope(phi: float) -> float:  # h′, which vanishes at 0 and π/2 by symmetry
-        pull = quadrature(lambda p: (strength * math.cos(2 * p) - mean) * density(p), phi)
-        return -4 * pull / density(phi)
-
-    return 1 + quadrature(lambda p: slope(p) ** 2 * density(p)) / mass
