@@ -15,9 +15,10 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from grsd import checks
-from grsd.spectrum.lanczos import Operator, lanczos
+from grsd.spectrum.lanczos import lanczos
 from grsd.spectrum.measure import SpectralMeasure
 from grsd.spectrum.observables import IGNORE
+from grsd.spectrum.operator.base import Operator
 from grsd.spectrum.shells import LogShells, ShellProfile
 
 

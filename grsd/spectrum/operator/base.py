@@ -1,16 +1,18 @@
-"""What every form of M = J Jᵀ shares: the parameters it is taken over, one checked forward pass, and the door.
+"""What every form of M = J Jᵀ shares: its parameters, one checked forward pass, and the plan of a product.
 
 The forms are one operator on a batch (:mod:`grsd.spectrum.operator.ntk`), independent batches in lock-step
-(:mod:`grsd.spectrum.operator.batches`) and one operator over micro-batches and processes (:mod:`grsd.spectrum.operator.shards`).
+(:mod:`grsd.spectrum.operator.batches`) and one operator over micro-batches and processes
+(:mod:`grsd.spectrum.operator.shards`).
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +23,93 @@ from torch.utils._pytree import tree_map
 from grsd.spectrum.observables import Observable, raw_output
 from grsd.spectrum.operator.double_backward import CHANGED
 from grsd.spectrum.operator.trace import Trace
+from grsd.spectrum.programs.record import Unrecordable
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Normalize = Literal["mean", "sum"]
-_FORWARD = (
-    threading.RLock()
-)  # buffers are swapped for copies during a pass, which two threads must not do at once
+Made = TypeVar("Made")
+
+# buffers are swapped for copies during a pass, which two threads must not do at once
+_FORWARD = threading.RLock()
+DROPS: dict[type[nn.Module], str] = {
+    nn.modules.dropout._DropoutNd: "p",
+    nn.MultiheadAttention: "dropout",
+    nn.RNNBase: "dropout",
+}
 
 
-class Kernel:
+class Operator(Protocol):
+    """What Lanczos needs of M: a symmetric (T, T) matrix that multiplies vectors."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __matmul__(self, u: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of `NTK.plan()`: what a product does for one parameter or pass.
+
+    Attributes
+    ----------
+    layer : names of the parameters, or the pass.
+    rule : how the parameter enters ("rows", "gather", "scale", "shift", "conv", "plain", joined by "+").
+    association : the form of K that is used.
+    flops : multiplications and additions of one product.
+    bytes : memory held for it beyond the weights.
+    setup : FLOPs at set-up that buy this form.
+    pays : number of products from which a set-up pays: that of this form, or, where `setup` is 0, that of the form that
+        was not taken; None where there is no choice.
+    """
+
+    layer: str
+    rule: str
+    association: str
+    flops: int
+    bytes: int
+    setup: int = 0
+    pays: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a plan; prints as a table."""
+
+    method: str
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def flops(self) -> int:
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def setup(self) -> int:
+        return sum(row.setup for row in self.rows)
+
+    def __str__(self) -> str:
+        held = sum(row.bytes for row in self.rows)
+        whole = PlanRow("total", self.method, "", self.flops, held, self.setup)
+        head = ("layer", "rule", "association", "MFLOP", "MB", "set-up MFLOP", "pays from")
+        lines: list[tuple[str, ...]] = [head]
+        for r in (*self.rows, whole):
+            numbers = [f"{x / 1e6:.3f}" for x in (r.flops, r.bytes, r.setup)]
+            pays = "" if r.pays is None else f"{r.pays:.1f}"
+            lines.append((r.layer, r.rule, r.association, *numbers, pays))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if k < 3 else cell.rjust(w)
+                for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+class NTKBase:
     """The parameters of a model that J is taken over, and the arithmetic of the operators made of it.
 
     Parameters
@@ -64,9 +144,12 @@ class Kernel:
         refuse_dropout(model)
         self._model, self.normalize = model, normalize
         self._names, self._parameters = list(named), list(named.values())
-        self._versions = [
-            (p, p._version) for p in model.parameters()
-        ]  # a frozen one that changes changes J as well
+        # a frozen parameter that changes changes J as well
+        self._versions = [(p, p._version) for p in model.parameters()]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.outputs.numel(), self.outputs.numel())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,12 +161,10 @@ class Kernel:
 
     @property
     def eps(self) -> float:
-        tf32 = (
-            self.device.type == "cuda"
-            and self.dtype == torch.float32
-            and torch.backends.cuda.matmul.allow_tf32
-        )
-        return max(2.0**-11 if tf32 else 0.0, *(torch.finfo(dtype).eps for dtype in self._dtypes()))
+        """Relative accuracy of a product: the unit of rounding of the coarsest arithmetic that is used."""
+        single = self.device.type == "cuda" and self.dtype == torch.float32
+        tf32 = 2.0**-11 if single and torch.backends.cuda.matmul.allow_tf32 else 0.0
+        return max(tf32, *(torch.finfo(dtype).eps for dtype in self._dtypes()))
 
     def _dtypes(self) -> set[torch.dtype]:
         """Return the types of numbers that a product is made of: of the rows, and of the parameters behind them."""
@@ -91,14 +172,33 @@ class Kernel:
 
     def _rows(self, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
         """Run the model once, with a graph that holds the chosen parameters alone."""
-        return forward_rows(self._model, inputs, observable, trace, constant=self._constants())
-
-    def _constants(self) -> dict[str, Tensor]:
-        """Return the values of the parameters that J is not taken over."""
         chosen = {id(p) for p in self._parameters}
-        return {
-            name: p.detach() for name, p in self._model.named_parameters() if id(p) not in chosen
-        }
+        named = self._model.named_parameters()
+        constant = {name: p.detach() for name, p in named if id(p) not in chosen}
+        return forward_rows(self._model, inputs, observable, trace, constant)
+
+    def _traced(self, inputs: Inputs, observable: Observable) -> tuple[Tensor, Trace]:
+        """Run the model once, and return the rows with what was recorded on the way."""
+        trace = Trace(self._parameters)
+        rows = self._rows(inputs, observable, trace)
+        trace.check_inputs()
+        return rows, trace
+
+    def _recorded(
+        self, inputs: Inputs, observable: Observable, make: Callable[[Tensor, Trace], Made]
+    ) -> tuple[Tensor, Made]:
+        """Return the rows and what `make` builds of them and the trace.
+
+        Raises
+        ------
+        Unrecordable
+            Whatever stands in the way of recording, in one line.
+        """
+        rows, trace = self._traced(inputs, observable)
+        try:
+            return rows.detach(), make(rows, trace)
+        except RuntimeError as failure:
+            raise Unrecordable(str(failure).splitlines()[0]) from failure
 
     def _same_parameters(self) -> None:
         if any(p._version != version for p, version in self._versions):
@@ -106,36 +206,25 @@ class Kernel:
 
     def _check(self, u: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(u.shape) != shape:
-            whole = tuple(self.shape)
             raise ValueError(
-                f"M is {whole}: it multiplies vectors of shape {shape}, got {tuple(u.shape)}"
+                f"M is {tuple(self.shape)}: it multiplies vectors of shape {shape}, got {tuple(u.shape)}"
             )
         if u.dtype != self.dtype or u.device != self.device:
             raise ValueError(
                 f"M is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}"
             )
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.outputs.numel(), self.outputs.numel())
-
 
 def refuse_dropout(model: nn.Module) -> None:
+    """Raise ValueError when a module of the model drops at random."""
     for name, module in model.named_modules():
         attribute = next((at for kind, at in DROPS.items() if isinstance(module, kind)), None)
         rate = getattr(module, attribute) if attribute is not None and module.training else 0.0
         if rate > 0:
             raise ValueError(
-                f"dropout {name or type(module).__name__!r} is active (p = {rate}): each pass would see another network. "
-                "Call model.eval() first"
+                f"dropout {name or type(module).__name__!r} is active (p = {rate}): each pass would "
+                "see another network. Call model.eval() first"
             )
-
-
-DROPS: dict[type[nn.Module], str] = {
-    nn.modules.dropout._DropoutNd: "p",
-    nn.MultiheadAttention: "dropout",
-    nn.RNNBase: "dropout",
-}
 
 
 def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -151,20 +240,22 @@ def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
             raise ValueError(f"parameter {name!r} has no shape yet: run the model once on a batch")
     if any(p.is_complex() for p in parameters):
         raise ValueError(
-            "a trainable parameter is complex, so J is not a matrix of real numbers: keep its real and imaginary parts as one "
-            "real parameter of shape (..., 2) and use torch.view_as_complex in forward"
+            "a trainable parameter is complex, so J is not a matrix of real numbers: keep its real and "
+            "imaginary parts as one real parameter of shape (..., 2) and use torch.view_as_complex in "
+            "forward"
         )
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
         if module.max_norm is not None:
             raise ValueError(
-                f"{name!r} has max_norm = {module.max_norm}: its table is rescaled in place by every forward pass. Run the "
-                "model once on this batch and set max_norm = None"
+                f"{name!r} has max_norm = {module.max_norm}: its table is rescaled in place by every "
+                "forward pass. Run the model once on this batch and set max_norm = None"
             )
         if module.scale_grad_by_freq and module.weight.requires_grad:
             raise ValueError(
-                f"{name!r} has scale_grad_by_freq: its backward pass divides by counts and gives no Jacobian. Set it to False"
+                f"{name!r} has scale_grad_by_freq: its backward pass divides by counts and gives no "
+                "Jacobian. Set it to False"
             )
 
 
@@ -181,28 +272,22 @@ def forward_rows(
     """
     if not isinstance(observable, Observable):
         raise TypeError(
-            f"the observable is a {type(observable).__name__}, which does not say what the rows are: use Outputs(targets), "
-            "ClassLogits(targets) or TokenLogProb(targets)"
+            f"the observable is a {type(observable).__name__}, which does not say what the rows are: "
+            "use Outputs(targets), ClassLogits(targets) or TokenLogProb(targets)"
         )
     values = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(constant or {})
-    args: tuple[Any, ...] = (
-        () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else inputs
-    )
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+    args: Any = (inputs,) if isinstance(inputs, Tensor) else inputs
+    args = () if isinstance(inputs, Mapping) else args
+    # a model that writes into its inputs writes into copies
     args, kwargs = tree_map(_copied, args), tree_map(_copied, kwargs)
     ready: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()) if ready else ())
     plain: Any = nullcontext()
     if "torch._dynamo" in sys.modules:  # what a compiled module does cannot be watched
         plain = torch.compiler.set_stance("force_eager")
-    with (
-        _FORWARD,
-        fork,
-        plain,
-        torch.enable_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        trace or nullcontext(),
-    ):
+    math = sdpa_kernel(SDPBackend.MATH)  # the fused kernels have no second derivative
+    with _FORWARD, fork, plain, torch.enable_grad(), math, trace or nullcontext():
         rows = observable.rows(raw_output(functional_call(model, values, args, kwargs)))
     if rows.ndim != 1:
         raise ValueError(
@@ -227,5 +312,4 @@ def forward_rows(
 
 
 def _copied(x: Any) -> Any:
-    """Copy a tensor, so that a model that writes into its inputs writes into the copy."""
     return x.detach().clone() if isinstance(x, Tensor) else x

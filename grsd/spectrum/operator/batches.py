@@ -1,33 +1,29 @@
-"""Many independent batches at once: one forward pass, one operator a batch, one Lanczos recurrence for all of them.
+"""Many independent batches at once: one forward pass, and one operator a batch.
 
-A batch of a few hundred tokens does not fill a GPU. Here the sequences of all batches run through the network together, the
-blocks of K are kept apart, and the coefficients of every batch come out of the same sequence of products. A single batch is
-the business of :mod:`grsd.spectrum.operator.ntk` and :mod:`grsd.spectrum.lanczos`.
+A batch of a few hundred tokens does not fill a GPU. Here the sequences of all batches run through the network together, and
+the blocks of K are kept apart. A single batch is the business of :mod:`grsd.spectrum.operator.ntk`; the Lanczos recurrence of
+all batches is `grsd.spectrum.lanczos_batches`.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grsd.spectrum.lanczos import recurrence, tridiagonal
-from grsd.spectrum.measure import Tridiagonal
 from grsd.spectrum.observables import Observable
-from grsd.spectrum.operator.base import Inputs, Kernel, Normalize
+from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan
 from grsd.spectrum.operator.cuda_graph import replayed
 from grsd.spectrum.operator.factored import Factored
-from grsd.spectrum.operator.plan import Plan
 from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.record import Unrecordable
 
 
-class NTKBatches(Kernel):
-    """The kernels M_1 … M_G of G independent batches of T rows each, multiplied in lock-step.
+class NTKBatches(NTKBase):
+    """The operators M_1 … M_G of G independent batches of T rows each, multiplied in lock-step.
 
     Parameters
     ----------
-    model, inputs, observable, normalize
+    model, inputs, observable, normalize, products
         As for `NTK`. The first axis of the inputs (and targets) holds the batches one after another, all of one size.
     batches
         G. The number of rows must be a multiple of it.
@@ -57,32 +53,27 @@ class NTKBatches(Kernel):
         *,
         batches: int,
         normalize: Normalize = "mean",
+        products: int = 100,
     ) -> None:
         super().__init__(model, normalize)
         self._observable = observable
-        trace = Trace(self._parameters)
+
+        def make(rows: Tensor, trace: Trace) -> Factored:
+            if batches < 1 or rows.numel() % batches:
+                raise ValueError(
+                    f"{rows.numel()} rows cannot be split into {batches} batches of equal size"
+                )
+            return Factored(rows, trace, self._names, batches, products)
+
         try:
-            rows = self._rows(inputs, observable, trace)
+            flat, self._factored = self._recorded(inputs, observable, make)
         except Unrecordable as failure:
             raise ValueError(
                 f"the backward pass of this model cannot be recorded ({failure})"
             ) from failure
-        trace.check_inputs()
-        if batches < 1 or rows.numel() % batches:
-            raise ValueError(
-                f"{rows.numel()} rows cannot be split into {batches} batches of equal size"
-            )
-        flat = rows.detach()
         self.outputs: Tensor = flat.view(batches, -1)
         samples = observable.samples(flat)
         self.inner_weight: float = batches / samples if normalize == "mean" else 1.0
-        try:
-            self._factored = Factored(rows, trace, self._names, groups=batches)
-        except RuntimeError as failure:
-            reason = str(failure).splitlines()[0]
-            raise ValueError(
-                f"the backward pass of this model cannot be recorded ({reason})"
-            ) from failure
         self._product = replayed(self._factored, flat)
 
     @property
@@ -106,46 +97,3 @@ class NTKBatches(Kernel):
         self._check(u, tuple(self.outputs.shape))
         self._same_parameters()
         return self._product(u.reshape(-1)).view(self.outputs.shape) * self.inner_weight
-
-
-def lanczos_batches(M: NTKBatches, starts: Tensor, steps: int) -> list[Tridiagonal]:
-    """Run Lanczos with full reorthogonalisation on every batch at once; return one `Tridiagonal` a batch.
-
-    Parameters
-    ----------
-    M
-        The operators.
-    starts
-        (G, T), one start vector a batch, none of them zero.
-    steps
-        m, between 1 and T.
-
-    Raises
-    ------
-    ValueError
-        A start vector that is zero, not finite or does not fit; steps outside [1, T]; a product that is not finite.
-
-    Notes
-    -----
-    Cost: m products, 8 m² T operations a batch and G m T numbers. No step waits for the device: a batch whose Krylov space is
-    exhausted goes on with rounding noise, which is cut off afterwards, as in `lanczos`.
-    """
-    groups, size, _ = M.shape
-    if starts.shape != (groups, size) or starts.dtype != M.dtype or starts.device != M.device:
-        raise ValueError(
-            f"the start vectors must be {(groups, size)}, {M.dtype} on {M.device}; got {tuple(starts.shape)}, "
-            f"{starts.dtype} on {starts.device}"
-        )
-    if not 1 <= steps <= size:
-        raise ValueError(f"steps must be between 1 and T = {size}, got {steps}")
-    norms = torch.linalg.vector_norm(starts, dim=1)
-    bad = [k for k, norm in enumerate(norms.tolist()) if not (np.isfinite(norm) and norm > 0)]
-    if bad:
-        raise ValueError(f"the start vectors of batches {bad} are zero or not finite")
-
-    alphas, betas = recurrence(M, starts / norms[:, None], steps)
-    masses = norms.to("cpu", torch.float64).numpy() ** 2 * M.inner_weight
-    return [
-        tridiagonal(a, b, float(mass), M.eps, size)
-        for a, b, mass in zip(alphas, betas, masses, strict=True)
-    ]

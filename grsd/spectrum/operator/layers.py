@@ -14,7 +14,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from grsd.spectrum.lanczos import Operator
+from grsd.spectrum.operator.base import Operator
 from grsd.spectrum.operator.double_backward import same_parameters
 from grsd.spectrum.operator.trace import Trace
 
@@ -72,7 +72,7 @@ class OutputGradients:
 
     def __init__(self, rows: Tensor, trace: Trace, layers: Sequence[str]) -> None:
         self._rows, self._places = rows, trace.places
-        at = {use.place: layers[use.parameter] for use in trace.uses}
+        at = {use.place: layers[use.number] for use in trace.uses}
         self._layers = [at[k] for k in range(len(trace.places))]
 
     def __call__(self, u: Tensor) -> dict[str, tuple[Tensor, ...]]:

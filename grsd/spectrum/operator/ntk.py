@@ -1,8 +1,9 @@
 """The operator M = J Jᵀ of a network on a batch, as a matrix that is only ever multiplied.
 
-By default a product is the factored one, J_ε K J_εᵀ u, which forms no parameter gradient (:mod:`grsd.spectrum.operator.factored`).
-The plain form, a vector–Jacobian product followed by a Jacobian–vector product on a retained graph, is the definition and
-the other engine (:mod:`grsd.spectrum.operator.double_backward`). Lanczos, which calls either, is in :mod:`grsd.spectrum.lanczos`.
+By default a product is the factored one, J_ε K J_εᵀ u, which forms no parameter gradient
+(:mod:`grsd.spectrum.operator.factored`). The plain form, a vector–Jacobian product followed by a Jacobian–vector product on a
+retained graph, is the definition and the other engine (:mod:`grsd.spectrum.operator.double_backward`). Lanczos, which calls
+either, is in :mod:`grsd.spectrum.lanczos`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
+from grsd import checks
 from grsd.spectrum.observables import Observable
-from grsd.spectrum.operator.base import Inputs, Kernel, Normalize, refuse_dropout
+from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRow, refuse_dropout
 from grsd.spectrum.operator.cuda_graph import Product, replayed
 from grsd.spectrum.operator.double_backward import Retained
 from grsd.spectrum.operator.factored import Factored
 from grsd.spectrum.operator.layers import OutputGradients, by_layer, select
-from grsd.spectrum.operator.plan import Plan, PlanRow
 from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.record import Unrecordable
 
@@ -29,7 +30,7 @@ Method = Literal["auto", "graph", "factored"]
 __all__ = ["NTK", "Inputs", "Method", "refuse_dropout"]
 
 
-class NTK(Kernel):
+class NTK(NTKBase):
     """The (T, T) neural tangent kernel M = J Jᵀ of a model on a batch: symmetric, positive semidefinite.
 
     Parameters
@@ -47,6 +48,9 @@ class NTK(Kernel):
         for a model whose backward pass cannot be recorded (`plan` says so).
     parameters
         Names of the parameters that J is taken over; None for all that require a gradient. `layer` fills it in.
+    products
+        How many products are expected. A form that costs more at set-up and less in every product is taken where it pays
+        within them, by counted FLOPs; `plan` says from how many on it would.
 
     Attributes
     ----------
@@ -85,11 +89,13 @@ class NTK(Kernel):
         normalize: Normalize = "mean",
         method: Method = "auto",
         parameters: Sequence[str] | None = None,
+        products: int = 100,
     ) -> None:
-        if method not in ("auto", "graph", "factored"):
-            raise ValueError(f'method must be "auto", "graph" or "factored", got {method!r}')
+        checks.one_of("method", method, ("auto", "graph", "factored"))
+        checks.whole("products", products, 1)
         super().__init__(model, normalize, parameters)
-        self._inputs, self._observable, self._asked = inputs, observable, method
+        self._inputs, self._observable = inputs, observable
+        self._asked, self._expected = method, products
         self._graph: Retained | None = None
         self._gradients: OutputGradients | None = None
         self._factored: Factored | None = None
@@ -104,24 +110,18 @@ class NTK(Kernel):
         self.inner_weight: float = 1.0 / self.samples if normalize == "mean" else 1.0
 
     def _factor(self, strict: bool) -> None:
-        trace = Trace(self._parameters)
-        try:
-            rows = self._rows(self._inputs, self._observable, trace)
-        except Unrecordable as failure:
-            return self._unrecorded(failure, strict)
-        trace.check_inputs()
-        self.outputs: Tensor = rows.detach()
-        try:
-            self._factored = Factored(rows, trace, self._names)
-        except RuntimeError as failure:
-            self._unrecorded(failure, strict)
+        def make(rows: Tensor, trace: Trace) -> Factored:
+            return Factored(rows, trace, self._names, products=self._expected)
 
-    def _unrecorded(self, failure: RuntimeError, strict: bool) -> None:
-        self._why = str(failure).splitlines()[0]
-        if strict:
-            raise ValueError(
-                f'the backward pass of this model cannot be recorded ({self._why}); use method="auto" or "graph"'
-            ) from failure
+        try:
+            self.outputs, self._factored = self._recorded(self._inputs, self._observable, make)
+        except Unrecordable as failure:
+            self._why = str(failure)
+            if strict:
+                raise ValueError(
+                    f"the backward pass of this model cannot be recorded ({self._why}); use "
+                    'method="auto" or "graph"'
+                ) from failure
 
     def _retain(self) -> Retained:
         """Return the retained graph of the model, made on first use."""
@@ -150,10 +150,6 @@ class NTK(Kernel):
         return [self._parameters[k] for k in self._factored.used]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return (self.outputs.numel(), self.outputs.numel())
-
-    @property
     def error(self) -> Tensor:
         """The observable's error vector, (T,): target − output, onehot − softmax, or −log q."""
         return self._observable.error(self.outputs)
@@ -168,8 +164,8 @@ class NTK(Kernel):
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self._used)
         return (
-            f"NTK(T={self.shape[0]}, parameters={count}, normalize={self.normalize!r}, method={self.method!r}, "
-            f"{self.dtype}, {self.device})"
+            f"NTK(T={self.shape[0]}, parameters={count}, normalize={self.normalize!r}, "
+            f"method={self.method!r}, {self.dtype}, {self.device})"
         )
 
     def vjp(self, u: Tensor) -> tuple[Tensor, ...]:
@@ -232,6 +228,7 @@ class NTK(Kernel):
             normalize=self.normalize,
             method=self._asked,
             parameters=names,
+            products=self._expected,
         )
         self._same_outputs(one.outputs)
         return one
@@ -245,9 +242,7 @@ class NTK(Kernel):
         """
         self._check(u, (self.shape[0],))
         if self._gradients is None:
-            trace = Trace(self._parameters)
-            rows = self._rows(self._inputs, self._observable, trace)
-            trace.check_inputs()
+            rows, trace = self._traced(self._inputs, self._observable)
             self._same_outputs(rows)
             groups = by_layer(self._model, self._parameters)
             layers = {name: layer for layer, names in groups.items() for name in names}
@@ -256,10 +251,8 @@ class NTK(Kernel):
 
     def jacobian(self) -> Tensor:
         """Return J itself, (T, P), in the order of `model.parameters()`. Cost: T backward passes, T·P numbers."""
-        rows = []
-        for unit in torch.eye(self.shape[0], dtype=self.dtype, device=self.device):
-            rows.append(torch.cat([g.reshape(-1) for g in self.vjp(unit)]))
-        return torch.stack(rows)
+        units = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        return torch.stack([torch.cat([g.reshape(-1) for g in self.vjp(u)]) for u in units])
 
     def to_dense(self) -> Tensor:
         """Return M as a (T, T) matrix by T products; no (T, P) matrix is formed."""

@@ -1,22 +1,23 @@
-"""Layers that output i reaches only at its own position: their share of M is a T × T matrix, and needs no pass.
+"""Layers that output i reaches only at its own position: their share of M is a T × T matrix.
 
 In the backward pass from u, a value is *own-position* when its row i is u_i times a fixed vector: everything after the last
 operation that mixes positions (in a decoder: head, last norm, last MLP, output projection of the last attention). The
 recorded backward program says which values these are, operation by operation, so that no architecture has to be named; an
-operation without a rule here ends the region. The passes of a product then start from the fixed vectors at its border.
+operation without a rule here ends the region. The model itself is asked as well (`refuse`). The passes of a product then start
+from the fixed vectors at the border of the region.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grsd.spectrum.operator.factors import Grams, gram
-from grsd.spectrum.operator.trace import Use
+from grsd.spectrum.operator.factors import identity
 from grsd.spectrum.programs.program import (
     NORMS,
     RESHAPING,
@@ -25,35 +26,39 @@ from grsd.spectrum.programs.program import (
     Program,
     Rows,
     Slot,
-    fill,
     pullback,
     spread,
 )
 
 aten = torch.ops.aten
 
+PROBED = 10**8  # FLOPs; a larger matrix product is not repeated as a whole
+TILES = (
+    128,
+    256,
+)  # least and most rows of a tile of a T × T matrix: what is added up stays in a cache
+
 
 class OwnPositions:
-    """The slots of a backward pass from u, (size,) at slot `start`, whose row i is u_i times a fixed vector: `rows`."""
+    """The slots of a backward pass from u, (size,) at slot 0, whose row i is u_i times a fixed vector: `rows`."""
 
-    def __init__(self, start: int | None, size: int) -> None:
-        self.rows: dict[int, Rows] = {} if start is None else {start: Rows(size)}
+    def __init__(self, size: int) -> None:
+        self.rows: dict[int, Rows] = {0: Rows(size)}
         self.constant: set[int] = set()
 
     def reads(self, node: Node, kinds: Mapping[int, Kind]) -> bool:
         """Take in the next operation, and say whether its value is constant or own-position."""
-        sources = node.sources()
-        if all(s in self.constant for s in sources):
+        entering = [s for s in node.sources if s not in self.constant]
+        if not entering:
             self.constant.update(node.outs)
             return True
-        entering = [s for s in sources if s not in self.constant]
-        if not all(s in self.rows for s in entering):
+        out = node.outs[0]
+        if out < 0 or not all(s in self.rows for s in entering):
             return False
         rows = self.rows[entering[0]]
         if any(self.rows[s] is not rows for s in entering):
             return False
-        out = node.outs[0]
-        after = _rows_after(node, rows, entering, kinds) if out >= 0 else None
+        after = _rows_after(node, rows, entering, kinds)
         if after is None:
             return False
         self.rows[out] = after  # further results are gradients of parameters, in which rows meet
@@ -63,68 +68,75 @@ class OwnPositions:
 def _rows_after(
     node: Node, rows: Rows, entering: list[int], kinds: Mapping[int, Kind]
 ) -> Rows | None:
+    """Return how rows lie in the result; None when they may mix."""
     shape, result = kinds[entering[0]][0], kinds[node.outs[0]][0]
-    front = rows.front(shape)
     if node.func in KEEPING or (node.func in SLICES and shape == result):
         return rows
     if node.func is spread:
         return rows if rows.positions is None else None
-    if node.func in PUTTING:
+    if node.func is aten.index_put.default:
         return _put(node, rows, entering, result)
-    if front is None or (
-        node.func in ALIGNED and any(len(kinds[s][0]) != len(result) for s in entering)
-    ):
+    front, rule = rows.front(shape), SEPARATE.get(node.func)
+    if front is None or rule is None:
         return None
-    if any(kinds[s][0][:front] != shape[:front] for s in entering):
+    shapes = [kinds[s][0] for s in entering]
+    if node.func in ALIGNED and any(len(each) != len(result) for each in shapes):
         return None
-    rule = SEPARATE.get(node.func)
-    if rule is None or not rule(node, front, len(shape)) or result[:front] != shape[:front]:
+    if any(each[:front] != shape[:front] for each in (*shapes, result)):
         return None
-    return rows
+    return rows if rule(node, front, len(shape)) else None
 
 
 def _put(node: Node, rows: Rows, entering: list[int], result: tuple[int, ...]) -> Rows | None:
-    """Rows that are written to chosen positions of a larger tensor of zeros (the backward of boolean indexing)."""
-    target, indices, values = node.args[:3]
-    if (
-        rows.positions is not None
-        or values != Slot(entering[0])
-        or target == values
-        or len(entering) != 1
-    ):
+    """Rows that are written to chosen positions of a larger tensor of zeros, as by boolean indexing."""
+    _, indices, values = node.args[:3]
+    if rows.positions is not None or entering != [getattr(values, "index", None)]:
         return None
-    places = [
-        x.nonzero().unbind(1) if x.dtype == torch.bool else (x,) for x in indices if x is not None
-    ]
-    flat = [x for place in places for x in place]
-    lengths = result[: len(flat)]
-    if any(x is None for x in indices[: len(places)]) or any(
-        x.shape != (rows.count,) for x in flat
-    ):
+    given = [x for x in indices if x is not None]
+    leading = all(x is not None for x in indices[: len(given)])
+    places: list[Tensor] = []
+    for x in given:
+        places += x.nonzero().unbind(1) if x.dtype == torch.bool else (x,)
+    if not leading or any(x.shape != (rows.count,) for x in places):
         return None
-    position = torch.zeros_like(flat[0])
-    for x, length in zip(flat, lengths, strict=True):
+    lengths = result[: len(places)]
+    position = torch.zeros_like(places[0])
+    for x, length in zip(places, lengths, strict=True):
         position = position * length + x % length
     if torch.unique(position).numel() != rows.count:
         return None
     return Rows(prod(lengths), position)
 
 
+# Whether an operation keeps rows apart: from the node, the number of leading axes that are rows, and the value's ndim.
+Rule = Callable[[Node, int, int], bool]
+
+
 def _always(node: Node, front: int, ndim: int) -> bool:
     return True
+
+
+def _both(node: Node, front: int, ndim: int) -> bool:
+    return len(node.sources) == 2
+
+
+def _by_constant(node: Node, front: int, ndim: int) -> bool:
+    multiplied = node.func is aten.mul.Tensor or isinstance(node.args[0], Slot)
+    return multiplied and len(node.sources) == 1
 
 
 def _first_only(node: Node, front: int, ndim: int) -> bool:
     return isinstance(node.args[0], Slot) and not isinstance(node.args[1], Slot) and front < ndim
 
 
-def _axis(place: int, shift: int = 0) -> Callable[[Node, int, int], bool]:
+def _axes(place: int, shift: int = 0) -> Rule:
+    """The operation works along the axes at this place of its arguments: they must lie behind the rows."""
+
     def behind(node: Node, front: int, ndim: int) -> bool:
         axes = node.args[place] if len(node.args) > place else 0
         axes = axes if isinstance(axes, (tuple, list)) else (axes,)
-        return all(front <= (axis + ndim + shift if axis < 0 else axis) for axis in axes) and bool(
-            axes
-        )
+        size = ndim + shift
+        return bool(axes) and all(front <= axis + (size if axis < 0 else 0) for axis in axes)
 
     return behind
 
@@ -134,18 +146,14 @@ def _two_axes(node: Node, front: int, ndim: int) -> bool:
 
 
 def _norm(node: Node, front: int, ndim: int) -> bool:
-    kernel, rest = node.args[1], node.args[2]
-    if kernel is aten.native_batch_norm_backward.default:
+    norm, rest = node.args[1], node.args[2]
+    if norm is aten.native_batch_norm_backward.default:
         return False
-    return front <= 1 if NORMS[kernel][1] else front <= ndim - len(rest[1])
+    return front <= 1 if NORMS[norm][1] else front <= ndim - len(rest[1])
 
 
 def _samples(node: Node, front: int, ndim: int) -> bool:
     return front <= 1 and not any(isinstance(x, Slot) for x in node.args[1:])
-
-
-def _scattering(node: Node, front: int, ndim: int) -> bool:
-    return front <= node.args[1] % ndim and not isinstance(node.args[2], Slot)
 
 
 KEEPING = RESHAPING | {
@@ -156,41 +164,26 @@ KEEPING = RESHAPING | {
     aten.mul.Scalar,
     aten.div.Scalar,
 }
-SLICES = {
-    aten.slice.Tensor,
-    aten.slice_backward.default,
-}  # of everything: what older versions of torch write for x[:, 0:]
-PUTTING = {aten.index_put_.default, aten._index_put_impl_.default, aten.index_put.default}
-ALIGNED = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.expand.default}
-# operation → whether it keeps rows apart, from the node, the number of leading axes that are rows, and the value's ndim
-SEPARATE: dict[Any, Callable[[Node, int, int], bool]] = {
-    aten.mul.Tensor: lambda node, front, ndim: len(node.sources()) == 1,
-    aten.div.Tensor: lambda node, front, ndim: (
-        isinstance(node.args[0], Slot) and len(node.sources()) == 1
-    ),
-    aten.add.Tensor: lambda node, front, ndim: len(node.sources()) == 2,
-    aten.sub.Tensor: lambda node, front, ndim: len(node.sources()) == 2,
+# of everything: what older versions of torch write for x[:, 0:]
+SLICES = {aten.slice.Tensor, aten.slice_backward.default}
+ALIGNED = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.expand.default}
+SEPARATE: dict[Any, Rule] = {
+    aten.mul.Tensor: _by_constant,
+    aten.div.Tensor: _by_constant,
+    aten.add.Tensor: _both,
     aten.expand.default: _always,
     aten.mm.default: _first_only,
     aten.bmm.default: _first_only,
     pullback: _norm,
-    aten._softmax_backward_data.default: _axis(2),
-    aten._log_softmax_backward_data.default: _axis(2),
-    aten.nll_loss_backward.default: lambda node, front, ndim: (
-        front == ndim == 1 and node.args[4] == 0
-    ),
-    aten.sum.dim_IntList: _axis(1),
-    aten.slice.Tensor: _axis(1),
-    aten.select.int: _axis(1),
-    aten.slice_backward.default: _axis(2),
-    aten.select_backward.default: _axis(2, shift=1),
-    aten.cat.default: _axis(1),
+    aten._softmax_backward_data.default: _axes(2),
+    aten.sum.dim_IntList: _axes(1),
+    aten.slice.Tensor: _axes(1),
+    aten.slice_backward.default: _axes(2),
+    aten.select_backward.default: _axes(2, shift=1),
+    aten.cat.default: _axes(1),
     aten.transpose.int: _two_axes,
-    aten.scatter_add_.default: _scattering,
-    aten.scatter_add.default: _scattering,
     aten.convolution_backward.default: _samples,
     aten.max_pool2d_with_indices_backward.default: _samples,
-    aten.avg_pool2d_backward.default: _samples,
 }
 
 
@@ -202,42 +195,32 @@ def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions,
     from it, goes through the passes instead. Cost: the elementwise operations of the region; a corner of a large matrix
     product; nothing for a large value that is only renamed.
     """
-    own, start = region.rows, program.inputs[0]
-    if start not in own:
-        return
+    own, like = region.rows, values[0]
     draw = torch.randint(0, 4, (size,), generator=torch.Generator().manual_seed(0))
     draw[:1] = 1  # a row that says something
-    like = values[start]
     u = torch.tensor([0.0, 1.0, -2.0, 0.5], dtype=like.dtype)[draw].to(like.device)
-    found = _Probe(u, own, values)
-    found[start] = u
+    probe = _Probe(u, own, values)
     for node in program.nodes:
-        sources, out = node.sources(), node.outs[0]
+        out = node.outs[0]
         if out not in own:
             if region.constant.issuperset(node.outs):
-                found[out] = node.func(*fill(node.args, found), **fill(node.kwargs, found))
+                probe[out] = node.run(probe)
             continue
-        if sum(x >= 0 for x in node.outs) > 1 or any(
-            s not in own and s not in region.constant for s in sources
-        ):
+        known = all(s in own or s in region.constant for s in node.sources)
+        if not known or sum(x >= 0 for x in node.outs) > 1:
             del own[out]
             continue
         renamed = node.func in KEEPING or node.func is spread
-        large = (
-            node.func is aten.mm.default and node.flops > PROBED and isinstance(node.args[0], Slot)
-        )
         if renamed and values[out].numel() > PROBED // 100:
             continue  # made from its own-position source when something asks for it
-        if large:
-            near = same_product(
-                found.rows(node.args[0].index, 2), node.args[1][:, :8], found.rows(out, 2)[:, :8]
-            )
+        if node.func is aten.mm.default and node.flops > PROBED:
+            a, b, product = node.args[0].index, node.args[1][:, :8], probe.rows(out, 2)[:, :8]
+            near = same_product(probe.rows(a, 2), b, product)
         else:
-            result = node.func(*fill(node.args, found), **fill(node.kwargs, found))
+            result = node.run(probe)
             result = result[0] if isinstance(result, (tuple, list)) else result
-            wanted = None if renamed else spread(u, own[out], values[out])
-            near = wanted is None or torch.equal(result, wanted) or _close(result, wanted)
-            found[out] = result
+            near = renamed or _close(result, spread(u, own[out], values[out]))
+            probe[out] = result
         if not near:
             del own[out]
 
@@ -246,26 +229,20 @@ class _Probe(dict[int, Tensor]):
     """Values of the probing run; what was not run is the fixed vectors times u."""
 
     def __init__(self, u: Tensor, own: dict[int, Rows], values: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self.u, self.own, self.values_at_one = u, own, values
+        super().__init__({0: u})
+        self.u, self.own, self.at_one = u, own, values
 
     def __missing__(self, slot: int) -> Tensor:
-        self[slot] = found = spread(self.u, self.own[slot], self.values_at_one[slot])
-        return found
+        self[slot] = value = spread(self.u, self.own[slot], self.at_one[slot])
+        return value
 
     def rows(self, slot: int, few: int) -> Tensor:
         """Return the first rows of a value, flat."""
-        count = self.own[slot].count
+        rows = self.own[slot]
         if slot in self:
-            return self[slot].reshape(count, -1)[:few]
-        u, positions = self.u, self.own[slot].positions
-        if positions is not None:
-            u = u.new_zeros(count).index_copy(0, positions, u)
-        fixed = self.values_at_one[slot].reshape(count, -1)[:few]
-        return (u[:few, None] * fixed).to(fixed.dtype)
-
-
-PROBED = 10**8  # FLOPs; a larger matrix product is not repeated as a whole
+            return self[slot].reshape(rows.count, -1)[:few]
+        fixed = self.at_one[slot].reshape(rows.count, -1)[:few]
+        return (rows.place(self.u)[:few, None] * fixed).to(fixed.dtype)
 
 
 def same_product(a: Tensor, b: Tensor, product: Tensor) -> bool:
@@ -278,62 +255,74 @@ def same_product(a: Tensor, b: Tensor, product: Tensor) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    eps = torch.finfo(a.dtype).eps
-    return bool((a - b).abs().amax() <= 100 * eps * b.abs().amax()) if a.numel() else True
+    if torch.equal(a, b):
+        return True
+    return bool((a - b).abs().amax() <= 100 * torch.finfo(a.dtype).eps * b.abs().amax())
 
 
-def share(uses: Sequence[Use], delta: Tensor, rows: Rows, grams: Grams) -> Tensor | None:
-    """Return the T × T share of M of single-use parameters at one own-position output; None when a use has no closed form.
+@dataclass
+class Share:
+    """A share of M that is one T × T matrix: (Σ A Aᵀ + b 1 1ᵀ + Σ [t_i = t_j]) ⊙ (D Dᵀ).
 
-    `delta` is δ at u = 1. Linear layers and biases: (Σ A Aᵀ + b 1 1ᵀ) ⊙ (δ δᵀ); gains: (x̂ ⊙ δ)(x̂ ⊙ δ)ᵀ; embeddings:
-    [t_i = t_j] ⊙ (δ δᵀ). Cost: n² out FLOPs once.
+    Attributes
+    ----------
+    vectors : D, (T, k), gradients at own-position outputs.
+    ones : b.
+    inputs : A, (T, in) each.
+    tokens : (t, whether it has a gradient), (T,) each.
     """
-    front = rows.front(delta.shape)
-    if front is None or any(not foldable(use, rows, front) for use in uses):
-        return None
-    flat = rows.pick(delta)
-    rest = tuple(delta.shape[front:])
-    whole = [
-        u for u in uses if u.rule in ("rows", "gather") or (u.rule == "shift" and u.spread == rest)
-    ]
-    parts: list[Tensor] = []
-    if whole:
-        weight = _meeting(whole, rows, delta.dtype, grams)
-        parts.append(gram(flat).mul_(weight))
-    for u in uses:
-        if u.rule == "scale" or (u.rule == "shift" and u.spread != rest):
-            g = delta if u.data is None else u.data * delta
-            g = g.sum_to_size(*g.shape[:front], *[1] * (g.ndim - front - len(u.spread)), *u.spread)
-            parts.append(gram(rows.pick(g)))
-    total, *others = parts
-    for other in others:
-        total += other
-    return total
+
+    vectors: Tensor
+    ones: int = 0
+    inputs: list[Tensor] = field(default_factory=list)
+    tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def flops(self, met: int) -> int:
+        """FLOPs that making it costs, where each of its rows meets `met` rows; one half is enough."""
+        size, width = self.vectors.shape
+        return size * met * (width + sum(a.shape[1] for a in self.inputs))
 
 
-def _meeting(uses: Sequence[Use], rows: Rows, dtype: torch.dtype, grams: Grams) -> Tensor | int:
-    """Return Σ A Aᵀ + b 1 1ᵀ + [t_i = t_j] of uses that see the whole of one δ: (T, T), or the number b alone."""
-    inputs = [u.data for u in uses if u.rule == "rows" and u.data is not None]
-    biases = sum(u.rule == "shift" for u in uses)
-    weight: Tensor | int = biases
-    if inputs:
-        kernel = grams.of(inputs, biases, dtype)
-        weight = kernel if rows.positions is None else kernel[rows.positions][:, rows.positions]
-    for u in uses:
-        if u.rule == "gather" and u.data is not None:
-            t, padding = rows.pick(u.data), u.options["padding"]
-            weight = weight + ((t == t.T) & (t != (-1 if padding is None else padding))).to(dtype)
-    return weight
+def total(shares: Sequence[Share], groups: int, dtype: torch.dtype) -> Tensor:
+    """Return the sum of the shares, (groups, T / groups, T / groups), tile by tile of the lower half."""
+    vectors = shares[0].vectors
+    size = len(vectors) // groups
+    tile = min(max(size // 4, TILES[0]), TILES[1]) if vectors.device.type == "cpu" else size
+    result = vectors.new_empty(groups, size, size, dtype=dtype)
+    for group, block in enumerate(result):
+        parts = [slice(k, min(k + tile, size)) for k in range(0, size, tile)]
+        shifted = [slice(group * size + at.start, group * size + at.stop) for at in parts]
+        for i, rows in enumerate(parts):
+            for j, columns in enumerate(parts[: i + 1]):
+                made = _tile(shares, shifted[i], shifted[j])
+                block[rows, columns] = made
+                block[columns, rows] = made.T
+    return result
 
 
-def foldable(use: Use, rows: Rows, front: int) -> bool:
-    """Say whether `share` knows the use: its parameter must see rows that do not mix."""
-    if use.rule in ("rows", "gather"):
-        assert use.data is not None
-        return front == len(use.shape) - 1 and prod(use.shape[:-1]) == rows.count
-    if use.rule in ("scale", "shift"):
-        return len(use.spread) <= len(use.shape) - front
-    return False
+def _tile(shares: Sequence[Share], rows: slice, columns: slice) -> Tensor:
+    """Return one tile of the sum of the shares."""
+    met: dict[tuple[object, ...], Tensor] = {}  # A Aᵀ of layers that read the same tensors
+    result: Tensor | None = None
+    for share in shares:
+        part = share.vectors[rows] @ share.vectors[columns].T
+        weight: Any = share.ones
+        if share.inputs:
+            key = (*identity(share.inputs), part.dtype)
+            if key not in met:
+                first, *others = (a[rows].to(part) @ a[columns].to(part).T for a in share.inputs)
+                for other in others:
+                    first += other
+                met[key] = first
+            weight = met[key] + share.ones if share.ones else met[key]
+        for t, known in share.tokens:
+            same = (t[rows, None] == t[None, columns]) & known[rows, None]
+            weight = weight + same.to(part.dtype)
+        if isinstance(weight, Tensor) or weight != 1:
+            part = part.mul_(weight)
+        result = part if result is None else result.add_(part)
+    assert result is not None
+    return result
 
 
 def unfold(
@@ -341,10 +330,9 @@ def unfold(
 ) -> Program:
     """Return the backward program that starts at the border of the own-position region and ends at `outputs`."""
     inner = [node for node in program.nodes if not any(out in own for out in node.outs)]
-    needed = {s for node in inner for s in node.sources()} | set(outputs)
-    start = program.inputs[0]
+    needed = {s for node in inner for s in node.sources} | set(outputs)
     border = [
-        Node(spread, (Slot(start), own[s], values[s].detach()), {}, (s,))
-        for s in sorted(needed & set(own) - {start})
+        Node(spread, (Slot(0), own[s], values[s].detach()), {}, (s,))
+        for s in sorted(needed & own.keys() - {0})
     ]
-    return Program(border + inner, [start], outputs, program.kinds)
+    return Program(border + inner, [0], outputs, program.kinds)

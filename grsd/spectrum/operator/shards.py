@@ -16,17 +16,20 @@ import torch
 from torch import Tensor, distributed, nn
 
 from grsd.spectrum.observables import Observable
-from grsd.spectrum.operator.base import Inputs, Kernel, Normalize
-from grsd.spectrum.operator.halves import Gradients, Halves, RetainedHalves
-from grsd.spectrum.operator.plan import Plan, PlanRow
+from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRow
+from grsd.spectrum.operator.double_backward import Retained
+from grsd.spectrum.operator.factored import Factored, Placed
+from grsd.spectrum.operator.factors import Form, Vectors, accumulate, gradient
 from grsd.spectrum.operator.trace import Trace
+from grsd.spectrum.programs.program import Rows
 from grsd.spectrum.programs.record import Unrecordable
 
 Part = tuple[Inputs, Observable]
+Gradients = list[Tensor | None]  # one per parameter; None where it has no effect
 
 
-class NTKShards(Kernel):
-    """The (T, T) kernel M = J Jᵀ of all rows of all micro-batches, of this process or of several.
+class NTKShards(NTKBase):
+    """The (T, T) operator M = J Jᵀ of all rows of all micro-batches, of this process or of several.
 
     Parameters
     ----------
@@ -123,7 +126,7 @@ class NTKShards(Kernel):
             )
         outputs, samples, used = [], 0, set()
         for inputs, observable in self._parts:
-            halves, rows = self._recorded(inputs, observable)
+            rows, halves = self._halves_of(inputs, observable)
             outputs.append(rows)
             samples += observable.samples(rows)
             used |= set(halves.used)
@@ -146,23 +149,19 @@ class NTKShards(Kernel):
             "norms": norms,
         }
 
-    def _recorded(
+    def _halves_of(
         self, inputs: Inputs, observable: Observable
-    ) -> tuple[Halves | RetainedHalves, Tensor]:
-        trace = Trace(self._parameters)
-        try:
-            rows = self._rows(inputs, observable, trace)
-        except Unrecordable:
-            return self._retained(inputs, observable)
-        trace.check_inputs()
-        try:
-            return Halves(rows, trace, self._names), rows.detach()
-        except RuntimeError:  # it cannot be recorded
-            return self._retained(inputs, observable)
+    ) -> tuple[Tensor, Halves | RetainedHalves]:
+        """Return the rows of one micro-batch and its halves, retained where it cannot be recorded."""
 
-    def _retained(self, inputs: Inputs, observable: Observable) -> tuple[RetainedHalves, Tensor]:
-        rows = self._rows(inputs, observable)
-        return RetainedHalves(rows, self._parameters), rows.detach()
+        def make(rows: Tensor, trace: Trace) -> Halves:
+            return Halves(rows, trace, self._names)
+
+        try:
+            return self._recorded(inputs, observable, make)
+        except Unrecordable:
+            rows = self._rows(inputs, observable)
+            return rows.detach(), RetainedHalves(rows, self._parameters)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -255,7 +254,7 @@ class NTKShards(Kernel):
         return found
 
     def _jvp(self, k: int, gradients: Gradients) -> Tensor:
-        halves = self._halves[k] if self._hold else self._recorded(*self._parts[k])[0]
+        halves = self._halves[k] if self._hold else self._halves_of(*self._parts[k])[1]
         return halves.jvp(gradients)
 
     def _reduce(self, total: dict[int, Tensor]) -> None:
@@ -385,3 +384,65 @@ def _refuse_batch_statistics(model: nn.Module, several: bool) -> None:
                 f"{name!r} normalises by the statistics of the batch, which a micro-batch does not share with the others: "
                 "call model.eval(), or use NTK on the whole batch"
             )
+
+
+class Halves(Factored):
+    """J and Jᵀ apart, from the recorded passes of one forward pass: the product cut in two at the parameters.
+
+    K δ = A (Aᵀ δ): the gradient Aᵀδ is summed over all places, and A sends the sum forward. Own-position layers start from
+    their fixed vectors. Cost of each half: one activation-only pass and one product per weight matrix, 2 n in out FLOPs.
+    """
+
+    def _build(self, placed: Placed, own: dict[int, Rows], values: dict[int, Tensor]) -> set[int]:
+        self._placed = placed
+        for k, entrances in placed.items():
+            uses = [use for use, _ in entrances]
+            data = [use.data for use in uses if use.data is not None]
+            held = sum(x.numel() * x.element_size() for x in data)
+            shape = tuple(self._parameters[k].shape)
+            self._note(uses, Form(f"its gradient, {shape}", sum(u.flops for u in uses), held))
+        return {slot for uses in placed.values() for _, slot in uses}
+
+    def vjp(self, u: Tensor) -> Gradients:
+        """Return Jᵀu, one tensor per parameter."""
+        assert self.adjoint is not None
+        gradients: Gradients = [None] * len(self._parameters)
+        with torch.no_grad():
+            deltas = dict(zip(self.slots, self.adjoint.run(u), strict=True))
+            for k, uses in self._placed.items():
+                gradients[k] = gradient([use for use, _ in uses], [deltas[s] for _, s in uses])
+        return gradients
+
+    def jvp(self, v: Sequence[Tensor | None]) -> Tensor:
+        """Return J v, (T,), for one tensor per parameter."""
+        assert self.adjoint is not None and self.forward is not None
+        changes: Vectors = {}
+        with torch.no_grad():
+            for k, uses in self._placed.items():
+                value = v[k]
+                if value is None:
+                    raise ValueError(
+                        f"parameter {self._names[k]!r} has an effect here, so its part of v is needed"
+                    )
+                for use, slot in uses:
+                    dtype = self.adjoint.kinds[slot][1]
+                    accumulate(changes, slot, use.change(value).to(dtype))
+            return self.forward.consume([changes.pop(slot) for slot in self.slots])[0]
+
+
+class RetainedHalves:
+    """The same two halves on a retained graph, for a model whose backward pass cannot be recorded."""
+
+    def __init__(self, rows: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._graph = Retained(rows, parameters)
+        places = {id(p): k for k, p in enumerate(parameters)}
+        self._count, self.used = len(parameters), [places[id(p)] for p in self._graph.used]
+
+    def vjp(self, u: Tensor) -> Gradients:
+        gradients: Gradients = [None] * self._count
+        for k, g in zip(self.used, self._graph.vjp(u), strict=True):
+            gradients[k] = g
+        return gradients
+
+    def jvp(self, v: Sequence[Tensor | None]) -> Tensor:
+        return self._graph.jvp(tuple(x for k in self.used if (x := v[k]) is not None))

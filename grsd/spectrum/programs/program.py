@@ -1,8 +1,8 @@
 """Linear programs: a computation that is linear in its inputs, recorded once and run again without autograd.
 
-A backward pass is linear in the vector that starts it; :mod:`grsd.spectrum.programs.record` turns one into a program,
-:mod:`grsd.spectrum.programs.transpose` transposes it, and :mod:`grsd.spectrum.programs.simplify` makes it fast. What the programs are for is
-in :mod:`grsd.spectrum.operator.factored`.
+:mod:`grsd.spectrum.programs.record` turns a backward pass, which is linear in the vector that starts it, into a program;
+:mod:`grsd.spectrum.programs.transpose` transposes it, and :mod:`grsd.spectrum.programs.simplify` makes it fast. What
+the programs are for is in :mod:`grsd.spectrum.operator.factored`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a value
 
-# dx = P (w ⊙ g) with P symmetric: the position of w in the call, and whether it runs over channels (axis 1)
+# dx = P (w ⊙ g) with P symmetric: the position of w in the call, and whether it runs over channels
 NORMS = {
     aten.native_layer_norm_backward.default: (5, False),
     aten.native_group_norm_backward.default: (4, True),
@@ -29,18 +29,8 @@ if hasattr(aten, "_fused_rms_norm_backward"):
     NORMS[aten._fused_rms_norm_backward.default] = (4, False)
 
 # the same numbers in the same order
-RESHAPING = frozenset(
-    getattr(getattr(aten, name), overload)
-    for name, overload in (
-        ("view", "default"),
-        ("_unsafe_view", "default"),
-        ("reshape", "default"),
-        ("unsqueeze", "default"),
-        ("squeeze", "dim"),
-        ("squeeze", "dims"),
-        ("squeeze", "default"),
-    )
-)
+RESHAPING = {aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default}
+RESHAPING |= {aten.squeeze.dim, aten.squeeze.default}
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Node:
-    """One operation: `func(*args, **kwargs)`, where a Slot stands for a value; results go to the slots `outs`."""
+    """One operation: `func(*args, **kwargs)`, where a Slot stands for a value.
+
+    Results go to the slots `outs`; a result that nobody can read has a negative one.
+    """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
@@ -60,30 +53,32 @@ class Node:
     outs: tuple[int, ...]
     flops: int = 0
 
+    @cached_property
     def sources(self) -> list[int]:
-        """Return the slots that the node reads."""
-        found: list[int] | None = self.__dict__.get("_sources")
-        if found is None:
-            found = self.__dict__["_sources"] = [
-                x.index for x in leaves_of(self.args, self.kwargs) if type(x) is Slot
-            ]
-        return found
+        """The slots that the node reads."""
+        return [x.index for x in leaves_of(self.args, self.kwargs) if type(x) is Slot]
+
+    def run(self, values: Mapping[int, Any]) -> Any:
+        return self.func(*fill(self.args, values), **fill(self.kwargs, values))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How the T outputs lie in a value whose leading axes have n elements in all: at `positions`, or in order (None)."""
+    """How T outputs lie in a value whose leading axes have `count` elements in all.
+
+    They are at `positions`, (T,) int64, or there are as many and they are in order (None).
+    """
 
     count: int
-    positions: Tensor | None = None  # (T,) int64
+    positions: Tensor | None = None
 
     def front(self, shape: Sequence[int]) -> int | None:
-        """Return how many leading axes make up the n rows, or None when no number of them does."""
+        """Return how many leading axes make up the rows, or None when no number of them does."""
         size = 1
-        for k in range(len(shape) + 1):
+        for axes, length in enumerate((*shape, 0)):
             if size == self.count:
-                return k
-            size *= shape[k] if k < len(shape) else 1
+                return axes
+            size *= length
         return None
 
     def pick(self, x: Tensor) -> Tensor:
@@ -91,24 +86,31 @@ class Rows:
         x = x.reshape(self.count, -1)
         return x if self.positions is None else x[self.positions]
 
+    def place(self, u: Tensor) -> Tensor:
+        """Return (count,), with the T numbers u at their positions and zeros elsewhere."""
+        if self.positions is None:
+            return u
+        return u.new_zeros(self.count).index_copy(0, self.positions, u)
+
 
 def pullback(g: Tensor, func: Any, args: tuple[Any, ...]) -> Tensor:
-    """Return P (w ⊙ g), the backward pass of a normalisation, as one kernel; its transpose is v → w ⊙ P v."""
-    result: Tensor = func(g.contiguous(), *args)[0]
-    return result
+    """Return P (w ⊙ g), the backward pass of a normalisation, in one call.
+
+    Its transpose is v → w ⊙ P v.
+    """
+    return func(g.contiguous(), *args)[0]
 
 
 def spread(u: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
-    """Return the own-position value at u: row i of `fixed`, (n, ...), times u_i, in the dtype of `fixed`."""
-    if rows.positions is not None:
-        u = u.new_zeros(rows.count).index_copy(0, rows.positions, u)
-    return (u.view(-1, 1) * fixed.reshape(rows.count, -1)).to(fixed.dtype).view(fixed.shape)
+    """Return the own-position value at u: row i of `fixed`, (count, ...), times u_i, in its dtype."""
+    value = rows.place(u).view(-1, 1) * fixed.reshape(rows.count, -1)
+    return value.to(fixed.dtype).view(fixed.shape)
 
 
 def collect(g: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
-    """Return the transpose of `spread` at g: the inner product of every row of g with that of `fixed`, (T,)."""
-    found: Tensor = torch.linalg.vecdot(g.reshape(rows.count, -1), fixed.reshape(rows.count, -1))
-    return found if rows.positions is None else found[rows.positions]
+    """Return the transpose of `spread` at g: inner products of rows of g and `fixed`, (T,)."""
+    inner = torch.linalg.vecdot(g.reshape(rows.count, -1), fixed.reshape(rows.count, -1))
+    return inner if rows.positions is None else inner[rows.positions]
 
 
 class Program:
@@ -132,40 +134,57 @@ class Program:
         self.nodes = reachable(nodes, self.outputs)
         self.kinds = dict(kinds)
 
-    @cached_property
-    def _steps(self) -> list[tuple[Any, ...]]:
-        dead: list[list[int]] = [[] for _ in self.nodes]
-        for slot, k in last_uses(self.nodes).items():
-            if slot not in self.outputs:
-                dead[k].append(slot)
-        return [_compile(node, tuple(d)) for node, d in zip(self.nodes, dead, strict=True)]
-
     @property
     def flops(self) -> int:
         """Multiplications and additions in matrix products and convolutions of one run."""
         return sum(node.flops for node in self.nodes)
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
-        """Return the outputs at `inputs`. Cost: the recorded operations; temporaries are freed after their last use."""
+        """Return the outputs at `inputs`. Cost: the recorded operations."""
         return self.consume(list(inputs))
 
     def consume(self, inputs: list[Tensor]) -> list[Tensor]:
-        """As `run`, and empty the list, so that an input is freed after its last use."""
+        """As `run`, and empty the list, so that an input too is freed after its last use."""
         values: dict[int, Any] = dict(zip(self.inputs, inputs, strict=True))
         inputs.clear()
-        for func, args, kwargs, holes, outs, dead in self._steps:
-            call = list(args)
-            for k, slot in holes:
-                call[k] = values[slot] if type(slot) is int else fill(slot, values)
-            result = func(*call, **kwargs) if not kwargs else func(*call, **fill(kwargs, values))
-            if len(outs) == 1:
-                values[outs[0]] = result[0] if type(result) is tuple else result
+        for node, holes, dead in self._steps:
+            call = list(node.args)
+            for place, slot in holes:
+                call[place] = values[slot] if type(slot) is int else fill(slot, values)
+            result = node.func(*call, **fill(node.kwargs, values))
+            if len(node.outs) == 1:
+                values[node.outs[0]] = result[0] if type(result) is tuple else result
             else:
-                values.update(zip(outs, result, strict=True))
+                values.update(zip(node.outs, result, strict=True))
             del call, result
             for slot in dead:
                 del values[slot]
         return [values[slot] for slot in self.outputs]
+
+    @cached_property
+    def _steps(self) -> list[tuple[Node, list[tuple[int, Any]], list[int]]]:
+        """Every node with the places of its arguments that are values, and the slots to free after it."""
+        last: dict[int, int] = {}
+        for k, node in enumerate(self.nodes):
+            last.update(dict.fromkeys(node.sources, k))
+            for out in node.outs:
+                last.setdefault(out, k)
+        dead: list[list[int]] = [[] for _ in self.nodes]
+        for slot, k in last.items():
+            if slot not in self.outputs:
+                dead[k].append(slot)
+        return [(node, _holes(node), slots) for node, slots in zip(self.nodes, dead, strict=True)]
+
+
+def _holes(node: Node) -> list[tuple[int, Any]]:
+    """Return (place, slot) of arguments that are values, and (place, list) of lists that hold some."""
+    holes: list[tuple[int, Any]] = []
+    for place, arg in enumerate(node.args):
+        if isinstance(arg, Slot):
+            holes.append((place, arg.index))
+        elif type(arg) in (tuple, list) and any(type(leaf) is Slot for leaf in leaves_of(arg)):
+            holes.append((place, arg))
+    return holes
 
 
 def rebuild(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -179,13 +198,13 @@ def rebuild(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def leaves_of(args: Any, kwargs: dict[str, Any] | None = None) -> list[Any]:
     """Return what nested tuples and lists hold."""
-    found: list[Any] = []
+    leaves: list[Any] = []
     for x in (*args, *kwargs.values()) if kwargs else args:
         if type(x) is tuple or type(x) is list:
-            found.extend(leaves_of(x))
+            leaves.extend(leaves_of(x))
         else:
-            found.append(x)
-    return found
+            leaves.append(x)
+    return leaves
 
 
 def fill(tree: Any, values: Mapping[int, Any]) -> Any:
@@ -200,26 +219,6 @@ def reachable(nodes: Sequence[Node], outputs: Sequence[int]) -> list[Node]:
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
         if not wanted.isdisjoint(node.outs):
-            wanted.update(node.sources())
+            wanted.update(node.sources)
             kept.append(node)
     return kept[::-1]
-
-
-def last_uses(nodes: Sequence[Node]) -> dict[int, int]:
-    """Return for every slot the position of the node that reads it last, or makes it when nothing reads it."""
-    last: dict[int, int] = {}
-    for k, node in enumerate(nodes):
-        last.update(dict.fromkeys(node.sources(), k))
-        for out in node.outs:
-            last.setdefault(out, k)
-    return last
-
-
-def _compile(node: Node, dead: tuple[int, ...]) -> tuple[Any, ...]:
-    holes: list[tuple[int, Any]] = []
-    for k, arg in enumerate(node.args):
-        if isinstance(arg, Slot):
-            holes.append((k, arg.index))
-        elif type(arg) in (tuple, list) and any(type(leaf) is Slot for leaf in leaves_of(arg)):
-            holes.append((k, arg))
-    return node.func, node.args, node.kwargs, holes, node.outs, dead

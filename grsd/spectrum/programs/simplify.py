@@ -1,13 +1,13 @@
-"""Fewer passes over memory for a linear program: the same map with fused, and then with overwriting, operations.
+"""Fewer passes over memory for a linear program: the same map with fused operations.
 
-`simplify` joins slices that fill one tensor, adds into matrix products, and drops operations that do nothing. `overwrite`
-lets an operation write into a value that nothing reads afterwards. Neither changes what is computed but for the order of
-additions.
+Slices that fill one tensor are joined, sums go into matrix products, and operations that do nothing are dropped. What is
+computed does not change but for the order of additions.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -15,16 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grsd.spectrum.programs.program import (
-    RESHAPING,
-    Kind,
-    Node,
-    Program,
-    Slot,
-    fill,
-    last_uses,
-    reachable,
-)
+from grsd.spectrum.programs.program import RESHAPING, Kind, Node, Program, Slot, fill, reachable
 
 aten = torch.ops.aten
 
@@ -40,20 +31,12 @@ NAMES: dict[Any, Any] = {
     aten.cat.default: torch.cat,
     aten.transpose.int: torch.transpose,
 }
-VIEWS = {torch.reshape, torch.transpose, torch.t, torch.permute}
-INTO: dict[Any, Any] = {
-    torch.add: torch.Tensor.add_,
-    torch.mul: torch.Tensor.mul_,
-    torch.neg: torch.Tensor.neg_,
-    torch.addcmul: torch.Tensor.addcmul_,
-    torch.addmm: torch.Tensor.addmm_,
-    torch.baddbmm: torch.Tensor.baddbmm_,
-}
-ADDED: dict[Any, Any] = {torch.mm: torch.addmm, torch.bmm: torch.baddbmm}
+SLICES = (aten.slice.Tensor, aten.slice_backward.default)
+INTO_SUM: dict[Any, Any] = {torch.mm: torch.addmm, torch.bmm: torch.baddbmm}
 
 
 def simplify(program: Program) -> Program:
-    """Return the same map with fewer operations; every operation still makes a new value."""
+    """Return the same map with fewer operations."""
     kinds = dict(program.kinds)
     nodes, swap = _without_idle(program, kinds)
     outputs = [swap.get(slot, slot) for slot in program.outputs]
@@ -62,44 +45,24 @@ def simplify(program: Program) -> Program:
 
 
 def _without_idle(program: Program, kinds: dict[int, Kind]) -> tuple[list[Node], dict[int, int]]:
-    """Drop slices of everything and reshapes to the same shape; let a reshape of a reshape read the first one's source."""
-    swap: dict[int, int] = {}
-    source: dict[int, Slot] = {}
+    """Drop slices of everything and reshapes to the same shape; join reshapes of reshapes."""
+    swap: dict[int, int] = {}  # slot that is no longer made → slot that stands for it
+    source: dict[int, Slot] = {}  # reshaped slot → what it was reshaped from
     nodes: list[Node] = []
     for node in program.nodes:
-        if swap and any(s in swap for s in node.sources()):
-            through = _Through(swap)
+        if any(s in swap for s in node.sources):
+            through = {s: Slot(swap.get(s, s)) for s in node.sources}
             node = replace(node, args=fill(node.args, through), kwargs=fill(node.kwargs, through))
-        first = node.args[0]
-        if node.func in RESHAPING or node.func is torch.reshape:
-            first = source.get(first.index, first)
-            node = replace(
-                node, func=torch.reshape, args=(first, kinds[node.outs[0]][0]), kwargs={}
-            )
-            source[node.outs[0]] = first
-        idle = node.func is torch.reshape or node.func in (
-            aten.slice.Tensor,
-            aten.slice_backward.default,
-        )
-        if idle and kinds[first.index] == kinds[node.outs[0]]:
-            swap[node.outs[0]] = first.index
+        out, first = node.outs[0], node.args[0]
+        reshapes = node.func in RESHAPING or node.func is torch.reshape
+        if reshapes:
+            first = source[out] = source.get(first.index, first)
+            node = Node(torch.reshape, (first, kinds[out][0]), {}, node.outs)
+        if (reshapes or node.func in SLICES) and kinds[first.index] == kinds[out]:
+            swap[out] = first.index
             continue
-        func = NAMES.get(node.func)
-        nodes.append(
-            node if func is None else Node(func, node.args, node.kwargs, node.outs, node.flops)
-        )
+        nodes.append(replace(node, func=NAMES.get(node.func, node.func)))
     return nodes, swap
-
-
-class _Through(dict[int, Slot]):
-    """Reads a slot as the one that stands for it."""
-
-    def __init__(self, swap: dict[int, int]) -> None:
-        super().__init__()
-        self.swap = swap
-
-    def __missing__(self, index: int) -> Slot:
-        return Slot(self.swap.get(index, index))
 
 
 @dataclass(frozen=True)
@@ -124,6 +87,10 @@ class _Pieces:
         return starts == ends
 
 
+def _is_sum(node: Node) -> bool:
+    return node.func is torch.add and not node.kwargs and len(node.sources) == 2
+
+
 def _joined(nodes: list[Node], outputs: list[int]) -> list[Node]:
     """Write a sum of slices that fill a tensor as one concatenation."""
     uses = _uses(nodes, outputs)
@@ -136,12 +103,8 @@ def _joined(nodes: list[Node], outputs: list[int]) -> list[Node]:
             start, end = (k + length if k < 0 else min(k, length) for k in (start, end))
             if step == 1:
                 pieces[node.outs[0]] = _Pieces(tuple(shape), axis, ((start, end, x),))
-        elif (
-            node.func is torch.add
-            and not node.kwargs
-            and all(isinstance(x, Slot) for x in node.args)
-        ):
-            a, b = (pieces.get(x.index) if uses[x.index] == 1 else None for x in node.args)
+        elif _is_sum(node):
+            a, b = (pieces.get(slot) if uses[slot] == 1 else None for slot in node.sources)
             both = None if a is None or b is None else a.joined(b)
             if both is not None and both.full():
                 args = ([source for _, _, source in both.parts], both.axis)
@@ -158,19 +121,12 @@ def _added(nodes: list[Node], outputs: list[int], kinds: dict[int, Kind]) -> lis
     makers = {node.outs[0]: node for node in nodes if len(node.outs) == 1}
     result: list[Node] = []
     for node in nodes:
-        fused: list[Node] | None = None
-        if (
-            node.func is torch.add
-            and not node.kwargs
-            and all(isinstance(x, Slot) for x in node.args)
-        ):
-            for p, q in (node.args, node.args[::-1]):
-                if (
-                    fused is None
-                    and kinds[p.index] == kinds[q.index] == kinds[node.outs[0]]
-                    and p != q
-                ):
-                    fused = _fused(node, p, q, makers, uses, kinds)
+        fused: Sequence[Node] = ()
+        if _is_sum(node):
+            p, q = node.args
+            if p != q and kinds[p.index] == kinds[q.index] == kinds[node.outs[0]]:
+                fused = _fused(node, p, q, makers, uses, kinds)
+                fused = fused or _fused(node, q, p, makers, uses, kinds)
         for step in fused or [node]:
             makers[step.outs[0]] = step
             result.append(step)
@@ -184,109 +140,39 @@ def _fused(
     makers: dict[int, Node],
     uses: Counter[int],
     kinds: dict[int, Kind],
-) -> list[Node] | None:
-    maker = makers.get(q.index)
-    at = q
+) -> Sequence[Node]:
+    """Return the nodes that add q, seen through its reshapes, to p as it is made; () if none can."""
+    at, maker = q, makers.get(q.index)
     while maker is not None and maker.func is torch.reshape and uses[at.index] == 1:
         at = maker.args[0]
         maker = makers.get(at.index)
     if maker is None or uses[at.index] != 1 or maker.kwargs:
-        return None
+        return ()
     if maker.func is torch.mul and at == q:
         fixed = [x for x in maker.args if isinstance(x, Tensor)]
         moving = [x for x in maker.args if isinstance(x, Slot)]
-        if (
-            len(fixed) == 1
-            and fixed[0].dtype == kinds[q.index][1]
-            and kinds[moving[0].index] == kinds[q.index]
-        ):
-            func: Any = torch.addcmul
-            return [Node(func, (p, moving[0], fixed[0]), {}, node.outs)]
-        return None
-    func = ADDED.get(maker.func)
-    if func is None:
-        return None
-    kind = kinds[at.index]
+        same = len(fixed) == 1 and kinds[moving[0].index] == kinds[q.index]
+        if same and fixed[0].dtype == kinds[q.index][1]:
+            addcmul: Any = torch.addcmul
+            return [Node(addcmul, (p, moving[0], fixed[0]), {}, node.outs)]
+    if maker.func not in INTO_SUM:
+        return ()
+    func, kind = INTO_SUM[maker.func], kinds[at.index]
     if kind == kinds[p.index]:
         return [Node(func, (p, *maker.args), {}, node.outs, maker.flops)]
-    reshape: Any = torch.reshape
+    # the product has another shape than the sum: p goes into its shape, and the result back
     first = max(kinds) + 1
     second = first + 1
     kinds[first] = kinds[second] = kind
     return [
-        Node(reshape, (p, kind[0]), {}, (first,)),
+        Node(torch.reshape, (p, kind[0]), {}, (first,)),
         Node(func, (Slot(first), *maker.args), {}, (second,), maker.flops),
-        Node(reshape, (Slot(second), kinds[node.outs[0]][0]), {}, node.outs),
+        Node(torch.reshape, (Slot(second), kinds[node.outs[0]][0]), {}, node.outs),
     ]
 
 
 def _uses(nodes: list[Node], outputs: list[int]) -> Counter[int]:
     counts = Counter(outputs)
     for node in nodes:
-        counts.update(node.sources())
+        counts.update(node.sources)
     return counts
-
-
-def overwrite(program: Program, owned: bool) -> Program:
-    """Return the program with operations that write into values of which this was the last use.
-
-    `owned` says that the inputs may be overwritten too.
-    """
-    store: dict[int, int] = {}  # slot → a slot that names its memory
-    fixed: set[int] = set()  # memory that is not to be written
-    for slot in program.inputs:
-        store[slot] = slot
-        if not owned:
-            fixed.add(slot)
-    for node in program.nodes:
-        for out in node.outs:
-            first = node.args[0] if node.args else None
-            store[out] = (
-                store[first.index] if isinstance(first, Slot) and _aliases(node.func) else out
-            )
-            if node.func is aten.expand.default:
-                fixed.add(store[out])
-    last: Counter[int] = Counter()
-    for slot, k in last_uses(program.nodes).items():
-        last[store[slot]] = max(last[store[slot]], k)
-    for slot in program.outputs:
-        last[store[slot]] = len(program.nodes)
-    moved: dict[int, int] = {}
-
-    def memory(slot: int) -> int:
-        found = store[slot]
-        while found in moved:
-            found = moved[found]
-        return found
-
-    nodes = []
-    for k, node in enumerate(program.nodes):
-        if node.func in INTO and len(node.outs) == 1 and not node.kwargs:
-            out = node.outs[0]
-            sources = [memory(slot) for slot in node.sources()]
-            either = node.func in (torch.add, torch.mul)
-            for args in (node.args, node.args[::-1]) if either else (node.args,):
-                target = args[0]
-                if (
-                    not isinstance(target, Slot)
-                    or program.kinds[target.index] != program.kinds[out]
-                ):
-                    continue
-                at = memory(target.index)
-                if at in fixed or last[at] > k or sources.count(at) > 1:
-                    continue
-                moved[store[out]] = at
-                last[at] = last[store[out]]
-                if store[out] in fixed:
-                    fixed.add(at)
-                node = replace(node, func=INTO[node.func], args=tuple(args))
-                break
-        nodes.append(node)
-    return Program(nodes, program.inputs, program.outputs, program.kinds)
-
-
-def _aliases(func: Any) -> bool:
-    schema = getattr(func, "_schema", None)
-    if schema is None:
-        return func in VIEWS
-    return any(result.alias_info is not None for result in schema.returns)

@@ -1,7 +1,7 @@
 """The transpose of a recorded linear program, operation by operation, without running anything.
 
 Every operation that passes of neural networks are made of has its transpose in a table; one that is not in the table is
-transposed by recording its own backward pass at zeros of its shapes. The programs are in :mod:`grsd.spectrum.programs.program`.
+transposed by recording its own backward pass at zeros of its shapes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from grsd.spectrum.programs.record import Unrecordable, record
 
 aten = torch.ops.aten
 
-Found = list[tuple[int, Slot]]  # slot of the program → what goes back to it
-Rule = Callable[["Writer", Node, Slot, dict[int, Kind]], Found | None]
+Given = list[tuple[int, Slot]]  # slot of the program → what goes back to it
+Kinds = dict[int, Kind]
+Transpose = Callable[["Writer", Node, Slot, Kinds], Given | None]
 
 
 class Writer:
@@ -38,7 +39,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
-        self.kinds: dict[int, Kind] = {}
+        self.kinds: Kinds = {}
 
     def new(self, kind: Kind) -> Slot:
         """Return a slot that no node has yet."""
@@ -46,38 +47,33 @@ class Writer:
         self.kinds[slot.index] = kind
         return slot
 
-    def emit(
-        self, func: Any, args: tuple[Any, ...], kind: Kind, flops: int = 0, **kwargs: Any
-    ) -> Slot:
-        """Append func(*args, **kwargs) and return its slot."""
+    def emit(self, func: Any, args: tuple[Any, ...], kind: Kind, flops: int = 0) -> Slot:
+        """Append func(*args) and return its slot."""
         slot = self.new(kind)
-        self.nodes.append(Node(func, args, kwargs, (slot.index,), flops))
+        self.nodes.append(Node(func, args, {}, (slot.index,), flops))
         return slot
+
+    def like(self, func: Any, x: Slot, *rest: Any) -> Slot:
+        """Append func(x, *rest), whose result has the kind of x."""
+        return self.emit(func, (x, *rest), self.kinds[x.index])
 
     def reshape(self, x: Slot, shape: Sequence[int]) -> Slot:
         before, dtype = self.kinds[x.index]
-        return (
-            x
-            if before == tuple(shape)
-            else self.emit(torch.reshape, (x, tuple(shape)), (tuple(shape), dtype))
-        )
+        if before == tuple(shape):
+            return x
+        return self.emit(torch.reshape, (x, tuple(shape)), (tuple(shape), dtype))
 
-    def add(self, a: Slot, b: Slot) -> Slot:
-        return self.emit(torch.add, (a, b), self.kinds[a.index])
-
-    def scale(self, x: Slot, factor: Any) -> Slot:
-        return x if factor == 1 else self.emit(torch.mul, (x, factor), self.kinds[x.index])
+    def cast(self, x: Slot, dtype: torch.dtype) -> Slot:
+        shape, before = self.kinds[x.index]
+        return x if before == dtype else self.emit(torch.Tensor.to, (x, dtype), (shape, dtype))
 
     def reduce(self, x: Slot, shape: Sequence[int]) -> Slot:
         """Sum over the axes along which `shape` was broadcast."""
         before, dtype = self.kinds[x.index]
-        lead = len(before) - len(shape)
-        axes = [
-            k for k in range(len(before)) if k < lead or (shape[k - lead] == 1 and before[k] != 1)
-        ]
+        padded = (*[1] * (len(before) - len(shape)), *shape)
+        axes = [k for k, n in enumerate(before) if n != 1 and padded[k] == 1]
         if axes:
-            kept = tuple(1 if k in axes else n for k, n in enumerate(before))
-            x = self.emit(torch.sum, (x, axes, True), (kept, dtype))
+            x = self.emit(torch.sum, (x, axes, True), (padded, dtype))
         return self.reshape(x, shape)
 
 
@@ -98,7 +94,7 @@ def transpose(program: Program, device: torch.device) -> Program:
     back: dict[int, Slot] = {}
 
     def give(slot: int, value: Slot) -> None:
-        back[slot] = writer.add(back[slot], value) if slot in back else value
+        back[slot] = writer.like(torch.add, back[slot], value) if slot in back else value
 
     for slot, seed in zip(program.outputs, entering, strict=True):
         give(slot, seed)
@@ -107,10 +103,10 @@ def transpose(program: Program, device: torch.device) -> Program:
         if not given:
             continue
         rule = TRANSPOSES.get(node.func) if len(node.outs) == 1 else None
-        found = None if rule is None else rule(writer, node, given[0][1], program.kinds)
-        for slot, value in (
-            _by_autograd(writer, node, given, program.kinds, device) if found is None else found
-        ):
+        pairs = None if rule is None else rule(writer, node, given[0][1], program.kinds)
+        if pairs is None:
+            pairs = _by_autograd(writer, node, given, program.kinds, device)
+        for slot, value in pairs:
             give(slot, value)
     if any(slot not in back for slot in program.inputs):
         raise Unrecordable("an input of the program has no effect on its outputs")
@@ -119,301 +115,201 @@ def transpose(program: Program, device: torch.device) -> Program:
 
 
 def _by_autograd(
-    writer: Writer,
-    node: Node,
-    given: list[tuple[int, Slot]],
-    kinds: dict[int, Kind],
-    device: torch.device,
-) -> Found:
-    """Record the backward pass of one operation at zeros, and append it."""
-    sources = list(dict.fromkeys(node.sources()))
+    writer: Writer, node: Node, given: Given, kinds: Kinds, device: torch.device
+) -> Given:
+    """Record the backward pass of one operation at zeros, and append it; `given` are (place, g)."""
+    sources = list(dict.fromkeys(node.sources))
     _refuse_nonlinear(node, sources, kinds, device)
     leaves = [
         torch.zeros(kinds[s][0], dtype=kinds[s][1], device=device, requires_grad=True)
         for s in sources
     ]
     with torch.enable_grad():
-        values: dict[int, Any] = {s: x.clone() for s, x in zip(sources, leaves, strict=True)}
-        result = node.func(*fill(node.args, values), **fill(node.kwargs, values))
-    results = list(result) if isinstance(result, (tuple, list)) else [result]
+        # copies: some operations write into an argument
+        results = _results(node, {s: x.clone() for s, x in zip(sources, leaves, strict=True)})
     wanted = [results[k] for k, _ in given]
-    seeds = [torch.zeros_like(x) for x in wanted]
 
     def backward(*seeds: Tensor) -> Sequence[Tensor | None]:
         return torch.autograd.grad(wanted, leaves, seeds, allow_unused=True)
 
-    program, _, missing = record(backward, seeds)
+    program, _, missing = record(backward, [torch.zeros_like(x) for x in wanted])
+    # the recorded steps go on in the slots of the writer
     slots = {inner: slot for inner, (_, slot) in zip(program.inputs, given, strict=True)}
     for step in program.nodes:
-        outs = []
-        for out in step.outs:
-            if out >= 0:
-                slots[out] = writer.new(program.kinds[out])
-            outs.append(slots[out].index if out >= 0 else out)
-        writer.nodes.append(
-            Node(
-                step.func, fill(step.args, slots), fill(step.kwargs, slots), tuple(outs), step.flops
-            )
-        )
+        slots |= {out: writer.new(program.kinds[out]) for out in step.outs if out >= 0}
+        outs = tuple(slots[out].index if out >= 0 else out for out in step.outs)
+        args, kwargs = fill(step.args, slots), fill(step.kwargs, slots)
+        writer.nodes.append(Node(step.func, args, kwargs, outs, step.flops))
     reached = [s for k, s in enumerate(sources) if k not in missing]
     return [(s, slots[out]) for s, out in zip(reached, program.outputs, strict=True)]
 
 
-def _refuse_nonlinear(
-    node: Node, sources: list[int], kinds: dict[int, Kind], device: torch.device
-) -> None:
-    """Raise Unrecordable when f(x) + f(y) is not f(x + y) for random x and y: such an operation has no transpose."""
+def _results(node: Node, values: dict[int, Any]) -> list[Any]:
+    result = node.run(values)
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _refuse_nonlinear(node: Node, sources: list[int], kinds: Kinds, device: torch.device) -> None:
+    """Raise Unrecordable when f(x) + f(y) is not f(x + y) for random x and y: no transpose exists."""
     generator = torch.Generator().manual_seed(0)
 
-    def at(values: dict[int, Any]) -> list[Tensor]:
-        result = node.func(*fill(node.args, values), **fill(node.kwargs, values))
-        return [
-            x
-            for x in (result if isinstance(result, (tuple, list)) else [result])
-            if isinstance(x, Tensor)
-        ]
+    def draw() -> dict[int, Tensor]:
+        return {
+            s: torch.randn(kinds[s][0], generator=generator).to(device, kinds[s][1])
+            for s in sources
+        }
 
+    x, y = draw(), draw()
+    both = {s: x[s] + y[s] for s in sources}
     with torch.no_grad():
-        x, y = (
-            {
-                s: torch.randn(kinds[s][0], generator=generator).to(device, kinds[s][1])
-                for s in sources
-            }
-            for _ in range(2)
-        )
-        both = {s: x[s] + y[s] for s in sources}
-        copies = [
-            {s: v.clone() for s, v in values.items()} for values in (x, y, both)
-        ]  # some write into an argument
-        for a, b, c in zip(*(at(values) for values in copies), strict=True):
-            if c.is_floating_point() and c.numel():
-                size = a.abs().amax() + b.abs().amax() + c.abs().amax()
-                if not bool(
-                    (a + b - c).abs().amax() <= torch.finfo(c.dtype).eps ** 0.5 * size
-                ):  # far above rounding
-                    raise Unrecordable(f"{node.func} is not linear in the gradient that comes in")
+        for a, b, c in zip(*(_results(node, values) for values in (x, y, both)), strict=True):
+            if not isinstance(c, Tensor) or not c.is_floating_point() or not c.numel():
+                continue
+            size = a.abs().amax() + b.abs().amax() + c.abs().amax()
+            # √eps is far above rounding
+            if not bool((a + b - c).abs().amax() <= torch.finfo(c.dtype).eps ** 0.5 * size):
+                raise Unrecordable(f"{node.func} is not linear in the gradient that comes in")
 
 
-def _source(node: Node, kinds: dict[int, Kind], place: int = 0) -> tuple[int, Kind] | None:
-    """Return the slot at one argument and its kind; None when another argument is a slot as well."""
-    x = node.args[place]
-    return (x.index, kinds[x.index]) if isinstance(x, Slot) and len(node.sources()) == 1 else None
+def _of_one(rule: Callable[[Writer, Node, Slot, Kind], Slot | None]) -> Transpose:
+    """Make the transpose of an operation with one moving argument; the rule is given its kind."""
+
+    def transposed(w: Writer, node: Node, g: Slot, kinds: Kinds) -> Given | None:
+        if len(node.sources) != 1:
+            return None
+        source = node.sources[0]
+        value = rule(w, node, g, kinds[source])
+        return None if value is None else [(source, value)]
+
+    return transposed
 
 
-def _reshape(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    found = _source(node, kinds)
-    return None if found is None else [(found[0], w.reshape(g, found[1][0]))]
-
-
-def _copy(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    found = _source(node, kinds)
-    if found is None:
-        return None
-    slot, kind = found
-    return [
-        (
-            slot,
-            g
-            if w.kinds[g.index] == kind
-            else w.emit(aten._to_copy.default, (g,), kind, dtype=kind[1]),
-        )
-    ]
-
-
-def _expand(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    found = _source(node, kinds)
-    return None if found is None else [(found[0], w.reduce(g, found[1][0]))]
-
-
-def _swap_axes(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    found = _source(node, kinds)
-    return (
-        None
-        if found is None
-        else [(found[0], w.emit(torch.transpose, (g, *node.args[1:]), found[1]))]
-    )
-
-
-def _t(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    found = _source(node, kinds)
-    return None if found is None else [(found[0], w.emit(torch.t, (g,), found[1]))]
-
-
-def _permute(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    found = _source(node, kinds)
-    if found is None:
-        return None
+def _permute(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot:
     axes = [axis % len(node.args[1]) for axis in node.args[1]]
-    inverse = [axes.index(k) for k in range(len(axes))]
-    return [(found[0], w.emit(torch.permute, (g, inverse), found[1]))]
+    return w.emit(torch.permute, (g, [axes.index(k) for k in range(len(axes))]), kind)
 
 
-def _times(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    place = 0 if isinstance(node.args[0], Slot) else 1
-    found = _source(node, kinds, place)
-    if found is None or w.kinds[g.index][1] != found[1][1]:
-        return None
-    value = w.emit(torch.mul, (g, node.args[1 - place]), w.kinds[g.index])
-    return [(found[0], w.reduce(value, found[1][0]))]
+def _times(func: Any) -> Transpose:
+    """x ↦ x ∘ c entry by entry, or c x; a change of dtype, and c / x, are left to autograd."""
 
-
-def _over(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    found = _source(node, kinds)
-    if found is None or w.kinds[g.index][1] != found[1][1]:
-        return None
-    value = w.emit(torch.div, (g, node.args[1]), w.kinds[g.index])
-    return [(found[0], w.reduce(value, found[1][0]))]
-
-
-def _neg(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    return [(node.args[0].index, w.emit(torch.neg, (g,), w.kinds[g.index]))]
-
-
-def _sum_of_two(sign: int) -> Rule:
-    def rule(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-        factors = (1, sign * node.kwargs.get("alpha", 1))
-        if any(isinstance(x, Slot) and kinds[x.index][1] != w.kinds[g.index][1] for x in node.args):
+    def rule(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot | None:
+        first = isinstance(node.args[0], Slot)
+        if w.kinds[g.index][1] != kind[1] or not (first or func is torch.mul):
             return None
-        return [
-            (x.index, w.reduce(w.scale(g, factor), kinds[x.index][0]))
-            for x, factor in zip(node.args, factors, strict=True)
-            if isinstance(x, Slot)
-        ]
+        return w.reduce(w.like(func, g, node.args[1 if first else 0]), kind[0])
 
-    return rule
+    return _of_one(rule)
 
 
-def _matrix_product(func: Any) -> Rule:
-    def rule(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-        place = 0 if isinstance(node.args[0], Slot) else 1
-        found = _source(node, kinds, place)
-        if found is None:
-            return None
-        fixed = node.args[1 - place].mT
-        args = (g, fixed) if place == 0 else (fixed, g)
-        return [(found[0], w.emit(func, args, found[1], node.flops))]
+def _product(func: Any) -> Transpose:
+    def rule(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot:
+        a, b = node.args
+        args = (g, b.mT) if isinstance(a, Slot) else (a.mT, g)
+        return w.emit(func, args, kind, node.flops)
 
-    return rule
+    return _of_one(rule)
 
 
-def _slice(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    slot, (shape, dtype) = node.args[0].index, kinds[node.args[0].index]
-    given = len(node.args) - 1
-    settings: list[Any] = [*node.args[1:], *[0, None, None, 1][given:]]
-    axis, start, end, step = settings
+def _slice(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot:
+    shape = kind[0]
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    axis, start, end, step = node.args[1:] + defaults[len(node.args) - 1 :]
     bounds = (0 if start is None else start, shape[axis] if end is None else end)
-    return [
-        (
-            slot,
-            w.emit(
-                aten.slice_backward.default, (g, list(shape), axis, *bounds, step), (shape, dtype)
-            ),
-        )
-    ]
+    return w.emit(aten.slice_backward.default, (g, list(shape), axis, *bounds, step), kind)
 
 
-def _slice_back(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    slot = node.args[0].index
-    return [(slot, w.emit(aten.slice.Tensor, (g, *node.args[2:]), kinds[slot]))]
+def _sum(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot | None:
+    if not node.args[1] or node.kwargs:
+        return None
+    axes = {axis % len(kind[0]) for axis in node.args[1]}
+    kept = w.reshape(g, [1 if k in axes else n for k, n in enumerate(kind[0])])
+    return w.emit(aten.expand.default, (kept, list(kind[0])), kind)
 
 
-def _select(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    slot = node.args[0].index
-    args = (g, list(kinds[slot][0]), *node.args[1:])
-    return [(slot, w.emit(aten.select_backward.default, args, kinds[slot]))]
+def _norm(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot:
+    """(P w ⊙)ᵀ = w ⊙ P."""
+    norm, rest = node.args[1], list(node.args[2])
+    place, channels = NORMS[norm]
+    weight, rest[place - 1] = rest[place - 1], None
+    value = w.emit(pullback, (g, norm, tuple(rest)), kind)
+    if weight is None:
+        return value
+    shape = (-1, *[1] * (len(kind[0]) - 2)) if channels else weight.shape
+    return w.like(torch.mul, value, weight.reshape(shape))
 
 
-def _select_back(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    slot = node.args[0].index
-    return [(slot, w.emit(aten.select.int, (g, *node.args[2:]), kinds[slot]))]
+def _softmax(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot | None:
+    if node.args[1].dtype != node.args[3]:
+        return None
+    return w.like(node.func, g, *node.args[1:])
 
 
-def _cat(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
+def _spread(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot:
+    shape, dtype = w.kinds[g.index]
+    inner = w.emit(collect, (g, *node.args[1:]), (kind[0], dtype), 2 * prod(shape))
+    return w.cast(inner, kind[1])
+
+
+def _add(w: Writer, node: Node, g: Slot, kinds: Kinds) -> Given | None:
+    """x + y; a change of dtype, a factor, and x + c, which is not linear, are left to autograd."""
+    dtype = w.kinds[g.index][1]
+    if node.kwargs or [kinds[slot][1] for slot in node.sources] != [dtype, dtype]:
+        return None
+    return [(slot, w.reduce(g, kinds[slot][0])) for slot in node.sources]
+
+
+def _cat(w: Writer, node: Node, g: Slot, kinds: Kinds) -> Given | None:
     axis = node.args[1] if len(node.args) > 1 else 0
     shapes = [kinds[x.index][0] if isinstance(x, Slot) else tuple(x.shape) for x in node.args[0]]
     whole, dtype = w.kinds[g.index]
     if any(len(shape) != len(whole) for shape in shapes):
         return None
-    found, at = [], 0
+    pieces, start = [], 0
     for x, shape in zip(node.args[0], shapes, strict=True):
+        end = start + shape[axis]
         if isinstance(x, Slot):
-            found.append(
-                (
-                    x.index,
-                    w.emit(aten.slice.Tensor, (g, axis, at, at + shape[axis]), (shape, dtype)),
-                )
-            )
-        at += shape[axis]
-    return found
+            piece = w.emit(aten.slice.Tensor, (g, axis, start, end), (shape, dtype))
+            pieces.append((x.index, piece))
+        start = end
+    return pieces
 
 
-def _sum(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    found = _source(node, kinds)
-    if found is None or not node.args[1] or node.kwargs:
-        return None
-    slot, (shape, dtype) = found
-    axes = {axis % len(shape) for axis in node.args[1]}
-    x = w.reshape(g, [1 if k in axes else n for k, n in enumerate(shape)])
-    return [(slot, w.emit(aten.expand.default, (x, list(shape)), (shape, dtype)))]
+_copy = _of_one(lambda w, node, g, kind: w.cast(g, kind[1]))
 
-
-def _softmax(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    found = _source(node, kinds)
-    if found is None or node.args[1].dtype != node.args[3]:
-        return None
-    return [(found[0], w.emit(node.func, (g, *node.args[1:]), found[1]))]
-
-
-def _norm(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    """(P w ⊙)ᵀ = w ⊙ P."""
-    slot, kernel, rest = node.args[0].index, node.args[1], list(node.args[2])
-    place, channels = NORMS[kernel]
-    weight, rest[place - 1] = rest[place - 1], None
-    value = w.emit(pullback, (g, kernel, tuple(rest)), kinds[slot])
-    if weight is not None:
-        shape = (-1, *[1] * (len(kinds[slot][0]) - 2)) if channels else weight.shape
-        value = w.emit(torch.mul, (value, weight.reshape(shape)), kinds[slot])
-    return [(slot, value)]
-
-
-def _spread(w: Writer, node: Node, g: Slot, kinds: dict[int, Kind]) -> Found | None:
-    slot = node.args[0].index
-    (shape, dtype), (_, inner) = kinds[slot], w.kinds[g.index]
-    found = w.emit(collect, (g, *node.args[1:]), (shape, inner), 2 * prod(w.kinds[g.index][0]))
-    return [
-        (
-            slot,
-            found
-            if inner == dtype
-            else w.emit(aten._to_copy.default, (found,), (shape, dtype), dtype=dtype),
-        )
-    ]
-
-
-TRANSPOSES: dict[Any, Rule] = dict.fromkeys(RESHAPING, _reshape) | {
+TRANSPOSES: dict[Any, Transpose] = {
+    **dict.fromkeys(RESHAPING, _of_one(lambda w, node, g, kind: w.reshape(g, kind[0]))),
     aten.alias.default: _copy,
     aten.clone.default: _copy,
     aten._to_copy.default: _copy,
-    aten.expand.default: _expand,
-    aten.transpose.int: _swap_axes,
-    aten.t.default: _t,
-    aten.permute.default: _permute,
-    aten.mul.Tensor: _times,
-    aten.mul.Scalar: _times,
-    aten.div.Tensor: _over,
-    aten.div.Scalar: _over,
-    aten.neg.default: _neg,
-    aten.add.Tensor: _sum_of_two(1),
-    aten.sub.Tensor: _sum_of_two(-1),
-    aten.mm.default: _matrix_product(torch.mm),
-    aten.bmm.default: _matrix_product(torch.bmm),
-    aten.slice.Tensor: _slice,
-    aten.slice_backward.default: _slice_back,
-    aten.select.int: _select,
-    aten.select_backward.default: _select_back,
+    aten.expand.default: _of_one(lambda w, node, g, kind: w.reduce(g, kind[0])),
+    aten.transpose.int: _of_one(
+        lambda w, node, g, kind: w.emit(torch.transpose, (g, *node.args[1:]), kind)
+    ),
+    aten.t.default: _of_one(lambda w, node, g, kind: w.emit(torch.t, (g,), kind)),
+    aten.permute.default: _of_one(_permute),
+    aten.mul.Tensor: _times(torch.mul),
+    aten.mul.Scalar: _times(torch.mul),
+    aten.div.Tensor: _times(torch.div),
+    aten.div.Scalar: _times(torch.div),
+    aten.neg.default: _of_one(lambda w, node, g, kind: w.like(torch.neg, g)),
+    aten.add.Tensor: _add,
+    aten.mm.default: _product(torch.mm),
+    aten.bmm.default: _product(torch.bmm),
+    aten.slice.Tensor: _of_one(_slice),
+    aten.slice_backward.default: _of_one(
+        lambda w, node, g, kind: w.emit(aten.slice.Tensor, (g, *node.args[2:]), kind)
+    ),
+    aten.select.int: _of_one(
+        lambda w, node, g, kind: w.emit(
+            aten.select_backward.default, (g, list(kind[0]), *node.args[1:]), kind
+        )
+    ),
+    aten.select_backward.default: _of_one(
+        lambda w, node, g, kind: w.emit(aten.select.int, (g, *node.args[2:]), kind)
+    ),
     aten.cat.default: _cat,
-    aten.sum.dim_IntList: _sum,
-    aten._softmax_backward_data.default: _softmax,
-    pullback: _norm,
-    spread: _spread,
+    aten.sum.dim_IntList: _of_one(_sum),
+    aten._softmax_backward_data.default: _of_one(_softmax),
+    pullback: _of_one(_norm),
+    spread: _of_one(_spread),
 }

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from grsd.spectrum import NTK, Outputs, TokenLogProb, lanczos
+from grsd.spectrum import NTK, NTKBatches, Outputs, TokenLogProb, lanczos, lanczos_batches
 from grsd.spectrum.observables import Observable
-from grsd.spectrum.operator.batches import NTKBatches, lanczos_batches
 from tests.cases import VOCABULARY, conv, gpt2, gpt_neox
 
 

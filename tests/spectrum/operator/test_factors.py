@@ -18,7 +18,7 @@ from grsd.spectrum import NTK, ClassLogits, Outputs, TokenLogProb
 from grsd.spectrum.observables import Observable, raw_output
 from grsd.spectrum.operator import factored
 from grsd.spectrum.operator.factors import Factor, accumulate
-from grsd.spectrum.programs.losses import CrossEntropy
+from grsd.spectrum.programs.record import CrossEntropy
 from tests.cases import CASES, Case, gpt2, gpt_neox
 
 V = 23
