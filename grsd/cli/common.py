@@ -1,4 +1,4 @@
-"""What the commands share: the group and its failures, JSON and tables, progress, devices.
+"""What the commands share: the group and its failures, options, JSON and tables, progress, files to write.
 
 A failure is one sentence on stderr and exit code 2.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -18,6 +18,7 @@ from grsd import __version__
 from grsd import results as stored
 
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, MemoryError, ArithmeticError, ImportError)
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Group(click.Group):
@@ -31,13 +32,14 @@ class Group(click.Group):
         except click.UsageError as error:
             if "extra argument" not in error.message:
                 raise
-            quoted = f"{error.message}; a pattern such as 'notes/*.txt' must stand in quotes"  # or the shell expands it
-            raise click.UsageError(quoted, error.ctx) from None
+            # a pattern that the shell has expanded
+            hint = f"{error.message}; a pattern such as 'notes/*.txt' must stand in quotes"
+            raise click.UsageError(hint, error.ctx) from None
         except FAILURES as error:
             if ctx.find_root().params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            text = " ".join(_said(error).split()) or type(error).__name__
-            click.echo(f"grsd: {text}", err=True)
+            sentence = " ".join(_said(error).split()) or type(error).__name__
+            click.echo(f"grsd: {sentence}", err=True)
             ctx.exit(2)
 
 
@@ -46,9 +48,8 @@ def _said(error: BaseException) -> str:
     if not isinstance(error, OSError) or not error.strerror or not error.filename:
         return str(error)
     ours = str(error.filename).startswith(str(stored.cache_dir()))
-    return f"cannot use {error.filename}: {error.strerror}" + (
-        "; set GRSD_CACHE to a folder that can be written" if ours else ""
-    )
+    advice = "; set GRSD_CACHE to a folder that can be written" if ours else ""
+    return f"cannot use {error.filename}: {error.strerror}{advice}"
 
 
 @click.group(
@@ -64,10 +65,41 @@ def main(debug: bool) -> None:
     """
 
 
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+def shown(name: str, default: Any, help: str, **options: Any) -> Callable[[Command], Command]:
+    """An option whose default stands in its help."""
+    return click.option(name, default=default, show_default=True, help=help, **options)
+
+
+def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(
         command
     )
+
+
+def file_option(name: str, help: str) -> Callable[[Command], Command]:
+    return click.option(name, type=click.Path(dir_okay=False), help=help)
+
+
+def resume_option(what: str) -> Callable[[Command], Command]:
+    return shown("--resume/--no-resume", True, f"Use {what} that were measured before.")
+
+
+def device_option(command: Command) -> Command:
+    return shown("--device", "auto", "cpu, cuda, cuda:1, ...")(command)
+
+
+def seed_option(of: str) -> Callable[[Command], Command]:
+    return shown("--seed", 0, f"Of {of}.", type=click.IntRange(0))
+
+
+def revisions_option(command: Command) -> Command:
+    words = "Checkpoint, e.g. step512; repeat, or 'all' [the last]."
+    return click.option("--revision", "revisions", multiple=True, help=words)(command)
+
+
+def split_option(command: Command) -> Command:
+    parts, words = click.Choice(["train", "heldout", "all"]), "[heldout if embedded]"
+    return click.option("--split", type=parts, help=f"Part of the corpus {words}.")(command)
 
 
 def emit(value: Any) -> None:
@@ -79,10 +111,9 @@ def say(text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    from grsd.lab.runs.summary import table as lines_of
+    from grsd.figures import Table
 
-    for line in lines_of(columns, rows):
-        click.echo(line)
+    click.echo(str(Table(columns, rows)))
 
 
 @contextmanager
@@ -90,25 +121,20 @@ def bar(label: str, quiet: bool = False) -> Iterator[Callable[[int, int, str], N
     """A progress bar on an interactive stderr, shown at step 0 or after a second; otherwise nothing."""
     from tqdm import tqdm
 
-    shown: Any = tqdm(
-        desc=label,
-        file=sys.stderr,
-        disable=quiet or not sys.stderr.isatty(),
-        delay=1.0,
-        leave=False,
-    )
+    off = quiet or not sys.stderr.isatty()
+    steps: Any = tqdm(desc=label, file=sys.stderr, disable=off, delay=1.0, leave=False)
 
     def update(done: int, total: int, note: str) -> None:
-        shown.total = total
-        shown.set_postfix_str(note, refresh=False)
-        shown.update(done - shown.n)
+        steps.total = total
+        steps.set_postfix_str(note, refresh=False)
+        steps.update(done - steps.n)
         if done == 0:
-            shown.refresh()
+            steps.refresh()
 
     try:
         yield update
     finally:
-        shown.close()
+        steps.close()
 
 
 def device_of(name: str) -> str:
@@ -119,30 +145,36 @@ def device_of(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def output_id(output: str) -> str:
-    path = Path(output)
-    if path.suffix != ".json":
-        raise ValueError(f"--output {output} must end in .json")
-    if not (folder := path.absolute().parent).is_dir():
-        raise ValueError(f"--output {output}: the folder {folder} does not exist")
-    _check_writable("--output", path)
-    return stored.check_id(path.stem)
+def output_file(output: str | None) -> Path | None:
+    """The file of --output, refused before the work if it could not be written."""
+    if output is None:
+        return None
+    path = _target("--output", output, [".json"])
+    stored.check_id(path.stem)
+    return path
+
+
+def keep(target: Path | None, make: Callable[[str], stored.Result]) -> None:
+    """Store the result that is made of the id it gets; without a file to write, do nothing."""
+    if target is not None:
+        stored.save(make(target.stem), target.absolute().parent)
+        say(f"wrote {target}")
 
 
 def check_png(png: str | None) -> None:
     """Refuse a picture that could not be written, before the work."""
-    if png is None:
-        return
-    path = Path(png)
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"the folder of {png} does not exist")
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--png {png} must end in .png")
-    _check_writable("--png", path)
+    if png is not None:
+        _target("--png", png, [".png", ".PNG"])
 
 
-def _check_writable(option: str, path: Path) -> None:
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+def _target(option: str, name: str, suffixes: Sequence[str]) -> Path:
+    path, folder = Path(name), Path(name).absolute().parent
+    if path.suffix not in suffixes:
+        raise ValueError(f"{option} {name} must end in {suffixes[0]}")
+    if not folder.is_dir():
+        raise ValueError(f"{option} {name}: the folder {folder} does not exist")
+    if not os.access(path if path.exists() else folder, os.W_OK):
         raise ValueError(
             f"{option} {path} cannot be written: no permission; name a file in another folder"
         )
+    return path

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 import click
@@ -36,57 +37,56 @@ def doctor(as_json: bool) -> None:
             "free_gb": round(shutil.disk_usage(parent).free / 1e9, 1),
         },
         "evidence": str(evidence_dir()),
-        "optional": {"datasets": _version("datasets"), "jupyter-book": _version("jupyter-book")},
+        "optional": {name: _version(name) for name in ("datasets", "jupyter-book")},
         "torch": None,
         "threads": None,
         "devices": [],
-        "suites": {},
+        "suites": _suites(cache / "suites"),
     }
     if util.find_spec("torch") is not None:
         import torch
 
-        report["torch"] = torch.__version__
-        report["threads"] = torch.get_num_threads()
-        cuda = [
-            f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
-        ]
-        report["devices"] = ["cpu", *cuda]
-    suites_folder = cache / "suites"
-    if suites_folder.is_dir():
-        report["suites"] = {
-            p.name: len(list(p.glob("step*/config.json")))
-            for p in sorted(suites_folder.iterdir())
-            if p.is_dir()
-        }
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        devices = ["cpu", *(f"cuda:{i} {name}" for i, name in enumerate(gpus))]
+        threads = torch.get_num_threads()
+        report |= {"torch": torch.__version__, "threads": threads, "devices": devices}
     if as_json:
         emit(report)
     else:
-        place, optional = report["cache"], report["optional"]
-        rows = {
-            "grsd": report["grsd"],
-            "python": report["python"],
-            "torch": f"{report['torch']}, {report['threads']} threads"
-            if report["torch"]
-            else "missing",
-            "devices": ", ".join(report["devices"]) or "none",
-            "scale": f"{report['scale']} (GRSD_SCALE)",
-            "cache": f"{place['folder']} ({place['free_gb']} GB free{'' if place['writable'] else ', CANNOT BE WRITTEN: set GRSD_CACHE'})",
-            "suites": ", ".join(f"{k} ({n} checkpoints)" for k, n in report["suites"].items())
-            or "none yet: grsd suite",
-            "hub corpora": f"datasets {optional['datasets']}"
-            if optional["datasets"]
-            else "no: pip install datasets",
-            "book": f"jupyter-book {optional['jupyter-book']}"
-            if optional["jupyter-book"]
-            else "no: make book installs it",
-            "required": "all present" if not wanted else "MISSING " + ", ".join(wanted),
-        }
-        for name, value in rows.items():
+        for name, value in _rows(report).items():
             click.echo(f"{name:<12} {value}")
         if wanted:
             say("grsd: install what is missing: pip install " + " ".join(f"'{w}'" for w in wanted))
     if wanted:
         click.get_current_context().exit(1)
+
+
+def _rows(report: dict[str, Any]) -> dict[str, str]:
+    place, optional, missing = report["cache"], report["optional"], report["missing"]
+    torch = f"{report['torch']}, {report['threads']} threads" if report["torch"] else "missing"
+    suites = [f"{name} ({n} checkpoints)" for name, n in report["suites"].items()]
+    refused = "" if place["writable"] else ", CANNOT BE WRITTEN: set GRSD_CACHE"
+    hub, book = optional["datasets"], optional["jupyter-book"]
+    return {
+        "grsd": report["grsd"],
+        "python": report["python"],
+        "torch": torch,
+        "devices": ", ".join(report["devices"]) or "none",
+        "scale": f"{report['scale']} (GRSD_SCALE)",
+        "cache": f"{place['folder']} ({place['free_gb']} GB free{refused})",
+        "suites": ", ".join(suites) or "none yet: grsd suite",
+        "hub corpora": f"datasets {hub}" if hub else "no: pip install datasets",
+        "book": f"jupyter-book {book}" if book else "no: make book installs it",
+        "required": "MISSING " + ", ".join(missing) if missing else "all present",
+    }
+
+
+def _suites(folder: Path) -> dict[str, int]:
+    """Name and key of every suite → its number of checkpoints."""
+    roots = sorted(path for path in folder.glob("*/*") if path.is_dir())
+    names = [f"{root.parent.name}-{root.name[:12]}" for root in roots]
+    counts = [len(list(root.glob("step*/config.json"))) for root in roots]
+    return dict(zip(names, counts, strict=True))
 
 
 def _version(name: str) -> str | None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from grsd import results as stored
-from grsd.cli.common import emit, json_option, main, output_id, table
+from grsd.cli import common
+from grsd.cli.common import emit, json_option, main, table
 
 
 @main.command()
@@ -27,34 +25,23 @@ def claims(paper: str | None, verdict: str | None, missing: bool, as_json: bool)
     """List the ledger: what the papers state, the verdict, and whether this machine has the evidence."""
     from grsd import claims as ledger
 
-    if paper is not None and paper not in ledger.PAPERS:
-        raise ValueError(f"unknown paper {paper!r}: expected one of {', '.join(ledger.PAPERS)}")
-    if verdict is not None and verdict not in ledger.VERDICTS:
-        raise ValueError(
-            f"unknown verdict {verdict!r}: expected one of {', '.join(ledger.VERDICTS)}"
-        )
+    asked = (("paper", paper, ledger.PAPERS), ("verdict", verdict, ledger.VERDICTS))
+    for kind, value, known in asked:
+        if value is not None and value not in known:
+            raise ValueError(f"unknown {kind} {value!r}: expected one of {', '.join(known)}")
     listed = ledger.missing() if missing else ledger.load()
     chosen = [c for c in listed if paper in (None, c.paper) and verdict in (None, c.verdict)]
-    recorded = {c.id: ledger.evidence(c.id) for c in chosen}
+    recorded = {claim.id: ledger.evidence(claim.id) for claim in chosen}
     if as_json:
-        found = [
-            {**asdict(c), "evidence": asdict(e) if (e := recorded[c.id]) else None} for c in chosen
-        ]
-        emit({"claims": found})
+        found = {id: asdict(one) if one else None for id, one in recorded.items()}
+        emit({"claims": [{**asdict(claim), "evidence": found[claim.id]} for claim in chosen]})
         return
     rows = []
     for claim in chosen:
-        shown = ledger.VERDICTS[claim.verdict]
+        word = ledger.VERDICTS[claim.verdict]
         evidence = "recorded" if recorded[claim.id] else "-"
-        rows.append(
-            [
-                f"{shown.symbol} {shown.word}",
-                claim.id,
-                claim.locator,
-                claim.chapter or "-",
-                evidence,
-            ]
-        )
+        where = claim.locator, claim.chapter or "-"
+        rows.append([f"{word.symbol} {word.word}", claim.id, *where, evidence])
     table(["verdict", "claim", "where", "chapter", "evidence"], rows)
     click.echo(f"{len(chosen)} claims")
 
@@ -68,17 +55,12 @@ def results() -> None:
 @json_option
 def list_results(as_json: bool) -> None:
     """List the results that ship with the package."""
-    found = [stored.load(name) for name in stored.available()]
+    every = [stored.load(name) for name in stored.available()]
     if as_json:
-        emit(
-            {
-                "results": [
-                    {"id": r.id, **{k: r.provenance[k] for k in ("command", "date")}} for r in found
-                ]
-            }
-        )
+        keys = ("command", "date")
+        emit({"results": [{"id": r.id, **{k: r.provenance[k] for k in keys}} for r in every]})
         return
-    table(["result", "date", "command"], [[r.id, r.provenance["date"], _command(r)] for r in found])
+    table(["result", "date", "command"], [[r.id, r.provenance["date"], _command(r)] for r in every])
 
 
 def _command(result: stored.Result) -> str:
@@ -91,24 +73,19 @@ def _command(result: stored.Result) -> str:
 @json_option
 def show(id: str, as_json: bool) -> None:
     """Show result ID: its data and where it came from."""
-    found = stored.load(id)
+    result = stored.load(id)
     if as_json:
-        emit(asdict(found))
+        emit(asdict(result))
         return
-    origin = found.provenance
-    click.echo(
-        f"{found.id}: {_command(found)}\nmade {origin['date']} at revision {origin['revision']}"
-    )
-    click.echo(json.dumps(found.data, indent=1, ensure_ascii=False))
+    origin = result.provenance
+    click.echo(f"{result.id}: {_command(result)}")
+    click.echo(f"made {origin['date']} at revision {origin['revision']}")
+    click.echo(json.dumps(result.data, indent=1, ensure_ascii=False))
 
 
 @results.command("recompute")
 @click.argument("id")
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False),
-    help="Where to write the new result (.json) [nowhere].",
-)
+@common.file_option("--output", "Where to write the new result (.json) [nowhere].")
 @json_option
 def recompute(id: str, output: str | None, as_json: bool) -> None:
     """Run the command of result ID again and say how far the numbers differ."""
@@ -116,41 +93,24 @@ def recompute(id: str, output: str | None, as_json: bool) -> None:
     argv = list(old.provenance["command"])
     if not argv or argv[0] not in ("shells", "protocol", "experiment"):
         raise ValueError(
-            f"result {id!r} is made by {argv!r}, not by grsd shells, protocol or experiment; run that by hand"
+            f"result {id!r} is made by {argv!r}, not by grsd shells, protocol or experiment; "
+            "run that by hand"
         )
-    if output is not None:
-        output_id(output)
+    target = common.output_file(output)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / f"{old.id}.json"
-        with open(os.devnull, "w") as quiet, redirected(quiet):
-            main.main(
-                [*argv, "--no-resume", "--output", str(draft)],
-                prog_name="grsd",
-                standalone_mode=False,
-            )
+        again = [*argv, "--no-resume", "--output", str(draft)]
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+            main.main(again, prog_name="grsd", standalone_mode=False)
         if not draft.is_file():  # the failure was reported by the command itself
             click.get_current_context().exit(2)
         new = stored.load(old.id, folder)
     difference = stored.largest_difference(old.data, new.data)
-    if output is not None:
-        stored.save(
-            stored.Result(output_id(output), new.data, new.provenance),
-            Path(output).absolute().parent,
-        )
+    common.keep(target, lambda name: stored.Result(name, new.data, new.provenance))
     if as_json:
-        emit(
-            {"id": id, "command": argv, "largest_relative_difference": difference, "data": new.data}
-        )
+        said = {"id": id, "command": argv, "largest_relative_difference": difference}
+        emit({**said, "data": new.data})
     elif difference is None:
         click.echo(f"{id}: recomputed, but its shape differs from what is stored")
     else:
         click.echo(f"{id}: recomputed; the largest relative difference is {difference:.2g}")
-
-
-@contextmanager
-def redirected(stream: Any) -> Iterator[None]:
-    before, sys.stdout = sys.stdout, stream
-    try:
-        yield
-    finally:
-        sys.stdout = before

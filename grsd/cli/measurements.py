@@ -3,84 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from grsd import results as stored
-from grsd.cli.common import bar, emit, json_option, main, output_id, say, table
+from grsd.cli import common
+from grsd.cli.common import emit, main, table
 
-
-@main.command(
-    epilog="\b\nExamples:\n  grsd protocol mini\n  grsd protocol pythia-shapes --output pythia-shapes.json\n"
+PROTOCOL_EXAMPLES = "\b\nExamples:\n  grsd protocol mini\n  grsd protocol pythia-shapes --output pythia-shapes.json\n"
+EXPERIMENT_EXAMPLES = (
+    "\b\nExamples:\n  grsd experiment\n  grsd experiment drift --option target=wave "
+    "--option sizes=64,128 --option seeds=3\n"
 )
+OPTION = "A parameter, as NAME=VALUE; several values between commas."
+
+
+@main.command(epilog=PROTOCOL_EXAMPLES)
 @click.argument("name")
-@click.option(
-    "--resume/--no-resume",
-    default=True,
-    show_default=True,
-    help="Use batches that were measured before.",
-)
-@click.option(
-    "--output",
-    type=click.Path(dir_okay=False),
-    help="Store the cells as a result (.json), with provenance.",
-)
-@json_option
+@common.resume_option("batches")
+@common.file_option("--output", "Store the cells as a result (.json), with provenance.")
+@common.json_option
 def protocol(name: str, resume: bool, output: str | None, as_json: bool) -> None:
     """Train and measure what a chapter shows: `mini` (minutes on two cores) or `pythia-shapes` (a GPU, half an hour).
 
     Every net, checkpoint, batch size and null model of the protocol becomes one averaged profile. What was measured
     before is read from the cache, so a run that was stopped goes on where it was.
     """
-    from grsd.experiments import protocol as rooms
+    from grsd.experiments import protocol as protocols
 
-    if name not in rooms.PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}: expected one of {', '.join(rooms.PROTOCOLS)}")
-    asked = rooms.PROTOCOLS[name]
-    target = output_id(output) if output else None
-    with bar("training") as update:
-        rooms.train(
+    if name not in protocols.PROTOCOLS:
+        known = ", ".join(protocols.PROTOCOLS)
+        raise ValueError(f"unknown protocol {name!r}: expected one of {known}")
+    asked, target = protocols.PROTOCOLS[name], common.output_file(output)
+    with common.bar("training") as update:
+        protocols.train(
             asked, progress=lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}")
         )
-    with bar(name) as update:
-        cells = rooms.measure(asked, resume=resume, progress=update)
-    data = {
-        "protocol": asdict(asked),
-        "training": rooms.curves(asked),
-        "cells": [c.to_json() for c in cells],
-    }
-    if output and target:
-        origin = stored.provenance(["protocol", name], asdict(asked), [asked.seed])
-        stored.save(stored.Result(target, data, origin), Path(output).absolute().parent)
-        say(f"wrote {output}")
+    with common.bar(name) as update:
+        cells = protocols.measure(asked, resume=resume, progress=update)
+    training, profiles = protocols.curves(asked), [cell.to_json() for cell in cells]
+    data = {"protocol": asdict(asked), "training": training, "cells": profiles}
+    origin = stored.provenance(["protocol", name], asdict(asked), [asked.seed])
+    common.keep(target, lambda id: stored.Result(id, data, origin))
     if as_json:
         emit(data)
-        return
-    table(*rooms.table(cells))
+    else:
+        table(*protocols.table(cells))
 
 
-@main.command(
-    epilog="\b\nExamples:\n  grsd experiment\n  grsd experiment drift --option target=wave --option sizes=64,128 "
-    "--option seeds=3\n"
-)
+@main.command(epilog=EXPERIMENT_EXAMPLES)
 @click.argument("name", required=False)
-@click.option(
-    "--option",
-    "options",
-    multiple=True,
-    help="A parameter, as NAME=VALUE; several values between commas.",
-)
-@click.option(
-    "--resume/--no-resume",
-    default=True,
-    show_default=True,
-    help="Use pieces that were measured before.",
-)
-@click.option(
-    "--output", type=click.Path(dir_okay=False), help="Store the result (.json), with provenance."
-)
-@json_option
+@click.option("--option", "options", multiple=True, help=OPTION)
+@common.resume_option("pieces")
+@common.file_option("--output", "Store the result (.json), with provenance.")
+@common.json_option
 def experiment(
     name: str | None, options: tuple[str, ...], resume: bool, output: str | None, as_json: bool
 ) -> None:
@@ -91,23 +67,21 @@ def experiment(
     from grsd.experiments import engine
 
     if name is None:
-        found = {key: engine.find(key) for key in engine.NAMES}
+        every = {key: engine.find(key) for key in engine.NAMES}
+        defaults = {key: asdict(engine.parameters(one)) for key, one in every.items()}
         if as_json:
-            emit({"experiments": {k: asdict(engine.parameters(e)) for k, e in found.items()}})
+            emit({"experiments": defaults})
             return
-        for key, one in found.items():
+        for key, one in every.items():
             click.echo(f"{key}: {one.summary}")
-            table(["option", "value"], [[k, v] for k, v in asdict(engine.parameters(one)).items()])
+            table(["option", "value"], [[k, str(v)] for k, v in defaults[key].items()])
         return
     chosen = engine.find(name)
-    asked = engine.parameters(chosen, options)
-    target = output_id(output) if output else None
-    with bar(name) as update:
+    asked, target = engine.parameters(chosen, options), common.output_file(output)
+    with common.bar(name) as update:
         outcome = engine.run(chosen, asked, resume=resume, progress=update)
-    if output and target:
-        stored.save(outcome.result(target), Path(output).absolute().parent)
-        say(f"wrote {output}")
+    common.keep(target, outcome.result)
     if as_json:
         emit(outcome.data)
-        return
-    table(*chosen.table(outcome.data))
+    else:
+        table(*chosen.table(outcome.data))

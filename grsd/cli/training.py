@@ -3,58 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from grsd.cli.common import bar, device_of, emit, json_option, main, say, table
+from grsd.cli import common
+from grsd.cli.common import emit, main, say, shown, table
+
+if TYPE_CHECKING:
+    from grsd.lab.checkpoints.opened import Model
+    from grsd.lab.checkpoints.suites import Suite
+    from grsd.lab.data.corpora import Corpus
+
+EPILOG = "\b\nExamples:\n  grsd suite\n  grsd suite --size mini-0.4m --steps 128\n"
+SIZES = ("mini-0.4m", "mini-1.3m", "mini-4.2m")
+SIZE = f"{', '.join(SIZES)}; repeat for several [all three]."
+CORPUS = "embedded[:VOCAB], text files, or hub:NAME[:config[:split]] [of the size]."
 
 
-@main.command(epilog="\b\nExamples:\n  grsd suite\n  grsd suite --size mini-0.4m --steps 128\n")
-@click.option(
-    "--size",
-    "sizes",
-    multiple=True,
-    help="mini-0.4m, mini-1.3m, mini-4.2m; repeat for several [all three].",
-)
-@click.option(
-    "--steps",
-    default=512,
-    show_default=True,
-    help="Updates; checkpoints at 0, 1, 2, 4, ..., 512, 1000, ...",
-)
-@click.option(
-    "--corpus", help="embedded[:VOCAB], text files, or hub:NAME[:config[:split]] [of the size]."
-)
-@click.option("--batch-size", type=int, default=None, help="Sequences per update [of the size].")
-@click.option("--length", default=128, show_default=True, help="Tokens per sequence.")
-@click.option("--lr", type=float, default=None, help="Peak learning rate [of the size].")
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Of the initial weights and the order of the text.",
-)
-@click.option(
-    "--schedule",
-    default="constant",
-    show_default=True,
-    help="constant or cosine, after the warm-up.",
-)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
-@json_option
+@main.command(epilog=EPILOG)
+@click.option("--size", "sizes", multiple=True, help=SIZE)
+@shown("--steps", 512, "Updates; checkpoints at 0, 1, 2, 4, ..., 512, 1000, ...")
+@click.option("--corpus", help=CORPUS)
+@click.option("--batch-size", type=int, help="Sequences per update [of the size].")
+@shown("--length", 128, "Tokens per sequence.")
+@click.option("--lr", type=float, help="Peak learning rate [of the size].")
+@common.seed_option("the initial weights and the order of the text")
+@shown("--schedule", "constant", "constant or cosine, after the warm-up.")
+@common.device_option
+@common.json_option
 def suite(
     sizes: tuple[str, ...],
     steps: int,
     corpus: str | None,
-    batch_size: int | None,
-    length: int,
-    lr: float | None,
-    seed: int,
-    schedule: str,
     device: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Train the mini-Pythia suite (minutes on two cores), or find it in the cache.
 
@@ -64,21 +48,18 @@ def suite(
     from grsd.lab.data import corpora
     from grsd.lab.runs.summary import number
 
-    names = sizes or ("mini-0.4m", "mini-1.3m", "mini-4.2m")
+    names = sizes or SIZES
     for name in names:
         if name not in suites.MINI:
             raise ValueError(f"unknown size {name!r}: expected one of {', '.join(suites.MINI)}")
-    where = str(hub.check_device(device_of(device)))
-    recipe: dict[str, Any] = {"length": length, "seed": seed, "schedule": schedule}
-    recipe |= {
-        key: value for key, value in (("lr", lr), ("batch_size", batch_size)) if value is not None
-    }
-    found = []
+    where = str(hub.check_device(common.device_of(device)))
+    recipe = {key: value for key, value in options.items() if value is not None}
+    listed = []
     for name in names:
         text = suites.of_suite(name) if corpus is None else corpora.open_corpus(corpus)
-        made = train(name, text, steps, where, recipe)
+        made = trained(name, text, where, steps=steps, **recipe)
         record = made.training()
-        found.append(
+        listed.append(
             {
                 "size": name,
                 "parameters": made.size.parameters,
@@ -91,52 +72,51 @@ def suite(
             }
         )
     if as_json:
-        emit({"suites": found})
+        emit({"suites": listed})
         return
-    columns = ["size", "parameters", "checkpoints", "loss", "held-out", "folder"]
-    rows = [
-        [
-            f["size"],
-            f["parameters"],
-            len(f["revisions"]),
-            number(f["loss"]),
-            number(f["heldout"]),
-            f["folder"],
-        ]
-        for f in found
-    ]
-    table(columns, rows)
+    rows = []
+    for one in listed:
+        losses = [number(one[key]) for key in ("loss", "heldout")]
+        checkpoints = len(one["revisions"])
+        rows.append([one["size"], one["parameters"], checkpoints, *losses, one["folder"]])
+    table(["size", "parameters", "checkpoints", "loss", "held-out", "folder"], rows)
 
 
-def train(name: str, text: Any, steps: int, device: str, recipe: dict[str, Any]) -> Any:
+def trained(name: str, text: Corpus, device: str, **recipe: Any) -> Suite:
+    """A mini suite, trained now if it is not there."""
     from grsd.lab.checkpoints import suites
 
-    ready = suites.locate(name, text, steps=steps, **recipe)
+    ready = suites.locate(name, text, **recipe)
     if not ready.complete:
-        say(f"training {name} for {steps} steps on {device}")
-    with bar(name) as update:
+        say(f"training {name} for {ready.steps} steps on {device}")
+    with common.bar(name) as update:
 
         def progress(step: int, of: int, loss: float) -> None:
             update(step, of, f"loss {loss:.3f}")
 
-        return suites.train(name, text, steps=steps, device=device, progress=progress, **recipe)
+        return suites.train(name, text, device=device, progress=progress, **recipe)
 
 
-def prepare(model: str, revisions: Sequence[str], device: str) -> None:
-    """Train a mini suite that is asked for and not there yet; say so when a checkpoint carries no tokenizer."""
-    from grsd.lab.checkpoints import hub, suites
+def prepared(model: str, revisions: Sequence[str], device: str) -> tuple[Model, list[str]]:
+    """Open a model, and list the revisions that are asked for, some or "all".
 
-    if model in suites.MINI:
-        text = suites.of_suite(model)
-        made = suites.locate(model, text)
-        have = set(hub.revisions_in(made.root))
-        asked = set(made.revisions) if not revisions or "all" in revisions else set(revisions)
-        if not asked <= have and not made.complete:
-            train(model, text, made.steps, device, {})
-        return
-    folder, _ = hub.resolve(model, next((r for r in revisions if r != "all"), None))
-    if not hub.has_tokenizer(folder):
-        say(
-            f"note: {folder} carries no tokenizer, so one is trained on the corpus: its tokens are not those that a trained model knows; "
-            "put the model's tokenizer.json into the folder"
-        )
+    A mini suite that is not there yet is trained first. A note says when there is no tokenizer.
+    """
+    from grsd.lab.checkpoints import hub, opened, suites
+
+    hub.check_device(device)
+    named = [name for name in revisions if name != "all"]
+    found = opened.open_model(model)
+    if (suite := found.suite) is not None:
+        wanted = suite.revisions if not revisions or "all" in revisions else named
+        if not (suite.complete or set(wanted) <= set(opened.revisions_in(suite.root))):
+            trained(model, suites.of_suite(model), device)
+    else:
+        folder = found.checkpoint(next(iter(named), None)).folder
+        if not hub.has_tokenizer(folder):
+            say(
+                f"note: {folder} carries no tokenizer, so one is trained on the corpus: its tokens "
+                "are not those that a trained model knows; put the model's tokenizer.json into the "
+                "folder"
+            )
+    return found, found.revisions if "all" in revisions else named

@@ -1,23 +1,26 @@
 """Section 7 of 2512.10427 as a list of runs: the paper's measurements, each with the controls it lacks.
 
-A protocol is data: which nets, which checkpoints, how many batches. `measure` trains what is missing, runs every cell
-through `grsd.lab.runs.run` (so a killed protocol resumes) and returns one averaged profile per cell. The chapter on language
-models shows the cells of a protocol that ran on the reader's machine beside those of a stored one that ran on a GPU.
+A protocol is data: which nets, which checkpoints, how many batches. `train` trains what is missing, and
+`measure` runs every cell through `grsd.lab.runs.run` (so a killed protocol resumes) and returns one
+averaged profile per cell. The chapter on language models shows the cells of a protocol that ran on the
+reader's machine beside those of a stored one that ran on a GPU.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from grsd.checks import one_of
 from grsd.lab.checkpoints import suites
-from grsd.lab.runs import run
+from grsd.lab.checkpoints.opened import open_model
+from grsd.lab.runs import RunResult, RunSpec, shell_run
 from grsd.spectrum import AveragedProfile, LogShells, ShellProfile, average, nulls, statistics
 
 # Shells of one octave at whole powers of two, wide enough for every net of the suite: the same in all cells.
@@ -36,15 +39,12 @@ class Protocol:
     models : tuple of str
         Names in `suites.MINI`, by size. All are compared at their last checkpoint and untrained.
     followed : tuple of str
-        The models that are followed over `revisions` from three start vectors; at the end with random signs and with
-        shuffled targets too.
-    training_steps : int
-    revisions : tuple of str
+        The models that are followed over `revisions` from three start vectors; at the end with random
+        signs and with shuffled targets too.
     batches, batch_size, length, steps : int
         As in `run.RunSpec`; the paper has 50 batches of 4 × 128 tokens.
     sweep : tuple of int
-        Batch sizes at which the last checkpoint of each followed model is measured again (T = batch size · length).
-    device, seed
+        Batch sizes at which the last checkpoint of each followed model is measured again.
     """
 
     name: str
@@ -61,9 +61,8 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [m for m in (*self.models, *self.followed) if m not in suites.MINI]
-        if unknown:
-            raise ValueError(f"unknown models {unknown}: expected some of {', '.join(suites.MINI)}")
+        for model in (*self.models, *self.followed):
+            one_of("model", model, suites.MINI)
         steps = {f"step{s}" for s in suites.checkpoint_steps(self.training_steps)}
         absent = [r for r in self.revisions if r not in steps]
         if absent or not self.revisions:
@@ -75,18 +74,11 @@ class Protocol:
     def last(self) -> str:
         return self.revisions[-1]
 
-    def runs(self) -> Iterator[run.RunSpec]:
+    def runs(self) -> Iterator[RunSpec]:
         """Every run of the protocol, in the order in which it is made."""
-        base = run.RunSpec(
-            model=self.models[0],
-            revisions=(self.last,),
-            batches=self.batches,
-            batch_size=self.batch_size,
-            length=self.length,
-            steps=self.steps,
-            seed=self.seed,
-            device=self.device,
-        )
+        shared = ("batches", "batch_size", "length", "steps", "seed", "device")
+        same = {name: getattr(self, name) for name in shared}
+        base = RunSpec(self.models[0], (self.last,), **same)
         for model in self.models:
             here = replace(base, model=model, corpus=suites.MINI[model].corpus)
             if model not in self.followed:
@@ -107,7 +99,7 @@ MINI = Protocol(
     models=("mini-0.4m", "mini-1.3m", "mini-4.2m"),
     followed=("mini-1.3m",),
     training_steps=512,
-    revisions=("step0", "step16", "step64", "step128", "step256", "step512"),
+    revisions=tuple(f"step{s}" for s in (0, 16, 64, 128, 256, 512)),
     batches=5,
     batch_size=2,
     length=128,
@@ -120,17 +112,7 @@ PYTHIA = Protocol(
     models=("pythia-14m", "pythia-70m"),
     followed=("pythia-14m", "pythia-70m"),
     training_steps=8000,
-    revisions=(
-        "step0",
-        "step8",
-        "step64",
-        "step256",
-        "step512",
-        "step1000",
-        "step2000",
-        "step4000",
-        "step8000",
-    ),
+    revisions=tuple(f"step{s}" for s in (0, 8, 64, 256, 512, 1000, 2000, 4000, 8000)),
     batches=50,
     batch_size=4,
     length=128,
@@ -149,13 +131,20 @@ class Cell:
     Attributes
     ----------
     model, revision, start, targets : str
-        `start` is as in `run.STARTS`, or ``"frozen"``: e at the checkpoint before, decayed in place to the energy of this one.
-    rows, steps : int, T and m.
-    loss, loss_sem : float, nats per token: mean over batches and its standard error.
-    ones_share : float, share of the energy ½⟨e, e⟩ that the constant vector carries, ⟨e⟩²/⟨e²⟩ (mean over batches).
-    top : float, largest Ritz value, mean over batches.
-    profile : AveragedProfile, on `SHELLS`.
-    medians, frontiers : tuple of float, one per batch: λ below which 50 % and 99 % of that batch's energy lies.
+        `start` is as in `runs.STARTS`, or ``"frozen"``: e at the checkpoint before, decayed in place to
+        the energy of this one.
+    rows, steps : int
+        T and m.
+    loss, loss_sem : float
+        Nats per token: mean over batches and its standard error.
+    ones_share : float
+        Share of the energy ½⟨e, e⟩ that the constant vector carries, ⟨e⟩²/⟨e²⟩ (mean over batches).
+    top : float
+        Largest Ritz value, mean over batches.
+    profile : AveragedProfile
+        On `SHELLS`.
+    medians, frontiers : tuple of float
+        One per batch: λ below which 50 % and 99 % of that batch's energy lies.
     """
 
     model: str
@@ -173,7 +162,7 @@ class Cell:
     frontiers: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(replace(self, profile=None)), "profile": self.profile.to_json()}  # type: ignore[arg-type]
+        return {**vars(self), "profile": self.profile.to_json()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Cell:
@@ -186,14 +175,9 @@ def train(
 ) -> None:
     """Train the protocol's models, each with its own recipe; those that are there already cost nothing."""
     for model in protocol.models:
-        suites.train(
-            model,
-            suites.of_suite(model, cache=cache),
-            steps=protocol.training_steps,
-            device=protocol.device,
-            cache=cache,
-            progress=progress,
-        )
+        corpus = suites.of_suite(model, cache=cache)
+        steps, device = protocol.training_steps, protocol.device
+        suites.train(model, corpus, steps=steps, device=device, cache=cache, progress=progress)
 
 
 def measure(
@@ -205,27 +189,29 @@ def measure(
 ) -> list[Cell]:
     """Run every cell of a protocol and return them. With `resume`, batches measured before are read from the cache.
 
-    Cost: for each followed model, revisions · batches · 4 start vectors · m products, and about as much again for the
-    controls. Call `train` first.
+    Cost: for each followed model, revisions · batches · 4 start vectors · m products, and about as much
+    again for the controls. Call `train` first.
     """
     cells: list[Cell] = []
     specs = list(protocol.runs())
     total = sum(spec.batches * len(spec.revisions) for spec in specs)
     done = 0
-    texts = {suites.MINI[m].corpus: m for m in protocol.models}
-    opened = {
-        name: suites.of_suite(model, cache=cache) for name, model in texts.items()
-    }  # reading takes seconds
+    # to open a model or a text takes seconds
+    models = {name: open_model(name, cache=cache) for name in protocol.models}
+    by_text = {suites.MINI[name].corpus: name for name in protocol.models}
+    texts = {text: suites.of_suite(name, cache=cache) for text, name in by_text.items()}
     for spec in specs:
-        corpus = opened[spec.corpus]
 
-        def advance(_: int, __: int, what: str, spec: run.RunSpec = spec) -> None:
+        def advance(_: int, __: int, what: str, model: str = spec.model) -> None:
             nonlocal done
             done += 1
             if progress is not None:
-                progress(done, total, f"{spec.model} {what}")
+                progress(done, total, f"{model} {what}")
 
-        result = run.shell_run(spec, resume=resume, cache=cache, corpus=corpus, progress=advance)
+        model, text = models[spec.model], texts[spec.corpus]
+        result = shell_run(
+            spec, resume=resume, progress=advance, cache=cache, model=model, corpus=text
+        )
         for revision in result.revisions:
             for start in spec.starts:
                 profiles = result.profiles(revision, start, SHELLS)
@@ -235,7 +221,7 @@ def measure(
     return cells
 
 
-def _decayed(result: run.RunResult, before: str, after: str) -> list[ShellProfile]:
+def _decayed(result: RunResult, before: str, after: str) -> list[ShellProfile]:
     """Each batch's profile at `after` if M had stood still since `before` (c0 = 0) and only its total were known."""
     profiles = []
     for early, late in zip(result.measures(before), result.measures(after), strict=True):
@@ -246,11 +232,12 @@ def _decayed(result: run.RunResult, before: str, after: str) -> list[ShellProfil
     return profiles
 
 
-def _cell(result: run.RunResult, revision: str, start: str, profiles: list[ShellProfile]) -> Cell:
+def _cell(result: RunResult, revision: str, start: str, profiles: list[ShellProfile]) -> Cell:
     spec, losses = result.spec, result.losses(revision)
-    stats = [statistics(p) for p in profiles]
+    stats = [statistics(profile) for profile in profiles]
     sized = "error" if "error" in spec.starts else "signs"  # signs leave ⟨e, e⟩ as it is
-    half_square = np.array([0.5 * mu.mass for mu in result.measures(revision, sized)])
+    half_square = np.array([0.5 * measure.mass for measure in result.measures(revision, sized)])
+    tops = [measure.nodes[-1] for measure in result.measures(revision, spec.starts[0])]
     return Cell(
         model=spec.model,
         revision=revision,
@@ -261,62 +248,42 @@ def _cell(result: run.RunResult, revision: str, start: str, profiles: list[Shell
         loss=float(losses.mean()),
         loss_sem=float(losses.std(ddof=1) / np.sqrt(losses.size)) if losses.size > 1 else 0.0,
         ones_share=float(np.mean(0.5 * losses**2 / half_square)),
-        top=float(np.mean([mu.nodes[-1] for mu in result.measures(revision, spec.starts[0])])),
+        top=float(np.mean(tops)),
         profile=average(profiles),
-        medians=tuple(s.median for s in stats),
-        frontiers=tuple(s.frontier for s in stats),
+        medians=tuple(one.median for one in stats),
+        frontiers=tuple(one.frontier for one in stats),
     )
 
 
 def curves(protocol: Protocol, *, cache: Path | str | None = None) -> dict[str, Any]:
     """Return for every model its parameter count, corpus, recipe and held-out loss (revision → nats per token)."""
-    found = {}
+    records = {}
     for model in protocol.models:
-        suite = suites.locate(
-            model, suites.of_suite(model, cache=cache), steps=protocol.training_steps, cache=cache
-        )
-        record = suite.training()
-        found[model] = {key: record[key] for key in ("parameters", "corpus", "recipe", "heldout")}
-    return found
+        corpus, steps = suites.of_suite(model, cache=cache), protocol.training_steps
+        record = suites.locate(model, corpus, steps=steps, cache=cache).training()
+        records[model] = {k: record[k] for k in ("parameters", "corpus", "recipe", "heldout")}
+    return records
 
 
 def table(cells: list[Cell]) -> tuple[list[str], list[list[object]]]:
     """Return columns and rows for a terminal: where each profile stands."""
-    columns = [
-        "model",
-        "revision",
-        "start",
-        "targets",
-        "T",
-        "loss",
-        "energy",
-        "median",
-        "frontier",
-        "one peak",
-    ]
+    columns = ["model", "revision", "start", "targets", "T"]
+    columns += ["loss", "energy", "median", "frontier", "one peak"]
     rows: list[list[object]] = []
-    for c in cells:
-        s = statistics(c.profile)
-        numbers = [f"{x:.4g}" for x in (c.loss, c.profile.total, s.median, s.frontier)]
-        rows.append(
-            [
-                c.model,
-                c.revision,
-                c.start,
-                c.targets,
-                c.rows,
-                *numbers,
-                "yes" if s.unimodal else "no",
-            ]
-        )
+    for cell in cells:
+        stats = statistics(cell.profile)
+        numbers = (cell.loss, cell.profile.total, stats.median, stats.frontier)
+        where = [cell.model, cell.revision, cell.start, cell.targets, cell.rows]
+        peak = "yes" if stats.unimodal else "no"
+        rows.append([*where, *(f"{x:.4g}" for x in numbers), peak])
     return columns, rows
 
 
 def pick(cells: list[Cell], **wanted: Any) -> Cell:
     """Return the one cell with these attributes, e.g. ``pick(cells, model=…, revision=…, start="error", rows=512)``."""
-    found = [c for c in cells if all(getattr(c, key) == value for key, value in wanted.items())]
-    if len(found) != 1:
+    chosen = [c for c in cells if all(getattr(c, key) == value for key, value in wanted.items())]
+    if len(chosen) != 1:
         raise ValueError(
-            f"{len(found)} cells have {wanted}; name more of model, revision, start, targets, rows"
+            f"{len(chosen)} cells have {wanted}; name more of model, revision, start, targets, rows"
         )
-    return found[0]
+    return chosen[0]

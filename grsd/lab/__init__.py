@@ -12,8 +12,8 @@ This is the lowest room that names a data set, a checkpoint or a device, or touc
 """
 
 from grsd.lab import runs
-from grsd.lab.checkpoints import hub, suites
+from grsd.lab.checkpoints import opened, suites
 from grsd.lab.data import corpora
 from grsd.lab.nets import models
 
-__all__ = ["corpora", "hub", "models", "runs", "suites"]
+__all__ = ["corpora", "models", "opened", "runs", "suites"]

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from grsd import results
 from grsd.cli import main
-from grsd.lab.checkpoints import hub, suites
+from grsd.lab.checkpoints import opened, suites
 from grsd.lab.data import corpora
 from tests.lab.cases import TINY, write_texts
 
@@ -138,7 +138,7 @@ def test_shells_json_is_pure_and_adds_up(place: Path) -> None:
         assert len(profile["energies"]) == len(found["edges"]) - 1
         if profile["start"] == "ones":  # ½⟨1, 1⟩ with the empirical measure
             assert profile["total"] == pytest.approx(0.5, rel=1e-6)
-    last = hub.load(place / "model").revision
+    last = opened.load(place / "model").revision
     assert found["spec"]["revisions"][-1] == last == "step2"
 
 
@@ -230,7 +230,7 @@ def test_conditions_refuses_in_one_sentence(place: Path) -> None:
     assert 'along="path" needs two snapshots' in _refused(
         _grsd(*_conditions(place, "--along", "path"))
     )
-    assert "the folder of no/such/a.png does not exist" in _refused(
+    assert "--png no/such/a.png: the folder" in _refused(
         _grsd(*_conditions(place, "--png", "no/such/a.png"))
     )
 
@@ -309,15 +309,15 @@ def test_claims_are_listed_and_filtered() -> None:
 
 BAD: list[tuple[list[str], str]] = [
     (["--steps", "17"], "steps = 17 exceeds T"),
-    (["--batch-size", "1", "--length", "1", "--steps", "1"], "T = batch_size x length = 1"),
+    (["--batch-size", "1", "--length", "1", "--steps", "1"], "T = batch_size x length is 1"),
     (["--revision", "step7"], "no revision 'step7'; it has step0, step1, step2"),
     (["--corpus", "nothing-here.txt"], "unknown corpus 'nothing-here.txt'"),
-    (["--dtype", "int8"], "unknown dtype 'int8'"),
+    (["--dtype", "int8"], "dtype is 'int8'"),
     (["--device", "cuda:97"], "no device 'cuda:97'"),
     (["--start", "delta"], "expected one or more of error, ones"),
     (["--ratio", "1"], "ratio"),
     (["--range", "2", "1"], "lo"),
-    (["--png", "no/such/folder/a.png"], "the folder of no/such/folder/a.png does not exist"),
+    (["--png", "no/such/folder/a.png"], "--png no/such/folder/a.png: the folder"),
     (["--png", "a.jpg"], "--png a.jpg must end in .png"),
     (["--output", "result.txt"], "must end in .json"),
     (["--output", "no/such/folder/a.json"], "--output no/such/folder/a.json: the folder"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from grsd.checks import one_of
 from grsd.lab.nets import models
 
 __all__ = ["TARGETS", "data"]
@@ -29,8 +30,7 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def data(target: str, samples: int, seed: int, inputs: int = 2) -> tuple[Tensor, Tensor]:
     """Return inputs (n, d), standard normal, and targets (n,) of mean square 1, in float64."""
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}: expected one of {', '.join(TARGETS)}")
+    one_of("target", target, TARGETS)
     generator = torch.Generator().manual_seed(1000 + seed)
     x = torch.randn(samples, inputs, dtype=torch.float64, generator=generator)
     y = TARGETS[target](x)

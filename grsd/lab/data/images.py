@@ -1,7 +1,7 @@
 """Two classes of small images as a regression problem: scikit-learn's bundled digits, and CIFAR-10 from its published files.
 
-`digits` needs no file and no network. `cifar` reads the binary version of CIFAR-10, fixed records of one label and 3072 pixels,
-so that nothing is unpickled; it downloads only when asked to.
+`digits` needs no file and no network. `cifar` reads the binary version of CIFAR-10, fixed records of one
+label and 3072 pixels, so that nothing is unpickled; it downloads only when asked to.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from grsd.checks import at_least, positive
 
 __all__ = ["Classes", "Images", "cifar", "digits"]
 
@@ -39,46 +41,37 @@ class Images(NamedTuple):
     targets: Tensor
 
 
-def _sides(classes: Classes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _sides(classes: Classes) -> list[tuple[int, ...]]:
     """The labels of the two classes, each one label or several."""
     if len(classes) != 2:
         raise ValueError(f"classes are {classes!r}; expected two, each a label or several labels")
-    first, second = (
-        (side,) if isinstance(side, (int, np.integer)) else tuple(side) for side in classes
-    )
-    labels = first + second
-    if (
-        not first
-        or not second
-        or len(set(labels)) != len(labels)
-        or not set(labels) <= set(range(10))
-    ):
+    sides = [(side,) if isinstance(side, (int, np.integer)) else tuple(side) for side in classes]
+    labels = [label for side in sides for label in side]
+    if not all(sides) or len(set(labels)) < len(labels) or set(labels) - set(range(10)):
         raise ValueError(
             f"classes are {classes!r}; expected different labels from 0 to 9 on both sides"
         )
-    return first, second
+    return sides
 
 
 def _draw(
     labels: np.ndarray, classes: Classes, samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices (n,) of a balanced random sample without repetition, in random order, and their targets."""
-    if samples < 2:
-        raise ValueError(f"samples is {samples}; two classes need at least 2")
+    at_least("samples", samples, 2, "two classes need at least 2")
     rng = np.random.default_rng(seed)
-    chosen, targets = [], []
-    for side, count, target in zip(
-        _sides(classes), (samples - samples // 2, samples // 2), (-1.0, 1.0), strict=True
-    ):
-        found = np.flatnonzero(np.isin(labels, side))
-        if len(found) < count:
+    counts = samples - samples // 2, samples // 2
+    chosen = []
+    for side, count in zip(_sides(classes), counts, strict=True):
+        there = np.flatnonzero(np.isin(labels, side))
+        if len(there) < count:
             raise ValueError(
-                f"{count} images of {side} were asked for and there are {len(found)}: take fewer samples"
+                f"{count} images of {side} were asked for and there are {len(there)}: "
+                "take fewer samples"
             )
-        chosen.append(rng.choice(found, count, replace=False))
-        targets.append(np.full(count, target))
+        chosen.append(rng.choice(there, count, replace=False))
     order = rng.permutation(samples)
-    return np.concatenate(chosen)[order], np.concatenate(targets)[order]
+    return np.concatenate(chosen)[order], np.repeat([-1.0, 1.0], counts)[order]
 
 
 def _standardized(pixels: np.ndarray, targets: np.ndarray) -> Images:
@@ -86,8 +79,7 @@ def _standardized(pixels: np.ndarray, targets: np.ndarray) -> Images:
     x = torch.from_numpy(np.asarray(pixels, dtype=np.float64))
     x = x - x.mean((0, 2, 3), keepdim=True)
     size = x.square().mean((0, 2, 3), keepdim=True).sqrt()
-    if not bool((size > 0).all()):
-        raise ValueError("all pixels of a channel are equal, so it cannot be standardized")
+    positive("spread of a channel", size, "all its pixels are equal: it cannot be standardized")
     return Images(x / size, torch.from_numpy(targets))
 
 
@@ -99,9 +91,8 @@ def digits(classes: Classes = (0, 1), samples: int = 48, *, seed: int) -> Images
     classes : pair of int or of sequences of int
         Labels 0 to 9, e.g. ``(3, 8)`` or ``((0, 2, 4, 6, 8), (1, 3, 5, 7, 9))``.
     samples : int, n
-        Half of each class (one more of the first when n is odd), drawn without repetition. A digit occurs 174 to 183 times.
-    seed : int
-        Of the draw.
+        Half of each class (one more of the first when n is odd), drawn without repetition. A digit
+        occurs 174 to 183 times.
 
     Returns
     -------
@@ -140,18 +131,18 @@ def cifar(
     root : path
         A folder that holds ``cifar-10-batches-bin`` or is it.
     classes, samples, seed
-        As `digits`; a label occurs 5000 times in the training files and 1000 times in the test file. 0 airplane,
-        1 automobile, 2 bird, 3 cat, 4 deer, 5 dog, 6 frog, 7 horse, 8 ship, 9 truck.
+        As `digits`; a label occurs 5000 times in the training files and 1000 times in the test file.
+        0 airplane, 1 automobile, 2 bird, 3 cat, 4 deer, 5 dog, 6 frog, 7 horse, 8 ship, 9 truck.
     train : bool
         The five training files, or the test file.
     download : bool
-        If the folder is not there, get the published archive (162 MB), compare its MD5 sum, and unpack the six files that are
-        read here. The network is not touched otherwise.
+        If the folder is not there, get the published archive (162 MB), compare its MD5 sum, and unpack
+        the six files that are read here. The network is not touched otherwise.
 
     Returns
     -------
     Images
-        Inputs (n, 3, 32, 32), mean 0 and mean square 1 per channel over all pixels of the sample; targets (n,), −1 and +1.
+        Inputs (n, 3, 32, 32), mean 0 and mean square 1 per channel over the sample; targets (n,), ±1.
 
     Raises
     ------
@@ -162,18 +153,15 @@ def cifar(
 
     Notes
     -----
-    Krizhevsky, Learning multiple layers of features from tiny images (2009). A record is one byte of label and 3072 of
-    pixels: red, green, blue, each row by row.
+    Krizhevsky, Learning multiple layers of features from tiny images (2009). A record is one byte of
+    label and 3072 of pixels: red, green, blue, each row by row.
     """
     folder = _folder(Path(root), download)
-    labels, pixels = [], []
-    for name in _TRAIN if train else _TEST:
-        records = _records(folder / name)
-        labels.append(np.asarray(records[:, 0]))
-        pixels.append(records[:, 1:])
-    chosen, targets = _draw(np.concatenate(labels), classes, samples, seed)
-    found = np.stack([pixels[k // CIFAR_RECORDS][k % CIFAR_RECORDS] for k in chosen])
-    return _standardized(found.reshape(-1, 3, 32, 32), targets)
+    records = [_records(folder / name) for name in (_TRAIN if train else _TEST)]
+    labels = np.concatenate([np.asarray(one[:, 0]) for one in records])
+    chosen, targets = _draw(labels, classes, samples, seed)
+    pixels = np.stack([records[k // CIFAR_RECORDS][k % CIFAR_RECORDS, 1:] for k in chosen])
+    return _standardized(pixels.reshape(-1, 3, 32, 32), targets)
 
 
 def _folder(root: Path, download: bool) -> Path:
@@ -184,26 +172,25 @@ def _folder(root: Path, download: bool) -> Path:
         return _download(root)
     if (root / "cifar-10-batches-py").is_dir():
         raise FileNotFoundError(
-            f"{root} holds the Python version of CIFAR-10, which is pickled and not read here, since unpickling runs code: "
-            f"get the binary version, {CIFAR_URL}, or pass download=True"
+            f"{root} holds the Python version of CIFAR-10, which is pickled and not read here, since "
+            f"unpickling runs code: get the binary version, {CIFAR_URL}, or pass download=True"
         )
     raise FileNotFoundError(
-        f"no {CIFAR_FOLDER} with its six files in {root}: unpack {CIFAR_URL} there, or pass download=True to do so"
+        f"no {CIFAR_FOLDER} with its six files in {root}: unpack {CIFAR_URL} there, "
+        "or pass download=True to do so"
     )
 
 
 def _records(path: Path) -> np.ndarray:
     """A file as uint8 (records, 3073), mapped and not read."""
-    size = path.stat().st_size
-    if size != CIFAR_RECORDS * _RECORD:
+    size, expected = path.stat().st_size, CIFAR_RECORDS * _RECORD
+    if size != expected:
         raise ValueError(
-            f"{path} has {size} bytes; a file of CIFAR-10 has {CIFAR_RECORDS * _RECORD}: it is cut off or something else"
+            f"{path} has {size} bytes; a file of CIFAR-10 has {expected}: it is cut off or another file"
         )
     records = np.memmap(path, dtype=np.uint8, mode="r", shape=(CIFAR_RECORDS, _RECORD))
-    if int(records[:, 0].max()) > 9:
-        raise ValueError(
-            f"{path} has the label {int(records[:, 0].max())}; labels go to 9: it is damaged or something else"
-        )
+    if (label := int(records[:, 0].max())) > 9:
+        raise ValueError(f"{path} has the label {label}; labels go to 9: it is damaged")
     return records
 
 
@@ -218,8 +205,10 @@ def _download(root: Path) -> Path:
                 kept.write(block)
         if digest.hexdigest() != CIFAR_MD5:
             raise ValueError(
-                f"{CIFAR_URL} gave a file with the MD5 sum {digest.hexdigest()}; that of CIFAR-10 is {CIFAR_MD5}: not unpacked"
+                f"{CIFAR_URL} gave a file with the MD5 sum {digest.hexdigest()}; "
+                f"that of CIFAR-10 is {CIFAR_MD5}: not unpacked"
             )
+        # nothing but the six files is unpacked, whatever else the archive holds
         with tarfile.open(archive) as packed:
             for name in _TRAIN + _TEST:
                 member = packed.extractfile(f"{CIFAR_FOLDER}/{name}")

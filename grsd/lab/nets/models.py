@@ -8,39 +8,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from grsd.checks import one_of, positive
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,
+    "linear": nn.Identity,
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "gelu": nn.GELU,
     "softplus": nn.Softplus,
 }
+Net = TypeVar("Net", bound=nn.Module)
 
 
-def _activation(name: str) -> nn.Module:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}: expected one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]()
+def activation_of(name: str) -> nn.Module:
+    """The activation of that name, a key of `ACTIVATIONS`."""
+    return ACTIVATIONS[one_of("activation", name, ACTIVATIONS)]()
 
 
-def _draw(model: nn.Module, seed: int, gain: float, dtype: torch.dtype) -> nn.Module:
+def undrawn() -> AbstractContextManager[None]:
+    """Layers made inside leave the global generator alone; their values are overwritten by `drawn`."""
+    return torch.random.fork_rng(devices=[])
+
+
+def drawn(net: Net, seed: int, dtype: torch.dtype, gain: float = 1.0) -> Net:
     """Weights normal with variance gain²/fan-in, biases normal with variance 0.01, norm gains 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in net.named_parameters():
             if weight.ndim >= 2:
                 fan_in = math.prod(weight.shape[1:])
                 weight.normal_(0.0, gain / math.sqrt(fan_in), generator=generator)
             elif name.endswith("bias"):
                 weight.normal_(0.0, 0.1, generator=generator)
-    return model.to(dtype).eval()
+    return net.to(dtype).eval()
 
 
 def mlp(
@@ -60,23 +68,16 @@ def mlp(
         Input, hidden and output widths; two or more.
     activation : str
         Between layers: ``"identity"``, ``"relu"``, ``"tanh"``, ``"gelu"``, ``"softplus"``.
-    seed : int
-    bias : bool
     gain : float
         Weights are normal with standard deviation gain/√fan-in.
-    dtype : torch.dtype
     """
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"widths need two or more positive numbers, got {list(widths)}")
     layers: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):  # torch draws values that are overwritten below
-        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            if index:
-                layers.append(_activation(activation))
-            layers.append(nn.Linear(fan_in, fan_out, bias=bias))
-    net = nn.Sequential(*layers)
-    _draw(net, seed, gain, dtype)
-    return net
+    with undrawn():
+        for fan_in, fan_out in pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out, bias=bias), activation_of(activation)]
+    return drawn(nn.Sequential(*layers[:-1]), seed, dtype, gain)
 
 
 def conv_net(
@@ -94,67 +95,22 @@ def conv_net(
     """
     if len(channels) < 2 or min(channels) < 1 or classes < 1:
         raise ValueError(
-            f"channels need two or more positive numbers and classes one, got {list(channels)}, {classes}"
+            "channels need two or more positive numbers and classes one, "
+            f"got {list(channels)}, {classes}"
         )
     layers: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):  # as above
-        for index, (fan_in, fan_out) in enumerate(pairwise(channels)):
+    with undrawn():
+        for fan_in, fan_out in pairwise(channels):
             layers.append(nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2))
-            if index == 0:
+            if len(layers) == 1:
                 layers.append(nn.GroupNorm(1, fan_out))
-            layers.append(_activation(activation))
+            layers.append(activation_of(activation))
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes)]
-    net = nn.Sequential(*layers)
-    _draw(net, seed, 1.0, dtype)
-    return net
+    return drawn(nn.Sequential(*layers), seed, dtype)
 
 
-def _language_model(config: Any, seed: int, dtype: torch.dtype, attention: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # transformers draws initial values from the global generator
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    found: nn.Module = model.to(dtype).eval()
-    return found
-
-
-def gpt2(
-    *,
-    seed: int,
-    vocab_size: int = 61,
-    hidden: int = 16,
-    layers: int = 2,
-    heads: int = 2,
-    positions: int = 32,
-    tie: bool = True,
-    attention: str = "eager",
-    dtype: torch.dtype = torch.float64,
-) -> nn.Module:
-    """A tiny GPT-2: token ids (B, L) → an output with ``logits`` (B, L, V). Tied embeddings unless ``tie=False``."""
-    from transformers import GPT2Config
-
-    config = GPT2Config(
-        vocab_size=vocab_size,
-        n_embd=hidden,
-        n_layer=layers,
-        n_head=heads,
-        n_positions=positions,
-        tie_word_embeddings=tie,
-        initializer_range=0.2,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-    return _language_model(config, seed, dtype, attention)
-
-
-def gpt_neox(
+def language_model(
+    family: Literal["gpt2", "gpt_neox"],
     *,
     seed: int,
     vocab_size: int = 61,
@@ -166,23 +122,41 @@ def gpt_neox(
     attention: str = "eager",
     dtype: torch.dtype = torch.float64,
 ) -> nn.Module:
-    """A tiny GPT-NeoX, the architecture of Pythia: token ids (B, L) → an output with ``logits`` (B, L, V)."""
-    from transformers import GPTNeoXConfig
+    """A tiny net of a family of transformers: token ids (B, L) → an output with ``logits`` (B, L, V)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = GPTNeoXConfig(
+    own: dict[str, dict[str, Any]] = {
+        "gpt2": dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
+        "gpt_neox": {"intermediate_size": 4 * hidden},
+    }
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        intermediate_size=4 * hidden,
         max_position_embeddings=positions,
         tie_word_embeddings=tie,
         initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
+        **own[family],
     )
-    return _language_model(config, seed, dtype, attention)
+    with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return model.to(dtype).eval()
+
+
+def gpt2(*, seed: int, tie: bool = True, **options: Any) -> nn.Module:
+    """A tiny GPT-2; embeddings are tied unless ``tie=False``. Options as `language_model`."""
+    return language_model("gpt2", seed=seed, tie=tie, **options)
+
+
+def gpt_neox(*, seed: int, **options: Any) -> nn.Module:
+    """A tiny GPT-NeoX, the architecture of Pythia. Options as `language_model`."""
+    return language_model("gpt_neox", seed=seed, **options)
 
 
 @contextmanager
@@ -215,7 +189,7 @@ class TwoLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.gamma = gamma
-        self.activation = _activation(activation)
+        self.activation = activation_of(activation)
         self.register_buffer("outer_start", outer)
         self.register_buffer("inner_start", inner)
         self.outer = nn.Parameter(torch.zeros_like(outer))
@@ -228,15 +202,14 @@ class TwoLayer(nn.Module):
     @staticmethod
     def augmented(inputs: torch.Tensor) -> torch.Tensor:
         """(x/√d, 1): what the first layer sees, (n, d + 1)."""
-        return torch.cat(
-            [inputs / math.sqrt(inputs.shape[-1]), inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1
-        )
+        ones = inputs.new_ones(*inputs.shape[:-1], 1)
+        return torch.cat([inputs / math.sqrt(inputs.shape[-1]), ones], dim=-1)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         x = self.augmented(inputs)
         start = self.activation(x @ self.inner_start.T) @ self.outer_start
         now = self.activation(x @ (self.inner_start + self.gamma * self.inner).T)
-        moved: torch.Tensor = now @ (self.outer_start + self.gamma * self.outer) - start
+        moved = now @ (self.outer_start + self.gamma * self.outer) - start
         return moved / (self.gamma * math.sqrt(self.width))
 
 
@@ -253,38 +226,28 @@ def two_layer(
     """A two-layer net on one dial γ, from a frozen kernel to feature learning: (n, inputs) → (n,).
 
     Let F(θ) = h^{-1/2} Σ_j a_j φ(w_j · (x/√d, 1)) with h hidden units. The net is the divided difference
-    f_γ(δ) = [F(θ₀ + γδ) − F(θ₀)]/γ and its parameters are δ, which start at 0. Then f_γ = 0 at the start, and
-    ∂f_γ/∂δ = ∂F/∂θ at θ₀ + γδ. So nets of every γ start with the same error and the same kernel M(0), and Ṁ(0) is γ times
-    that of γ = 1. As γ → 0 the divided difference becomes the derivative: f_0 is the net linearized at θ₀, whose kernel never
-    moves. γ = 1 is the usual net less its initial output. Gradient flow of f_γ is that of F with outputs scaled by 1/γ
-    and the clock by γ² (the lazy-training scale of Chizat, Oyallon and Bach is 1/γ).
+    f_γ(δ) = [F(θ₀ + γδ) − F(θ₀)]/γ and its parameters are δ, which start at 0. Then f_γ = 0 at the start,
+    and ∂f_γ/∂δ = ∂F/∂θ at θ₀ + γδ. So nets of every γ start with the same error and the same kernel M(0),
+    and Ṁ(0) is γ times that of γ = 1. As γ → 0 the divided difference becomes the derivative: f_0 is the net
+    linearized at θ₀, whose kernel never moves. γ = 1 is the usual net less its initial output. Gradient flow
+    of f_γ is that of F with outputs scaled by 1/γ and the clock by γ² (the lazy-training scale of Chizat,
+    Oyallon and Bach is 1/γ).
 
-    What counts as a large γ depends on the width: a unit's weights move by about γ/√h. At fixed γ the net becomes lazy
-    as h → ∞; at fixed γ/√h it keeps learning features (mean-field scaling).
+    What counts as a large γ depends on the width: a unit's weights move by about γ/√h. At fixed γ the net
+    becomes lazy as h → ∞; at fixed γ/√h it keeps learning features (mean-field scaling).
 
     Parameters
     ----------
-    inputs : int
-        Dimension d of one input.
-    width : int, h
+    inputs, width : int
+        Dimension d of one input, and h.
     gamma : float
-        γ > 0. For γ = 0 exactly, use `grsd.dynamics.problem.Problem.linearized`.
+        γ > 0. For γ = 0 exactly, use `grsd.dynamics.flow.Problem.linearized`.
     activation : str
         As in `mlp`. With a smooth one M(t) is smooth.
-    seed : int
     gain : float
         a_j has variance 1, every entry of w_j (bias included) variance gain².
-    dtype : torch.dtype
-
-    Raises
-    ------
-    ValueError
-        If γ is not a positive number (with the way to γ = 0), or a size is not positive.
     """
-    if not (math.isfinite(gamma) and gamma > 0):
-        raise ValueError(
-            f"gamma is {gamma}; it must be positive (the frozen limit 0 is Problem.linearized)"
-        )
+    positive("gamma", gamma, "it must be positive (the frozen limit 0 is Problem.linearized)")
     if inputs < 1 or width < 1:
         raise ValueError(f"inputs and width must be positive, got {inputs} and {width}")
     generator = torch.Generator().manual_seed(seed)

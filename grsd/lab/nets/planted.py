@@ -1,18 +1,17 @@
 """Networks whose diagnostics are known in advance: what D1 and D2 of :mod:`grsd.renorm` must call local, coherent, or neither.
 
-All keep their blocks in one ModuleList `blocks`, give one output per sample, shape (n, 1), and come in float64. A deep linear chain is
-`mlp` of :mod:`grsd.lab.nets.models` with ``activation="identity"``.
+All keep their blocks in one ModuleList `blocks`, give one output per sample, shape (n, 1), and come in
+float64. A deep linear chain is `mlp` of :mod:`grsd.lab.nets.models` with ``activation="identity"``.
 """
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from grsd.lab.nets.models import mlp
+from grsd.lab.nets.models import drawn, mlp, undrawn
 
 __all__ = ["GroupedNets", "NeighbourChain", "SumOfNets", "TiedNet", "smooth_task"]
 
@@ -38,8 +37,7 @@ class GroupedNets(SumOfNets):
     def forward(self, x: Tensor) -> Tensor:
         each = torch.stack([block(x) for block in self.blocks])  # (L, n, 1)
         group = torch.arange(len(x), device=x.device) % len(self.blocks)
-        chosen: Tensor = each[group, torch.arange(len(x), device=x.device)]
-        return chosen
+        return each[group, torch.arange(len(x), device=x.device)]
 
 
 class NeighbourChain(nn.Module):
@@ -47,13 +45,8 @@ class NeighbourChain(nn.Module):
 
     def __init__(self, inputs: int, width: int, blocks: int, *, seed: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.blocks = nn.ModuleList()
-        for _ in range(blocks):
-            layer = _linear(inputs, width)
-            with torch.no_grad():
-                layer.weight.normal_(0.0, 1 / math.sqrt(inputs), generator=generator)
-            self.blocks.append(layer)
+        self.blocks = nn.ModuleList(_linear(inputs, width) for _ in range(blocks))
+        drawn(self, seed, torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         features = [torch.tanh(block(x)) for block in self.blocks]
@@ -79,12 +72,11 @@ class TiedNet(nn.Module):
         h = torch.tanh(self.read(x))
         for k in range(self.uses):
             h = torch.tanh(self.blocks[k % len(self.blocks)](h))
-        found: Tensor = self.head(h)
-        return found
+        return self.head(h)
 
 
 def _linear(inputs: int, width: int) -> nn.Linear:
-    with torch.random.fork_rng(devices=[]):  # torch draws values that are overwritten by the caller
+    with undrawn():
         return nn.Linear(inputs, width, bias=False, dtype=torch.float64)
 
 

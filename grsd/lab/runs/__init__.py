@@ -3,13 +3,5 @@
 from grsd.lab.runs.record import DTYPES, STARTS, TARGETS, BatchResult, RunResult, RunSpec
 from grsd.lab.runs.run import Progress, shell_run
 
-__all__ = [
-    "DTYPES",
-    "STARTS",
-    "TARGETS",
-    "BatchResult",
-    "Progress",
-    "RunResult",
-    "RunSpec",
-    "shell_run",
-]
+__all__ = ["DTYPES", "STARTS", "TARGETS", "BatchResult", "Progress", "RunResult", "RunSpec"]
+__all__ += ["shell_run"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from grsd.lab.checkpoints import hub
+from grsd.checks import one_of, positive
+from grsd.lab.checkpoints.opened import Model, open_model
 from grsd.lab.data import corpora
 from grsd.lab.runs.record import DTYPES
 from grsd.renorm.diagnostics import conditions
@@ -19,12 +20,12 @@ __all__ = ["conditions_of", "step_of"]
 
 def step_of(revision: str) -> int | None:
     """Return the number of updates in a revision's name: 512 for ``"step512"``, None where there is no number."""
-    found = re.search(r"(\d+)$", revision)
-    return int(found.group(1)) if found else None
+    number = re.search(r"(\d+)$", revision)
+    return int(number[1]) if number else None
 
 
 def conditions_of(
-    model: str | Path,
+    model: str | Path | Model,
     revisions: Sequence[str],
     *,
     corpus: str = "embedded",
@@ -46,55 +47,55 @@ def conditions_of(
     Parameters
     ----------
     model, revisions
-        As for `grsd.lab.checkpoints.hub.load`; no revision means the last one. Several are put in the order of their step numbers.
+        As for `grsd.lab.checkpoints.opened.load`, or an opened one; no revision means the last one.
+        Several are put in the order of their step numbers.
     corpus, split, batch_size, length, seed
         The batch: T = batch_size · length tokens, each a row.
-    dtype, device
     rate : float
         Time of one step, e.g. the learning rate: times are step · rate. D5 does not depend on it.
     probes, rows, along, progress
         As for `grsd.renorm.diagnostics.conditions.report`.
-    cache : path, optional
 
     Raises
     ------
     ValueError
-        Several revisions one of which has no step number, a rate that is not positive, and what the parts of this raise.
+        Several revisions one of which has no step number, a rate that is not positive, and what the
+        parts of this raise.
     """
-    if not rate > 0:
-        raise ValueError(f"rate is {rate}; the time of one step must be positive")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    asked: tuple[str | None, ...] = tuple(revisions) or (None,)
-    if len(asked) > 1:
-        if nameless := [name for name in asked if step_of(str(name)) is None]:
-            raise ValueError(
-                f"revision {nameless[0]!r} has no step number, so its place on a path is unknown"
-            )
-        asked = tuple(sorted(set(asked), key=lambda name: step_of(str(name)) or 0))
-    first = hub.load(model, asked[0], dtype=DTYPES[dtype], device=device, cache=cache)
+    positive("rate", rate, "the time of one step must be positive")
+    one_of("dtype", dtype, DTYPES)
+    steps = {name: step_of(name) for name in revisions}
+    if len(steps) > 1 and None in steps.values():
+        nameless = next(name for name, step in steps.items() if step is None)
+        raise ValueError(
+            f"revision {nameless!r} has no step number, so its place on a path is unknown"
+        )
+
+    # the text is cut with the tokenizer of the first checkpoint
+    opened = model if isinstance(model, Model) else open_model(model, cache=cache)
+    asked: list[str | None] = [*sorted(steps, key=lambda name: steps[name] or 0)] or [None]
+    first = opened.checkpoint(asked[0]).load(DTYPES[dtype], device)
     text = corpora.open_corpus(corpus, first.tokenizer, cache=cache)
     first.check_fit(text, length)
-    part = split or ("heldout" if corpus.partition(":")[0] in corpora.SOURCES else "all")
+    part = split or corpora.default_split(corpus)
     ((inputs, targets),) = text.batches(1, batch_size, length, seed, part)
-    times, states = [], []
+
+    snapshots = []
     for name in asked:
-        loaded = (
-            first
-            if name == asked[0]
-            else hub.load(model, name, dtype=DTYPES[dtype], device=device, cache=cache)
-        )
-        times.append((step_of(loaded.revision) or 0) * rate)
-        states.append({key: value.clone() for key, value in loaded.model.state_dict().items()})
+        loaded = first
+        if name != asked[0]:
+            loaded = opened.checkpoint(name).load(DTYPES[dtype], device)
+        state = {key: value.clone() for key, value in loaded.model.state_dict().items()}
+        snapshots.append(((step_of(loaded.revision) or 0) * rate, state))
     where = torch.device(device)
     return conditions.report(
         first.model,
         (inputs.to(where), TokenLogProb(targets.to(where))),
-        list(zip(times, states, strict=True)),
+        snapshots,
         probes=probes,
         rows=rows,
         along=along,
-        instants=len(states),
+        instants=len(snapshots),
         seed=seed,
         progress=progress,
     )

@@ -1,11 +1,13 @@
 """How much memory an operator takes: the peak of building it and of a product, and how many fit a budget.
 
-A peak is measured, not modelled: on a GPU by the allocator, on a CPU by following the storages that operations make. That of
-one batch says how many batches may go in lock-step (:mod:`grsd.spectrum.operator.batches`).
+A peak is measured, not modelled: on a GPU by the allocator, on a CPU by following the storages that
+operations make. That of one batch says how many batches may go in lock-step
+(:mod:`grsd.spectrum.operator.batches`).
 """
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -51,7 +55,8 @@ def _stored(tree: Any) -> list[Tensor]:
 def peak(function: Callable[[], object], device: torch.device | str) -> int:
     """Return the most bytes that `function()` holds at once on `device`, beyond what was held before.
 
-    Cost: one call; on a CPU some 10 µs more for every operation. What runs inside compiled code on a CPU is not seen.
+    Cost: one call; on a CPU some 10 µs more for every operation. What runs inside compiled code on a
+    CPU is not seen.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -65,3 +70,13 @@ def peak(function: Callable[[], object], device: torch.device | str) -> int:
     with storages:
         function()
     return storages.most
+
+
+def bytes_of(text: str) -> int:
+    """Return the bytes that a size such as "512M", "4G", "1.5G" or "0" means (decimal units)."""
+    size = re.fullmatch(r"(\d+\.?\d*|\.\d+)([KMGT]?)B?", text.strip().upper())
+    if size is None:
+        raise ValueError(
+            f"{text!r} is not a size of memory; write 512M or 4G (0 measures one batch at a time)"
+        )
+    return int(float(size[1]) * _UNITS[size[2]])

@@ -5,9 +5,6 @@ How a run is carried out is in :mod:`grsd.lab.runs.run`, which has these names a
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from grsd import results, spectrum
+from grsd.checks import at_least, one_of
 from grsd.lab.data import corpora
-from grsd.lab.data.corpora import Corpus
-from grsd.lab.runs.spectra import Group
+from grsd.lab.runs.spectra import Group, Measurement
 from grsd.spectrum import (
     AveragedProfile,
     LogShells,
@@ -28,10 +24,6 @@ from grsd.spectrum import (
     average,
 )
 
-_FORMAT = 1
-_CODE = results.code_fingerprint(
-    Path(spectrum.__file__).parent
-)  # a change of the operator makes every spectrum anew
 STARTS = ("error", "ones", "signs", "random")
 TARGETS = ("text", "shuffled")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -44,18 +36,18 @@ class RunSpec:
     Attributes
     ----------
     model : str
-        As `grsd.lab.checkpoints.hub.load`.
+        As `grsd.lab.checkpoints.opened.load`.
     revisions : tuple of str
         Checkpoints; empty for the model's last one.
     corpus : str
         As `grsd.lab.data.corpora.open_corpus`; tokenized with the model's tokenizer.
     batches, batch_size, length : int
-        Independent batches, sequences in each, tokens in each sequence: T = batch_size · length rows.
+        Independent batches, sequences in each, tokens in each: T = batch_size · length rows.
     steps : int
         Lanczos steps m, at most T.
     starts : tuple of str
-        ``"error"`` (e = −log q), ``"ones"`` (what evolves under cross-entropy), and two nulls: ``"signs"`` (e with
-        random signs) and ``"random"`` (Gaussian). Both have the norm of e.
+        ``"error"`` (e = −log q), ``"ones"`` (what evolves under cross-entropy), and two nulls:
+        ``"signs"`` (e with random signs) and ``"random"`` (Gaussian). Both have the norm of e.
     seed : int
         Of the batches, the random start vectors and the shuffled targets.
     dtype, device : str
@@ -64,7 +56,7 @@ class RunSpec:
     targets : str
         ``"text"``, or ``"shuffled"``: the targets permuted within each batch, a null model.
     split : str or None
-        Part of the corpus; default ``"heldout"`` for the embedded corpus and ``"all"`` for any other.
+        Part of the corpus; default ``"heldout"`` for source texts and ``"all"`` for any other.
     """
 
     model: str
@@ -84,97 +76,54 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", str(self.model))
-        object.__setattr__(self, "revisions", _words(self.revisions))
-        object.__setattr__(self, "starts", _words(self.starts))
+        for name in ("revisions", "starts"):
+            words = getattr(self, name)
+            words = (words,) if isinstance(words, str) else tuple(words)
+            object.__setattr__(self, name, words)
+            if len(set(words)) < len(words):
+                raise ValueError(f"{name} name something twice: {', '.join(words)}")
         for name in ("batches", "batch_size", "length", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
-        size = self.batch_size * self.length
-        if size < 2:
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
+        rows = self.batch_size * self.length
+        at_least("T = batch_size x length", rows, 2, "raise length or batch_size")
+        if self.steps > rows:
             raise ValueError(
-                "T = batch_size x length = 1: one token has no spectrum; raise length or batch_size"
+                f"steps = {self.steps} exceeds T = batch_size x length = {rows}; "
+                "lower steps or enlarge the batch"
             )
-        if self.steps > size:
-            raise ValueError(
-                f"steps = {self.steps} exceeds T = batch_size x length = {size}; lower steps or enlarge the batch"
-            )
-        for name, allowed in (
-            ("dtype", DTYPES),
-            ("normalize", ("mean", "sum")),
-            ("targets", TARGETS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}"
-                )
-        if self.split is not None and self.split not in corpora.SPLITS:
-            raise ValueError(
-                f"unknown split {self.split!r}: expected one of {', '.join(corpora.SPLITS)}"
-            )
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("normalize", self.normalize, ("mean", "sum"))
+        one_of("targets", self.targets, TARGETS)
+        one_of("split", self.split or "all", corpora.SPLITS)
         if not self.starts or set(self.starts) - set(STARTS):
             raise ValueError(
                 f"starts are {self.starts}: expected one or more of {', '.join(STARTS)}"
             )
-        for name in ("revisions", "starts"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} name something twice: {', '.join(getattr(self, name))}")
 
     @property
     def part(self) -> str:
         """The split that is measured."""
-        return self.split or (
-            "heldout" if self.corpus.partition(":")[0] in corpora.SOURCES else "all"
+        return self.split or corpora.default_split(self.corpus)
+
+    @property
+    def measurement(self) -> Measurement:
+        """What is done with every batch."""
+        return Measurement(
+            self.steps, self.starts, self.seed, self.device, self.normalize, self.targets
         )
 
     def argv(self) -> list[str]:
         """The ``grsd`` command line that makes this run."""
-        words = ["shells", self.model]
-        for revision in self.revisions:
-            words += ["--revision", revision]
-        words += ["--corpus", self.corpus, *(["--split", self.split] if self.split else [])]
-        for name in (
-            "batches",
-            "batch_size",
-            "length",
-            "steps",
-            "seed",
-            "dtype",
-            "device",
-            "normalize",
-            "targets",
-        ):
-            words += ["--" + name.replace("_", "-"), str(getattr(self, name))]
-        for start in self.starts:
-            words += ["--start", start]
-        return words
-
-    def key(self, corpus: Corpus) -> str:
-        """SHA-256 of what determines the numbers of a batch, the checkpoint aside."""
-        names = (
-            "batch_size",
-            "length",
-            "steps",
-            "starts",
-            "seed",
-            "dtype",
-            "normalize",
-            "targets",
-            "part",
-        )
-        content: dict[str, Any] = {name: getattr(self, name) for name in names}
-        content |= {
-            "format": _FORMAT,
-            "corpus": corpus.fingerprint,
-            "device": torch.device(self.device).type,
-        }
-        content["code"] = _CODE
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _words(value: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+        options = [("--revision", revision) for revision in self.revisions]
+        options.append(("--corpus", self.corpus))
+        if self.split is not None:
+            options.append(("--split", self.split))
+        for name in ("batches", "batch_size", "length", "steps", "seed", "dtype", "device"):
+            options.append(("--" + name.replace("_", "-"), str(getattr(self, name))))
+        options += [("--normalize", self.normalize), ("--targets", self.targets)]
+        options += [("--start", start) for start in self.starts]
+        return ["shells", self.model, *(word for option in options for word in option)]
 
 
 @dataclass(frozen=True)
@@ -204,31 +153,13 @@ class BatchResult:
     provenance: dict[str, Any] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        record = {
-            k: getattr(self, k)
-            for k in ("revision", "fingerprint", "batch", "loss", "rows", "provenance")
-        }
-        return record | {"tridiagonals": {k: t.to_json() for k, t in self.tridiagonals.items()}}
-
-    def sane(self) -> bool:
-        """Whether this can be what a run wrote: finite numbers, a T-row batch, and Lanczos matrices that fit together."""
-        try:
-            return (
-                math.isfinite(self.loss)
-                and self.rows > 0
-                and all(
-                    0 < len(t.alphas) == len(t.betas) + 1 <= self.rows
-                    and bool(np.isfinite([t.mass, *t.alphas, *t.betas]).all())
-                    and t.mass >= 0
-                    for t in self.tridiagonals.values()
-                )
-            )
-        except TypeError:
-            return False
+        matrices = {start: matrix.to_json() for start, matrix in self.tridiagonals.items()}
+        return {**vars(self), "tridiagonals": matrices}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> BatchResult:
-        spectra = {k: Tridiagonal.from_json(t) for k, t in record["tridiagonals"].items()}
+        matrices = record["tridiagonals"]
+        spectra = {start: Tridiagonal.from_json(matrix) for start, matrix in matrices.items()}
         return cls(**{**record, "tridiagonals": spectra})
 
 
@@ -259,23 +190,22 @@ class RunResult:
 
     def losses(self, revision: str) -> np.ndarray:
         """Loss per batch in nats per token, shape (batches,)."""
-        return np.array([b.loss for b in self._of(revision)])
+        return np.array([batch.loss for batch in self._of(revision)])
 
     def tridiagonals(self, revision: str, start: str = "error") -> list[Tridiagonal]:
         """Lanczos matrices, one per batch."""
         if start not in self.spec.starts:
-            raise ValueError(
-                f"no start vector {start!r} in this run; it has {', '.join(self.spec.starts)}"
-            )
-        return [b.tridiagonals[start] for b in self._of(revision)]
+            has = ", ".join(self.spec.starts)
+            raise ValueError(f"no start vector {start!r} in this run; it has {has}")
+        return [batch.tridiagonals[start] for batch in self._of(revision)]
 
     def measures(self, revision: str, start: str = "error") -> list[SpectralMeasure]:
         """Spectral measures, one per batch."""
-        return [t.measure() for t in self.tridiagonals(revision, start)]
+        return [matrix.measure() for matrix in self.tridiagonals(revision, start)]
 
     def profiles(self, revision: str, start: str, shells: LogShells) -> list[ShellProfile]:
         """Shell profiles, one per batch."""
-        return [mu.shells(shells) for mu in self.measures(revision, start)]
+        return [measure.shells(shells) for measure in self.measures(revision, start)]
 
     def average(self, revision: str, start: str, shells: LogShells) -> AveragedProfile:
         """Mean profile over the batches with its standard error."""
@@ -283,22 +213,20 @@ class RunResult:
 
     def common_shells(self, ratio: float = 2.0) -> LogShells:
         """Shells that span every Ritz value above its floor, over all revisions, batches and start vectors."""
-        lo, hi = math.inf, 0.0
-        for revision in self.revisions:
-            for start in self.spec.starts:
-                for mu in self.measures(revision, start):
-                    seen = mu.nodes[mu.nodes > mu.floor]
-                    if seen.size:
-                        lo, hi = min(lo, float(seen.min())), max(hi, float(seen.max()))
-        if not hi > 0:
+        pairs = [(revision, start) for revision in self.revisions for start in self.spec.starts]
+        measures = [measure for pair in pairs for measure in self.measures(*pair)]
+        seen = np.concatenate(
+            [measure.nodes[measure.nodes > measure.floor] for measure in measures]
+        )
+        if not (seen.size and seen.max() > 0):
             raise ValueError(
                 "no eigenvalue stands above the rounding floor: the operator is zero to precision"
             )
-        return LogShells.spanning(lo, hi, ratio=ratio)
+        return LogShells.spanning(float(seen.min()), float(seen.max()), ratio=ratio)
 
     def to_json(self) -> dict[str, Any]:
         """The spec and every batch, plain lists and numbers."""
-        batches = {r: [b.to_json() for b in found] for r, found in self.results.items()}
+        batches = {r: [b.to_json() for b in several] for r, several in self.results.items()}
         return {"spec": asdict(self.spec), "revisions": batches}
 
     def _of(self, revision: str) -> tuple[BatchResult, ...]:

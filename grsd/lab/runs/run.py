@@ -1,63 +1,41 @@
 """Spectra over many batches and checkpoints, kept batch by batch so that a run can be killed at any moment.
 
-A run walks revisions × batches, builds the operator of the token log-probabilities on each batch and runs Lanczos from
-the start vectors asked for. What it keeps is small: the tridiagonal matrices (some hundred numbers), the loss and
-where they came from, one JSON file per (checkpoint, batch), written in one rename. Shells are drawn from them later,
-so edges can be chosen when all spectra are known.
+A run walks revisions × batches, builds the operator of the token log-probabilities on each batch and
+runs Lanczos from the start vectors asked for. What it keeps is small: the tridiagonal matrices (some
+hundred numbers), the loss and where they came from, one piece per (checkpoint, batch). Shells are drawn
+from them later, so edges can be chosen when all spectra are known.
 
-A file's place is the hash of what determines its numbers: the measurement, the corpus, the checkpoint's weights.
-Runs that differ only in how many batches or which revisions they ask for share their files.
+A piece is keyed by what determines its numbers: the measurement, the tokens of the batch, the weights,
+and the code that loads and measures. Runs that differ only in how many batches or which revisions they
+ask for share their pieces.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from grsd import results
+from grsd import pieces, results
 from grsd.lab.checkpoints import hub
+from grsd.lab.checkpoints.opened import Loaded, Model, open_model
 from grsd.lab.data import corpora
 from grsd.lab.data.corpora import Corpus
 from grsd.lab.runs import spectra
 from grsd.lab.runs.processes import Ranks
-from grsd.lab.runs.record import DTYPES, STARTS, TARGETS, BatchResult, RunResult, RunSpec
-from grsd.lab.runs.spectra import Batch, Group, Recipe
+from grsd.lab.runs.record import DTYPES, BatchResult, RunResult, RunSpec
+from grsd.lab.runs.spectra import Batch, Group, Spectra
 
-__all__ = [
-    "DTYPES",
-    "STARTS",
-    "TARGETS",
-    "BatchResult",
-    "Progress",
-    "RunResult",
-    "RunSpec",
-    "shell_run",
-]
+__all__ = ["BatchResult", "Progress", "RunResult", "RunSpec", "shell_run"]
 
-Progress = Callable[[int, int, str], None]  # (files done, files in all, what)
-
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    folder: Path
-    revision: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be done, settled before any of it: the files that are missing, in groups of one checkpoint each."""
-
-    checkpoints: list[_Checkpoint]
-    work: list[
-        tuple[int, list[int], list[int]]
-    ]  # checkpoint, batches that go together, those whose files are missing
-    group: Group | None
+_FORMAT = 2  # of a batch's record
+Progress = Callable[[int, int, str], None]  # (pieces done, pieces in all, what)
+Work = tuple[int, list[int], set[int]]  # checkpoint, batches that go together, missing ones
 
 
 def shell_run(
@@ -66,6 +44,7 @@ def shell_run(
     resume: bool = True,
     progress: Progress | None = None,
     cache: Path | str | None = None,
+    model: Model | None = None,
     corpus: Corpus | None = None,
     memory: int | None = None,
     ranks: Ranks | None = None,
@@ -76,24 +55,25 @@ def shell_run(
     ----------
     spec : RunSpec
     resume : bool
-        Use the files that an earlier run left; False measures all again and replaces them.
+        Use the pieces that an earlier run left; False measures all again and replaces them.
     progress : callable, optional
-        Called with (files done, files in all, description) after each file.
+        Called with (pieces done, pieces in all, description) after each piece.
     cache : path, optional
         Default `grsd.results.cache_dir`.
-    corpus : Corpus, optional
-        An opened corpus in place of the one ``spec.corpus`` names.
+    model, corpus : Model, Corpus, optional
+        Opened ones in place of those that the spec names.
     memory : int, optional
-        Bytes beyond the weights. Several batches of a checkpoint go in lock-step as far as they fit, by the measured peak of
-        one; 0 measures one at a time. Default: 512 MiB on a CPU, four fifths of what the weights leave of a GPU.
+        Bytes beyond the weights. Several batches of a checkpoint go in lock-step as far as they fit,
+        by the measured peak of one; 0 measures one at a time. Default: 512 MiB on a CPU, four fifths
+        of what the weights leave of a GPU.
     ranks : Ranks, optional
         The processes that share the work; by default this one alone.
 
     Raises
     ------
     ValueError
-        What `hub.load` and `corpora.open_corpus` raise; a vocabulary or context that does not fit; products that are
-        not finite.
+        What `opened.load` and `corpora.open_corpus` raise; a vocabulary or context that does not
+        fit; products that are not finite.
     MemoryError
         A batch does not fit; the message says what to lower.
     RuntimeError
@@ -101,168 +81,133 @@ def shell_run(
 
     Notes
     -----
-    Cost per batch: one operator and ``steps`` products for each start vector. The files of a group are written together. With an
-    unchanged number of threads and batches, and the same ``memory``, a run that was killed and resumed equals an uninterrupted
-    one bit for bit, whatever the number of processes; another grouping moves the numbers by rounding.
+    Cost per batch: one operator and ``steps`` products for each start vector. The pieces of a group
+    are written together. With an unchanged number of threads and batches, and the same ``memory``, a
+    run that was killed and resumed equals an uninterrupted one bit for bit, whatever the number of
+    processes; another grouping moves the numbers by rounding.
     """
     ranks = ranks or Ranks()
-    hub.check_device(spec.device)
-    plan = ranks.from_first(lambda: _planned(spec, resume, cache, corpus, memory))
+    job = _Job(spec, model, corpus, cache)
+    group, work = ranks.from_first(lambda: job.plan(resume, memory))
+    mine = ranks.share(work)
     origin = results.provenance(spec.argv(), asdict(spec), [spec.seed])
-    if plan.group is not None:
-        origin |= {"lockstep": asdict(plan.group), "process": f"{ranks.rank} of {ranks.size}"}
-    if corpus is None:
-        corpus = corpora.open_corpus(
-            spec.corpus, hub.tokenizer_of(plan.checkpoints[0].folder), cache=cache
-        )
-    root = _folder(spec, corpus, cache)
-    mine = ranks.share(plan.work)
-    total = spec.batches * len(plan.checkpoints)
-    done = total - sum(len(missing) for _, _, missing in plan.work)
-    if ranks.size > 1:
-        total = done + sum(len(missing) for _, _, missing in mine)
-    if progress is not None:
-        for k in range(done):
-            progress(k + 1, total, "found in the cache")
+    if group is not None:
+        origin |= {"lockstep": asdict(group), "process": f"{ranks.rank} of {ranks.size}"}
 
-    stream: list[Batch] = _stream(spec, corpus) if mine else []
-    loaded: tuple[int, hub.Loaded] | None = None
+    report = progress or (lambda done, total, what: None)
+    done = spec.batches * len(job.checkpoints) - sum(len(missing) for _, _, missing in work)
+    total = done + sum(len(missing) for _, _, missing in mine)
+    for k in range(done):
+        report(k + 1, total, "found in the cache")
+
+    current, loaded = -1, None
     for at, together, missing in mine:
-        checkpoint = plan.checkpoints[at]
-        if loaded is None or loaded[0] != at:
+        if loaded is None or at != current:
             loaded = None  # the one before is freed first
-            loaded = at, _loaded(spec, corpus, checkpoint)
-        found = _measure(spec, loaded[1].model, [stream[k] for k in together])
-        for index, (loss, rows, matrices) in zip(together, found, strict=True):
+            current, loaded = at, job.load(at)
+        with _what_to_lower(spec):
+            batches = [job.batches[k] for k in together]
+            several = spectra.measure(spec.measurement, loaded.model, batches)
+        for index, found in zip(together, several, strict=True):
             if index in missing:
-                result = BatchResult(
-                    checkpoint.revision,
-                    checkpoint.fingerprint,
-                    index,
-                    loss,
-                    rows,
-                    matrices,
-                    provenance=origin,
-                )
-                results.atomic_write(
-                    _file(root, checkpoint, index), results.dumps(result.to_json())
-                )
+                job.write(at, index, found, origin)
                 done += 1
-                if progress is not None:
-                    progress(
-                        done, total, f"{checkpoint.revision}, batch {index + 1} of {spec.batches}"
-                    )
+                report(done, total, f"{loaded.revision}, batch {index + 1} of {spec.batches}")
     ranks.wait()
-    measured: dict[str, tuple[BatchResult, ...]] = {}
-    for checkpoint in plan.checkpoints:
-        read = [_read(_file(root, checkpoint, k), checkpoint, spec) for k in range(spec.batches)]
-        lost = [k for k, result in enumerate(read) if result is None]
-        if lost:
-            raise RuntimeError(
-                f"the files of batches {lost} of {checkpoint.revision} are not in {root}: all processes must share "
-                "one cache folder (GRSD_CACHE)"
-            )
-        measured[checkpoint.revision] = tuple(result for result in read if result is not None)
-    return RunResult(spec, root, measured, plan.group)
+    return RunResult(spec, job.store.root, job.read_all(), group)
 
 
-def _planned(
-    spec: RunSpec, resume: bool, cache: Path | str | None, corpus: Corpus | None, memory: int | None
-) -> _Plan:
-    asked: tuple[str | None, ...] = spec.revisions or (None,)
-    resolved = [
-        hub.resolve(spec.model, revision, cache=cache) for revision in asked
-    ]  # unknown ones fail before any work
-    checkpoints = [
-        _Checkpoint(folder, name, hub.checkpoint_fingerprint(folder)) for folder, name in resolved
-    ]
-    if corpus is None:
-        corpus = corpora.open_corpus(
-            spec.corpus, hub.tokenizer_of(checkpoints[0].folder), cache=cache
-        )
-    root = _folder(spec, corpus, cache)
-    absent = [
-        [k for k in range(spec.batches) if not (resume and _read(_file(root, one, k), one, spec))]
-        for one in checkpoints
-    ]
-    known: set[str] = set()
-    for one, missing in zip(checkpoints, absent, strict=True):
-        if one.fingerprint in known:  # the same weights under another name have the same files
-            missing.clear()
-        known.add(one.fingerprint)
-    first = next((at for at, missing in enumerate(absent) if missing), None)
-    if first is None:
-        return _Plan(checkpoints, [], None)
-    loaded = _loaded(spec, corpus, checkpoints[first])
-    with _memory_says(spec):
-        group = spectra.grouping(
-            _recipe(spec), loaded.model, _stream(spec, corpus)[0], spec.batches, memory
-        )
-    work = []
-    for at, missing in enumerate(absent):
-        for start in range(
-            0, spec.batches, group.batches
-        ):  # a group is the same whatever is missing of it
-            together = list(range(start, min(start + group.batches, spec.batches)))
-            if wanted := [k for k in together if k in missing]:
-                work.append((at, together, wanted))
-    return _Plan(checkpoints, work, group)
+class _Job:
+    """A spec turned into its parts, once: checkpoints, batches, and the store of their spectra."""
 
+    def __init__(
+        self, spec: RunSpec, model: Model | None, corpus: Corpus | None, cache: Path | str | None
+    ) -> None:
+        hub.check_device(spec.device)
+        model = model or open_model(spec.model, cache=cache)
+        # unknown revisions fail here, before any work
+        self.checkpoints = [model.checkpoint(name) for name in spec.revisions or (None,)]
+        if corpus is None:
+            tokenizer = self.checkpoints[0].tokenizer
+            corpus = corpora.open_corpus(spec.corpus, tokenizer, cache=cache)
+        cut = corpus.batches(spec.batches, spec.batch_size, spec.length, spec.seed, spec.part)
+        self.batches: list[Batch] = [(k, *pair) for k, pair in enumerate(cut)]
+        self.spec, self.corpus = spec, corpus
 
-def _stream(spec: RunSpec, corpus: Corpus) -> list[Batch]:
-    stream = corpus.batches(spec.batches, spec.batch_size, spec.length, spec.seed, spec.part)
-    return [(index, inputs, targets) for index, (inputs, targets) in enumerate(stream)]
+        shape = [spec.batch_size, spec.length]
+        measurement = {"format": _FORMAT, "dtype": spec.dtype, "shape": shape}
+        measurement |= asdict(spec.measurement) | {"device": torch.device(spec.device).type}
+        self._measurement, code = measurement, pieces.code(spectra, hub)
+        base = Path(cache) if cache is not None else results.cache_dir()
+        self.store = pieces.Store(base / "runs" / pieces.key(measurement, code), code)
 
+    def _inputs(self, at: int, index: int) -> dict[str, Any]:
+        """What determines the numbers of one piece."""
+        _, inputs, targets = self.batches[index]
+        tokens = hashlib.sha256(inputs.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()
+        weights = self.checkpoints[at].fingerprint
+        return self._measurement | {"weights": weights, "batch": index, "tokens": tokens}
 
-def _recipe(spec: RunSpec) -> Recipe:
-    return Recipe(spec.steps, spec.starts, spec.seed, spec.device, spec.normalize, spec.targets)
+    def read(self, at: int, index: int) -> BatchResult | None:
+        record = self.store.read(self._inputs(at, index))
+        if record is None:
+            return None
+        # equal weights may go by several names
+        return replace(BatchResult.from_json(record), revision=self.checkpoints[at].revision)
 
+    def write(self, at: int, index: int, found: Spectra, origin: dict[str, Any]) -> None:
+        one, (loss, rows, matrices) = self.checkpoints[at], found
+        result = BatchResult(one.revision, one.fingerprint, index, loss, rows, matrices, origin)
+        self.store.write(self._inputs(at, index), result.to_json())
 
-def _loaded(spec: RunSpec, corpus: Corpus, checkpoint: _Checkpoint) -> hub.Loaded:
-    loaded = hub.load(checkpoint.folder, dtype=DTYPES[spec.dtype], device=spec.device)
-    loaded.check_fit(corpus, spec.length)
-    return loaded
+    def load(self, at: int) -> Loaded:
+        loaded = self.checkpoints[at].load(DTYPES[self.spec.dtype], self.spec.device)
+        loaded.check_fit(self.corpus, self.spec.length)
+        return loaded
 
+    def plan(self, resume: bool, memory: int | None) -> tuple[Group | None, list[Work]]:
+        """What is to be done, settled before any of it: the missing pieces, in groups of one checkpoint each."""
+        count = self.spec.batches
+        absent: dict[str, tuple[int, set[int]]] = {}  # by weights: equal ones have the same pieces
+        for at, checkpoint in enumerate(self.checkpoints):
+            missing = {k for k in range(count) if not (resume and self.read(at, k))}
+            absent.setdefault(checkpoint.fingerprint, (at, missing))
+        todo = [(at, missing) for at, missing in absent.values() if missing]
+        if not todo:
+            return None, []
+        net, first = self.load(todo[0][0]).model, self.batches[0]
+        with _what_to_lower(self.spec):
+            group = spectra.grouping(self.spec.measurement, net, first, count, memory)
+        # a group is the same whatever is missing of it
+        size = group.batches
+        groups = [list(range(k, min(k + size, count))) for k in range(0, count, size)]
+        wanted = [(at, g, missing.intersection(g)) for at, missing in todo for g in groups]
+        return group, [work for work in wanted if work[2]]
 
-def _folder(spec: RunSpec, corpus: Corpus, cache: Path | str | None) -> Path:
-    base = Path(cache) if cache is not None else results.cache_dir()
-    return base / "runs" / spec.key(corpus)[:16]
-
-
-def _file(root: Path, checkpoint: _Checkpoint, index: int) -> Path:
-    return root / f"{checkpoint.fingerprint[:16]}-b{index:04d}.json"
-
-
-def _measure(spec: RunSpec, model: torch.nn.Module, batches: list[Batch]) -> list[spectra.Spectra]:
-    with _memory_says(spec):
-        return spectra.measure(_recipe(spec), model, batches)
+    def read_all(self) -> dict[str, tuple[BatchResult, ...]]:
+        """Revision → its batches, measured by this process or another."""
+        measured = {}
+        for at, checkpoint in enumerate(self.checkpoints):
+            read = [self.read(at, k) for k in range(self.spec.batches)]
+            if lost := [k for k, result in enumerate(read) if result is None]:
+                raise RuntimeError(
+                    f"the files of batches {lost} of {checkpoint.revision} are not in "
+                    f"{self.store.root}: all processes must share one cache folder (GRSD_CACHE)"
+                )
+            measured[checkpoint.revision] = tuple(filter(None, read))
+        return measured
 
 
 @contextmanager
-def _memory_says(spec: RunSpec) -> Iterator[None]:
+def _what_to_lower(spec: RunSpec) -> Iterator[None]:
     """Turn a failure to allocate into one that says what to lower."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not spectra.is_memory(error):
             raise
+        shorter = ", or take --dtype float32" if spec.dtype == "float64" else ""
         raise MemoryError(
-            f"not enough memory on {spec.device} for T = {spec.batch_size} x {spec.length} rows in {spec.dtype}: "
-            "lower --batch-size first, then --length"
-            + (", or take --dtype float32" if spec.dtype == "float64" else "")
+            f"not enough memory on {spec.device} for T = {spec.batch_size} x {spec.length} rows in "
+            f"{spec.dtype}: lower --batch-size first, then --length{shorter}"
         ) from error
-
-
-def _read(path: Path, checkpoint: _Checkpoint, spec: RunSpec) -> BatchResult | None:
-    """A finished batch, or None when it is absent, damaged or of other weights."""
-    try:
-        found = BatchResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if (
-        found.fingerprint != checkpoint.fingerprint
-        or set(found.tridiagonals) != set(spec.starts)
-        or not found.sane()
-    ):
-        return None
-    return replace(found, revision=checkpoint.revision)  # equal weights may go by several names

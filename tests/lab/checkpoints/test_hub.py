@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
-from grsd.lab.checkpoints import hub, suites
+from grsd.lab.checkpoints import hub, opened, suites
 from grsd.lab.data import corpora
 from tests.lab.cases import RECIPE, TINY
 
@@ -33,7 +33,11 @@ def _edit(folder: Path, **changes: torch.Tensor | None) -> None:
 
 
 def test_loads_a_single_folder_and_a_folder_of_revisions(suite: suites.Suite, folder: Path) -> None:
-    alone, last, step2 = hub.load(folder), hub.load(suite.root), hub.load(suite.root, "step2")
+    alone, last, step2 = (
+        opened.load(folder),
+        opened.load(suite.root),
+        opened.load(suite.root, "step2"),
+    )
     assert (alone.revision, last.revision, step2.revision) == ("main", "step5", "step2")
     assert alone.fingerprint == last.fingerprint != step2.fingerprint
     stored = load_file(folder / "model.safetensors")
@@ -48,15 +52,15 @@ def test_loads_a_single_folder_and_a_folder_of_revisions(suite: suites.Suite, fo
 
 def test_dtype_is_as_asked(folder: Path) -> None:
     for dtype in (torch.float64, torch.bfloat16):
-        assert all(p.dtype == dtype for p in hub.load(folder, dtype=dtype).model.parameters())
+        assert all(p.dtype == dtype for p in opened.load(folder, dtype=dtype).model.parameters())
     with pytest.raises(ValueError, match=r"floating dtype, got torch\.int64"):
-        hub.load(folder, dtype=torch.int64)
+        opened.load(folder, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_second_derivatives_exist(folder: Path, dtype: torch.dtype) -> None:
     """What the operator needs of a loaded model: the derivative of a VJP with respect to its own input."""
-    model = hub.load(folder, dtype=dtype, attention="eager").model
+    model = opened.load(folder, dtype=dtype, attention="eager").model
     rows = model(input_ids=torch.arange(12).reshape(2, 6), use_cache=False).logits.flatten()
     u = torch.zeros_like(rows, requires_grad=True)
     parameters = list(model.parameters())
@@ -78,16 +82,16 @@ def test_fingerprint_follows_weights_and_shape_not_the_version(folder: Path) -> 
 
 
 def test_sharded_checkpoint_gives_the_same_model(suite: suites.Suite, tmp_path: Path) -> None:
-    whole = hub.load(suite.path("step5"))
+    whole = opened.load(suite.path("step5"))
     whole.model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")  # type: ignore[operator]
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    again = hub.load(tmp_path / "sharded")
+    again = opened.load(tmp_path / "sharded")
     assert again.tokenizer is None
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
     next((tmp_path / "sharded").glob("*-00002-*.safetensors")).unlink()
     with pytest.raises(ValueError, match=r"00002.*is missing, so the checkpoint is incomplete"):
-        hub.load(tmp_path / "sharded")
+        opened.load(tmp_path / "sharded")
 
 
 def test_unknown_names_list_what_is_there(
@@ -96,33 +100,33 @@ def test_unknown_names_list_what_is_there(
     with pytest.raises(
         ValueError, match="no revision 'step3'; it has step0, step1, step2, step4, step5"
     ):
-        hub.load(suite.root, "step3")
+        opened.load(suite.root, "step3")
     with pytest.raises(ValueError, match="single checkpoint, so pass no revision"):
-        hub.load(folder, "step3")
+        opened.load(folder, "step3")
     with pytest.raises(ValueError, match=r"unknown model 'mini-2m': the mini suite has mini-0\.4m"):
-        hub.load("mini-2m")
+        opened.load("mini-2m")
     with pytest.raises(ValueError, match=r"unknown model '\./nowhere/at/all'"):
-        hub.load("./nowhere/at/all")
+        opened.load("./nowhere/at/all")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no checkpoint"):
-        hub.load(tmp_path / "empty")
+        opened.load(tmp_path / "empty")
     with pytest.raises(ValueError, match="is a file"):
-        hub.load(folder / "model.safetensors")
-    assert hub.available(suite.root) == ["step0", "step1", "step2", "step4", "step5"]
-    assert hub.available(folder) == ["main"]
+        opened.load(folder / "model.safetensors")
+    assert opened.open_model(suite.root).revisions == ["step0", "step1", "step2", "step4", "step5"]
+    assert opened.open_model(folder).revisions == ["main"]
 
 
 def test_mini_suite_by_name(corpus: corpora.Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(suites.MINI, "mini-test", TINY)
     monkeypatch.setattr(corpora, "embedded", lambda *_, **__: corpus)
     with pytest.raises(ValueError, match="not trained yet; run: grsd suite --size mini-test"):
-        hub.load("mini-test")
+        opened.load("mini-test")
     suites.train("mini-test", corpus, steps=1)
     assert (
-        hub.load("mini-test").revision == "step1"
-        and hub.load("mini-test", "step0").name == "mini-test"
+        opened.load("mini-test").revision == "step1"
+        and opened.load("mini-test", "step0").name == "mini-test"
     )
-    assert hub.available("mini-test") == ["step0", "step1"]
+    assert opened.open_model("mini-test").revisions == ["step0", "step1"]
 
 
 def test_truncated_file_is_refused_by_name(folder: Path) -> None:
@@ -133,7 +137,7 @@ def test_truncated_file_is_refused_by_name(folder: Path) -> None:
         with pytest.raises(
             ValueError, match=rf"model\.safetensors is truncated or damaged \({size} bytes"
         ):
-            hub.load(folder)
+            opened.load(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -142,27 +146,27 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, value: fl
     weight[3, 5] = value
     _edit(folder, embed_out__weight=weight)
     with pytest.raises(ValueError, match=r"lm_head\.weight has 1 values that are not finite"):
-        hub.load(folder)
+        opened.load(folder)
 
 
 def test_missing_and_misshapen_weights_are_refused(folder: Path) -> None:
     _edit(folder, embed_out__weight=torch.zeros(299, 16))
     with pytest.raises(ValueError, match=r"checkpoint"):
-        hub.load(folder)
+        opened.load(folder)
     _edit(folder, embed_out__weight=None)
     with pytest.raises(ValueError, match=r"lacks 1 weights of the model \(lm_head\.weight"):
-        hub.load(folder)
+        opened.load(folder)
 
 
 def test_pickled_checkpoint_is_never_opened(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
-        hub.load(folder)
+        opened.load(folder)
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(
         ValueError, match=r"pytorch_model\.bin is a pickled checkpoint; only safetensors are read"
     ):
-        hub.load(folder)
+        opened.load(folder)
 
 
 def test_damaged_or_foreign_configuration(folder: Path) -> None:
@@ -173,29 +177,29 @@ def test_damaged_or_foreign_configuration(folder: Path) -> None:
 
     write(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
     with pytest.raises(ValueError, match="code of its own"):
-        hub.load(folder)
+        opened.load(folder)
     write(model_type="vit")
     with pytest.raises(ValueError, match="cannot be loaded as a causal language model"):
-        hub.load(folder)
+        opened.load(folder)
     write(model_type="no-such-type")
     with pytest.raises(ValueError, match="cannot be loaded as a causal language model"):
-        hub.load(folder)
+        opened.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        hub.load(folder)
+        opened.load(folder)
 
 
 def test_damaged_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer in .* is damaged"):
-        hub.load(folder)
+        opened.load(folder)
 
 
 def test_device_that_is_not_there(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="no device 'cuda:97' on this machine; there is: cpu"):
-        hub.load(folder, device="cuda:97")
+        opened.load(folder, device="cuda:97")
     with pytest.raises(RuntimeError, match="no device 'quantum'"):
-        hub.load(folder, device="quantum")
+        opened.load(folder, device="quantum")
 
 
 @pytest.fixture
@@ -216,7 +220,10 @@ def hub_cache(suite: suites.Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("hub_cache")
 def test_hub_name_goes_the_same_way(suite: suites.Suite) -> None:
     for revision, step in ((None, "step5"), ("step2", "step2")):
-        found, local = hub.load("EleutherAI/pythia-test", revision), hub.load(suite.root, step)
+        found, local = (
+            opened.load("EleutherAI/pythia-test", revision),
+            opened.load(suite.root, step),
+        )
         assert found.fingerprint == local.fingerprint
         assert found.revision == (revision or "main")
 
@@ -230,7 +237,7 @@ def test_without_network_the_way_round_is_named(name: str, revision: str | None)
         RuntimeError,
         match=f"cannot reach the hub for '{name}'.*hf download {name} .*pass the folder",
     ):
-        hub.load(name, revision)
+        opened.load(name, revision)
 
 
 def test_hub_revision_with_pickles_only(hub_cache: Path) -> None:
@@ -239,7 +246,7 @@ def test_hub_revision_with_pickles_only(hub_cache: Path) -> None:
     with pytest.raises(
         ValueError, match=r"has no safetensors.*pytorch_model\.bin.*save_pretrained.*refs/pr/N"
     ):
-        hub.load("EleutherAI/pythia-test")
+        opened.load("EleutherAI/pythia-test")
 
 
 def test_unknown_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,13 +260,13 @@ def test_unknown_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse(RepositoryNotFoundError))
     with pytest.raises(ValueError, match="unknown model 'a/b'"):
-        hub.load("a/b")
+        opened.load("a/b")
     branches = [SimpleNamespace(name="main"), SimpleNamespace(name="step1000")]
     refs = SimpleNamespace(branches=branches, tags=[])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse(RevisionNotFoundError))
     monkeypatch.setattr(huggingface_hub, "list_repo_refs", lambda _: refs)
     with pytest.raises(ValueError, match="no revision 'step7'; it has main, step1000"):
-        hub.load("a/b", "step7")
+        opened.load("a/b", "step7")
 
 
 def test_connection_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +280,7 @@ def test_connection_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         RuntimeError, match=r"no network for 'a/b' \(ConnectError\).*pass the folder"
     ):
-        hub.load("a/b")
+        opened.load("a/b")
 
 
 def test_recipe_is_used(suite: suites.Suite) -> None:

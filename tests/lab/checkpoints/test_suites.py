@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grsd.lab.checkpoints import hub, suites
+from grsd.lab.checkpoints import hub, opened, suites
 from grsd.lab.data import corpora
 from tests.lab.cases import RECIPE, TINY
 
@@ -67,7 +67,7 @@ def test_first_update_is_that_of_adamw_written_out(
     corpus: corpora.Corpus, suite: suites.Suite
 ) -> None:
     """step1 from step0 by the formula: p ← p(1 − lr·wd) − lr·g/(|g| + eps), since m̂ = g and v̂ = g² at step one."""
-    loaded = hub.load(suite.path("step0"))
+    loaded = opened.load(suite.path("step0"))
     inputs, targets = next(corpus.batches(1, 2, 16, 0))
     logits = loaded.model(input_ids=inputs, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
@@ -75,7 +75,7 @@ def test_first_update_is_that_of_adamw_written_out(
         sum(float((p.grad**2).sum()) for p in loaded.model.parameters() if p.grad is not None)
     )
     shrink = min(1.0, 1.0 / (norm + 1e-6))  # gradient clipping
-    after, rate = dict(hub.load(suite.path("step1")).model.named_parameters()), TINY.lr / 32
+    after, rate = dict(opened.load(suite.path("step1")).model.named_parameters()), TINY.lr / 32
     for name, p in loaded.model.named_parameters():
         assert p.grad is not None
         g = shrink * p.grad
@@ -131,7 +131,7 @@ def test_same_arguments_same_bytes_and_another_seed_differs(
 
 def test_finished_suite_is_not_trained_again(corpus: corpora.Corpus, suite: suites.Suite) -> None:
     called: list[int] = []
-    cache = suite.root.parent.parent
+    cache = suite.root.parents[2]
     again = suites.train(
         TINY, corpus, cache=cache, progress=lambda s, n, x: called.append(s), **RECIPE
     )
@@ -238,5 +238,5 @@ def test_bad_arguments_are_quoted(
 
 def test_training_json_names_no_path(suite: suites.Suite) -> None:
     text = (suite.root / "training.json").read_text()
-    assert str(suite.root.parent.parent) not in text
+    assert str(suite.root.parents[2]) not in text
     assert json.loads(text)["corpus"]["fingerprint"]

@@ -267,7 +267,7 @@ def test_norm_is_layer_norm_and_differentiates_twice_in_either_mode() -> None:
             lambda: res_mlp(inputs=4, width=4, depth=1, epsilon=float("nan"), seed=0),
             "epsilon is nan",
         ),
-        (lambda: res_conv(width=4, depth=1, kernel=4, seed=0), "kernel 4"),
+        (lambda: res_conv(width=4, depth=1, kernel=4, seed=0), "kernel is 4"),
         (lambda: transformer(width=6, depth=1, heads=4, seed=0), "heads 4 width 6"),
         (lambda: transformer(width=6, depth=1, patch=3, seed=0), "patch 3 must divide side 8"),
         (lambda: mixer(width=6, depth=1, patch=3, seed=0), "patch 3 must divide side 8"),

@@ -42,7 +42,7 @@ def test_tying_shares_the_embedding(make: Callable[..., nn.Module], tie: bool) -
 def test_bad_shapes_are_quoted() -> None:
     with pytest.raises(ValueError, match=r"\[3\]"):
         models.mlp([3], seed=0)
-    with pytest.raises(ValueError, match=r"unknown activation 'swish'.*tanh"):
+    with pytest.raises(ValueError, match=r"activation is 'swish'.*tanh"):
         models.mlp([3, 3, 1], "swish", seed=0)
     with pytest.raises(ValueError, match="channels"):
         models.conv_net((1,), seed=0)

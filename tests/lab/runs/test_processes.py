@@ -62,7 +62,7 @@ def files(root: Path) -> dict[str, Any]:
     """Name → what is in the file, without when and where it was measured."""
     found = {}
     for path in sorted(root.glob("*.json")):
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text())["content"]
         record.pop("provenance")
         found[path.name] = record
     return found
@@ -82,7 +82,9 @@ def test_two_processes_leave_the_files_of_one(
     assert data["profiles"][0]["loss"] == float(alone.losses("step0").mean())
     assert shared.stderr.count("one batch at a time") == 1
     # both had a part: the processes are named in the files
-    who = {json.loads(p.read_text())["provenance"]["process"] for p in folder.glob("*.json")}
+    who = {
+        json.loads(p.read_text())["content"]["provenance"]["process"] for p in folder.glob("*.json")
+    }
     assert who == {"0 of 2", "1 of 2"}
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from grsd import results
-from grsd.lab.checkpoints import hub, suites
+from grsd import pieces
+from grsd.lab.checkpoints import opened, suites
 from grsd.lab.data import corpora
 from grsd.lab.runs import RunResult, RunSpec, shell_run, spectra
 from grsd.spectrum import LogShells
@@ -46,7 +46,7 @@ def _numbers(run: RunResult) -> dict[str, Any]:
 
 def _dense(spec: RunSpec, revision: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     """J Jᵀ/T and e of one batch, by one backward pass per token: no code of the operator is used."""
-    loaded = hub.load(spec.model, revision, dtype=torch.float64)
+    loaded = opened.load(spec.model, revision, dtype=torch.float64)
     text = corpora.open_corpus(spec.corpus, loaded.tokenizer)
     inputs, targets = list(
         text.batches(index + 1, spec.batch_size, spec.length, spec.seed, spec.part)
@@ -173,14 +173,13 @@ def test_more_batches_and_revisions_reuse_the_files(
 ) -> None:
     few = shell_run(replace(spec, batches=2, revisions=("step5",)))
     measured: list[tuple[str, int]] = []
-    real = results.atomic_write
+    real = pieces.Store.write
 
-    def counting(path: Path, content: str) -> Path:
-        record = json.loads(content)
-        measured.append((record["revision"], record["batch"]))
-        return real(path, content)
+    def counting(store: pieces.Store, inputs: Any, content: dict[str, Any]) -> dict[str, Any]:
+        measured.append((content["revision"], content["batch"]))
+        return real(store, inputs, content)
 
-    monkeypatch.setattr(results, "atomic_write", counting)
+    monkeypatch.setattr(pieces.Store, "write", counting)
     many = shell_run(spec)
     assert measured == [("step0", 0), ("step0", 1), ("step0", 2), ("step5", 2)]
     assert _numbers(many)["step5"][:2] == _numbers(few)["step5"]
@@ -263,17 +262,50 @@ def test_damaged_file_is_measured_again(spec: RunSpec) -> None:
     path = sorted(first.root.iterdir())[0]
     path.write_text(path.read_text()[:50])
     assert _numbers(shell_run(spec)) == _numbers(first)
-    whole = json.loads(path.read_text())
+    whole = path.read_text()
     for change in (
         lambda record: record["tridiagonals"]["error"]["alphas"].pop(),
         lambda record: record["tridiagonals"]["error"].update(mass=-1.0),
         lambda record: record["tridiagonals"]["error"]["betas"].__setitem__(0, float("nan")),
         lambda record: record.update(loss=None),
+        lambda record: record.update(loss=record["loss"] + 1),
     ):
-        broken = json.loads(json.dumps(whole))
-        change(broken)
-        path.write_text(json.dumps(broken))
+        record = json.loads(whole)
+        change(record["content"])
+        path.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
         assert _numbers(shell_run(spec)) == _numbers(first)
+
+
+def test_a_batch_cut_consistently_to_fewer_steps_is_measured_again(spec: RunSpec) -> None:
+    """Each matrix would pass for one of four steps instead of six."""
+    first = shell_run(spec)
+    path = sorted(first.root.iterdir())[0]
+    record = json.loads(path.read_text())
+    for matrix in record["content"]["tridiagonals"].values():
+        matrix["alphas"], matrix["betas"] = matrix["alphas"][:4], matrix["betas"][:3]
+    path.write_text(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    assert _numbers(shell_run(spec)) == _numbers(first)
+
+
+def test_a_batch_is_keyed_by_the_code_that_measures_and_loads(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def other(*modules: Any) -> str:
+        asked.append(tuple(module.__name__ for module in modules))
+        return "another code"
+
+    first = shell_run(spec)
+    monkeypatch.setattr(pieces, "code", other)
+    again = shell_run(spec)
+    parts = ("grsd.lab.runs.spectra", "grsd.lab.checkpoints.hub")
+    assert asked[-1] == parts
+    assert again.root != first.root and again.group is not None
+    assert _numbers(again) == _numbers(first)
+    behind = pieces.imported(parts[0]) | pieces.imported(parts[1])
+    assert {"grsd.spectrum.nulls", "grsd.spectrum.lanczos", "grsd.lab.nets.models"} <= behind
+    assert not {"grsd.spectrum.operator.shards", "grsd.lab.checkpoints.suites"} & behind
 
 
 KILLED = """
@@ -284,9 +316,12 @@ spec = RunSpec(model, ("step0", "step5"), texts, batches=3, batch_size=2, length
                     starts=("error", "ones", "random"))
 real = os.replace
 def dying(source, destination):
-    if str(destination).endswith("-b0001.json"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if "/runs/" in str(destination):
+        dying.count += 1
+        if dying.count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
     real(source, destination)
+dying.count = 0
 if how == "itself":
     os.replace = dying
 shell_run(spec, cache=cache)
@@ -321,17 +356,17 @@ def test_killed_run_resumes_to_the_same_numbers(
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"batch_size": 1, "length": 1, "steps": 1}, "T = batch_size x length = 1"),
+    ({"batch_size": 1, "length": 1, "steps": 1}, "T = batch_size x length is 1; raise length"),
     ({"steps": 17}, "steps = 17 exceeds T = batch_size x length = 16"),
-    ({"steps": 0}, "steps must be at least 1, got 0"),
-    ({"batches": -1}, "batches must be at least 1, got -1"),
-    ({"dtype": "float16"}, "unknown dtype 'float16': expected one of float32, float64, bfloat16"),
-    ({"normalize": "none"}, "unknown normalize 'none'"),
-    ({"targets": "random"}, "unknown targets 'random'"),
+    ({"steps": 0}, "steps is 0; it must be at least 1"),
+    ({"batches": -1}, "batches is -1; it must be at least 1"),
+    ({"dtype": "float16"}, "dtype is 'float16'; expected one of float32, float64, bfloat16"),
+    ({"normalize": "none"}, "normalize is 'none'"),
+    ({"targets": "random"}, "targets is 'random'"),
     ({"starts": ()}, "expected one or more of error, ones, signs, random"),
     ({"starts": ("error", "delta")}, "'delta'"),
     ({"revisions": ("step0", "step0")}, "twice: step0, step0"),
-    ({"split": "test"}, "unknown split 'test'"),
+    ({"split": "test"}, "split is 'test'"),
 ]
 
 

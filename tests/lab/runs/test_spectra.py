@@ -11,12 +11,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from grsd.lab.runs import spectra
-from grsd.lab.runs.memory import Storages, peak
-from grsd.lab.runs.spectra import Batch, Recipe, bytes_of, grouping, measure
+from grsd.lab.runs.memory import Storages, bytes_of, peak
+from grsd.lab.runs.spectra import Batch, Measurement, grouping, measure
 from grsd.spectrum import NTKBatches, TokenLogProb
 from tests.lab.cases import TINY
 
-RECIPE = Recipe(
+TASK = Measurement(
     steps=5, starts=("error", "signs"), seed=0, device="cpu", normalize="mean", targets="text"
 )
 
@@ -51,20 +51,20 @@ def batches(count: int, size: int = 2, length: int = 32) -> list[Batch]:
 
 def test_group_follows_the_budget() -> None:
     model, several = neox(), batches(8)
-    free = grouping(RECIPE, model, several[0], 8, 10**9)
+    free = grouping(TASK, model, several[0], 8, 10**9)
     assert free.batches == 8 and free.bytes > 0 and "up to 8 batches in lock-step" in str(free)
-    assert grouping(RECIPE, model, several[0], 8, 3 * free.bytes).batches == 3
-    assert grouping(RECIPE, model, several[0], 8, 4 * free.bytes - 1).batches == 3
-    assert grouping(RECIPE, model, several[0], 8, 0).batches == 1
-    assert "one batch at a time" in str(grouping(RECIPE, model, several[0], 8, 0))
-    assert grouping(RECIPE, model, several[0], 1, None).batches == 1
+    assert grouping(TASK, model, several[0], 8, 3 * free.bytes).batches == 3
+    assert grouping(TASK, model, several[0], 8, 4 * free.bytes - 1).batches == 3
+    assert grouping(TASK, model, several[0], 8, 0).batches == 1
+    assert "one batch at a time" in str(grouping(TASK, model, several[0], 8, 0))
+    assert grouping(TASK, model, several[0], 1, None).batches == 1
 
 
 @pytest.mark.parametrize("length", [16, 64])
 def test_measured_peak_of_a_group_is_what_one_batch_foretells(length: int) -> None:
     """Within a factor of two; without the number of batches it would be off by six."""
     model, several = neox(), batches(6, length=length)
-    one = grouping(RECIPE, model, several[0], 6, 10**9).bytes
+    one = grouping(TASK, model, several[0], 6, 10**9).bytes
     x, y = (torch.cat([b[k] for b in several]) for k in (1, 2))
 
     def run() -> None:
@@ -96,10 +96,10 @@ def test_a_model_that_mixes_the_batches_is_measured_one_at_a_time(
     """GPT-2's table of positions is shared by all sequences."""
     several = batches(3)
     with pytest.raises(ValueError, match="wpe"):
-        spectra._together(RECIPE, gpt2(), several)
-    found = measure(RECIPE, gpt2(), several)
+        spectra._together(TASK, gpt2(), several)
+    found = measure(TASK, gpt2(), several)
     for batch, (loss, rows, matrices) in zip(several, found, strict=True):
-        ((loss_, rows_, alone),) = measure(RECIPE, gpt2(), [batch])
+        ((loss_, rows_, alone),) = measure(TASK, gpt2(), [batch])
         assert (loss, rows) == (loss_, rows_) and np.array_equal(
             matrices["signs"].alphas, alone["signs"].alphas
         )
@@ -109,16 +109,16 @@ def test_what_does_not_fit_goes_in_halves(monkeypatch: pytest.MonkeyPatch) -> No
     sizes: list[int] = []
     real = spectra._together
 
-    def full(recipe: Recipe, model: nn.Module, ready: list[Batch]) -> list[spectra.Spectra]:
+    def full(task: Measurement, model: nn.Module, ready: list[Batch]) -> list[spectra.Spectra]:
         sizes.append(len(ready))
         if len(ready) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(recipe, model, ready)
+        return real(task, model, ready)
 
-    recipe = replace(RECIPE, targets="shuffled")
-    whole = measure(recipe, neox(), batches(5))
+    task = replace(TASK, targets="shuffled")
+    whole = measure(task, neox(), batches(5))
     monkeypatch.setattr(spectra, "_together", full)
-    found = measure(recipe, neox(), batches(5))
+    found = measure(task, neox(), batches(5))
     assert sizes == [5, 2, 3, 2]
     assert [loss for loss, _, _ in found] == pytest.approx(
         [loss for loss, _, _ in whole], rel=1e-13
