@@ -1,7 +1,7 @@
-"""The stored benchmarks of the product M u: what was asked for, and the tables that README and book show.
+"""The stored benchmarks of the product M u: what was asked for, and the tables of README and book.
 
-The scripts in `benchmarks/` of a checkout measure (`make bench`); this module only reads what they stored. A row that no run
-has filled reads "not measured".
+The scripts in `benchmarks/` of a checkout measure (`make bench`); this module only reads what they
+stored. A row that no run has filled reads "not measured".
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ RESULT, RESULT_GPU = "benchmarks-cpu", "benchmarks-gpu"
 NOT_MEASURED = "not measured"
 SHAPES = {"h256": "h256 L4 V2048", "70m": "h512 L6 V50304 (70m)", "h1024": "h1024 L4 V50304"}
 GPU_SHAPES = ("70m", "410m", "1.4b", "6.9b")
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: where its number lies in a shape's record, and the goal for each shape.
+    """One line of the table: its number's place in a shape's record, and the goal for each shape.
 
     Attributes
     ----------
-    title : str
-    path : keys into the record, joined by "/"; its end is a number or {"median", "low", "high"}.
-    goals : shape → number; empty when nothing was asked.
-    at_most : whether the goal is an upper bound.
+    path : keys into the record; at its end is a number or {"median", "low", "high"}.
+    goals : shape → number, an upper bound unless `at_most` is False; empty when nothing was asked.
     """
 
     title: str
@@ -36,24 +35,37 @@ class Line:
     goals: Mapping[str, float]
     at_most: bool = True
 
-    def read(self, record: Mapping[str, Any]) -> Any:
+    def read(self, record: Record) -> Any:
         """Return the stored value, or None."""
         value: Any = record
         for key in self.path:
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
-    def met(self, shape: str, record: Mapping[str, Any]) -> bool | None:
+    def met(self, shape: str, record: Record) -> bool | None:
         """Say whether the median meets the goal; None without a goal or without a number."""
         value, goal = self.read(record), self.goals.get(shape)
         if value is None or goal is None:
             return None
-        found = value["median"] if isinstance(value, Mapping) else value
-        return bool(found <= goal if self.at_most else found >= goal)
+        median = value["median"] if isinstance(value, Mapping) else value
+        return bool(median <= goal if self.at_most else median >= goal)
+
+    def cell(self, shape: str, record: Record) -> str:
+        """The number with its spread, and the goal."""
+        value, met = self.read(record), self.met(shape, record)
+        if value is None or met is None:
+            return _shown(value)
+        goal = f"goal {'≤' if self.at_most else '≥'} {self.goals[shape]:g}"
+        return f"{_shown(value)}; {goal}{'' if met else ', missed'}"
 
 
-def _every(value: float) -> dict[str, float]:
-    return dict.fromkeys(SHAPES, value)
+def _shown(value: Any) -> str:
+    """A number, or median [lowest, highest] round; what no run measured is said."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, Mapping):
+        return f"{_shown(value['median'])} [{_shown(value['low'])}, {_shown(value['high'])}]"
+    return f"{value:.3g}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.1e}"
 
 
 LINES = (
@@ -72,12 +84,16 @@ LINES = (
         False,
     ),
     Line("times as fast as CoLA", ("slower", "CoLA"), {}),
-    Line("set-up (F+B)", ("ratio", "set-up"), _every(0.8)),
+    Line("set-up (F+B)", ("ratio", "set-up"), dict.fromkeys(SHAPES, 0.8)),
     Line("peak memory of a product (weights)", ("peak / weights", "factored"), {"70m": 0.25}),
     Line("the same, retained double backward", ("peak / weights", "retained"), {}),
     Line("the same, curvlinops", ("peak / weights", "curvlinops"), {}),
     Line("100 Lanczos steps with set-up (F+B)", ("profile", "ratio"), {}),
-    Line("share of their time beyond products", ("profile", "beyond products"), _every(0.03)),
+    Line(
+        "share of their time beyond products",
+        ("profile", "beyond products"),
+        dict.fromkeys(SHAPES, 0.03),
+    ),
     Line("difference to double backward, relative", ("difference", "retained"), {}),
     Line("FLOPs of M u / FLOPs of F+B", ("flops", "product / (F+B)"), {}),
     Line("M u if it ran at the rate of one large matrix product (F+B)", ("ceiling", "product"), {}),
@@ -91,91 +107,52 @@ def stored(name: str = RESULT) -> dict[str, Any]:
     return results.load(name).data if name in results.available() else {}
 
 
-def _number(value: float) -> str:
-    if value == 0 or 0.01 <= abs(value) < 1000:
-        return f"{value:.3g}"
-    return f"{value:.1e}"
-
-
-def _cell(line: Line, shape: str, record: Mapping[str, Any]) -> str:
-    value = line.read(record)
-    if value is None:
-        return NOT_MEASURED
-    if isinstance(value, Mapping):
-        text = f"{_number(value['median'])} [{_number(value['low'])}, {_number(value['high'])}]"
-    else:
-        text = _number(value)
-    met = line.met(shape, record)
-    if met is None:
-        return text
-    return f"{text}; goal {'≤' if line.at_most else '≥'} {line.goals[shape]:g}{'' if met else ', missed'}"
-
-
-def products_table(data: Mapping[str, Any] | None = None) -> Table:
-    """Return the product's table: a line a quantity, a column a shape; median [lowest, highest] round, and the goal."""
+def products_table(data: Record | None = None) -> Table:
+    """Return the product's table: a line a quantity, a column a shape."""
     records = (stored() if data is None else data).get("products", {})
-    body = [
-        [line.title, *(_cell(line, shape, records.get(shape, {})) for shape in SHAPES)]
+    rows = [
+        [line.title, *(line.cell(shape, records.get(shape, {})) for shape in SHAPES)]
         for line in LINES
     ]
-    return Table(["T = 512, float32, two threads", *SHAPES.values()], body)
+    return Table(["T = 512, float32, two threads", *SHAPES.values()], rows)
 
 
-def krylov_table(data: Mapping[str, Any] | None = None) -> Table:
+def krylov_table(data: Record | None = None) -> Table:
     """Return the table of Lanczos routes on one dense matrix of known spectrum."""
-    routes = (
-        (stored() if data is None else data).get("krylov", {}).get("routes", {}).get("routes", {})
-    )
-    columns = [
-        "route",
-        "products",
-        "time / products alone",
-        "error of a moment",
-        "error of the 20 largest",
-        "copies of the largest",
-    ]
-    body = []
+    part = (stored() if data is None else data).get("krylov", {}).get("routes", {})
+    columns = {  # heading → key
+        "products": "steps",
+        "time / products alone": "time / products",
+        "error of a moment": "moment error",
+        "error of the 20 largest": "error of the 20 largest",
+        "copies of the largest": "copies of the largest",
+    }
+    rows = []
     for name in ("grsd", "linear_operator", "CoLA", "SciPy eigsh", "grsd, not reorthogonalised"):
-        row = routes.get(name)
-        if row is None:
-            body.append([name, *[NOT_MEASURED] * 5])
-            continue
-        spread = row["time / products"]
-        body.append(
-            [
-                name,
-                str(row["steps"]),
-                f"{_number(spread['median'])} [{_number(spread['low'])}, {_number(spread['high'])}]",
-                *(
-                    _number(row[key]) if key in row else "–"
-                    for key in ("moment error", "error of the 20 largest")
-                ),
-                str(row.get("copies of the largest", "–")),
-            ]
-        )
-    return Table(columns, body)
+        route = part.get("routes", {}).get(name)
+        cells = [NOT_MEASURED if route is None else "–"] * len(columns)
+        for k, key in enumerate(columns.values()):
+            if route is not None and key in route:
+                cells[k] = str(route[key]) if isinstance(route[key], int) else _shown(route[key])
+        rows.append([name, *cells])
+    return Table(["route", *columns], rows)
 
 
-def gpu_table(data: Mapping[str, Any] | None = None) -> Table:
+def gpu_table(data: Record | None = None) -> Table:
     """Return the table of the larger shapes on one GPU."""
-    rows = (stored(RESULT_GPU) if data is None else data).get("rows", [])
-    columns = [
-        "shape",
-        "M u (F+B)",
-        "TFLOP/s",
-        "peak beyond weights (MB)",
-        "50 batches of 100 steps (s)",
-    ]
-    keys = ("M u / (F+B)", "TFLOP/s", "peak beyond weights (MB)", "50 batches (s)")
-    body = []
+    stored_rows = (stored(RESULT_GPU) if data is None else data).get("rows", [])
+    columns = {  # heading → key
+        "M u (F+B)": "M u / (F+B)",
+        "TFLOP/s": "TFLOP/s",
+        "peak beyond weights (MB)": "peak beyond weights (MB)",
+        "50 batches of 100 steps (s)": "50 batches (s)",
+    }
+    rows = []
     for shape in GPU_SHAPES:
-        found = [row for row in rows if row.get("shape") == shape] or [{}]
-        for row in found:
+        for row in [row for row in stored_rows if row.get("shape") == shape] or [{}]:
             name = f"{shape}, TF32" if row.get("tf32") else shape
-            body.append(
-                [name, *(_number(row[key]) if key in row else NOT_MEASURED for key in keys)]
-            )
-    return Table(columns, body)
+            rows.append([name, *(_shown(row.get(key)) for key in columns.values())])
+    return Table(["shape", *columns], rows)
 
 
 BLOCKS: dict[str, Callable[[], Table]] = {
@@ -186,23 +163,17 @@ BLOCKS: dict[str, Callable[[], Table]] = {
 
 
 def filled(text: str) -> str:
-    """Return `text` with each table between its markers `<!-- benchmark: NAME -->` and `<!-- end -->` replaced by the stored one.
+    """Return `text` with the stored table between `<!-- benchmark: NAME -->` and `<!-- end -->`.
 
-    Raises
-    ------
-    ValueError
-        When a marker is not closed or names no table.
+    A marker that is not closed or names no table is a ValueError.
     """
     head, *parts = text.split("<!-- benchmark: ")
-    out = [head]
     for part in parts:
-        name, found, rest = part.partition(" -->")
+        name, opened, rest = part.partition(" -->")
         _, closed, tail = rest.partition("<!-- end -->")
-        if not found or not closed or name not in BLOCKS:
-            raise ValueError(
-                f"the marker 'benchmark: {name[:40]}' is not closed, or is none of {', '.join(BLOCKS)}"
-            )
-        out.append(
-            f"<!-- benchmark: {name} -->\n\n{BLOCKS[name]().markdown()}\n\n<!-- end -->{tail}"
-        )
-    return "".join(out)
+        if not opened or not closed or name not in BLOCKS:
+            wanted = f"it is not closed, or is none of {', '.join(BLOCKS)}"
+            raise ValueError(f"the marker 'benchmark: {name[:40]}': {wanted}")
+        table = BLOCKS[name]().markdown()
+        head += f"<!-- benchmark: {name} -->\n\n{table}\n\n<!-- end -->{tail}"
+    return head

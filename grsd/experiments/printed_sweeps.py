@@ -1,7 +1,7 @@
 """The learning-rate and weight-decay sweeps that 2603.00541 prints, as arrays.
 
-Tables 8 to 13 are those of version 1; the numbers from 19 on are those of version 2, retyped by hand. The losses are the paper's,
-to three decimals; what is read off them here is ours.
+Tables 8 to 13 are those of version 1; the numbers from 19 on are those of version 2, retyped by
+hand. The losses are the paper's, to three decimals; what is read off them here is ours.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import cache
 from importlib.resources import files
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
-__all__ = ["PublishedSweep", "numbers", "sweep"]
+from grsd import checks
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class PublishedSweep:
 
     Attributes
     ----------
-    number : int
-    parametrization : "SP", "muP" (two layers or more a block) or "muP_k1" (the rule of one layer a block)
+    parametrization : "SP", "muP" (two layers a block or more) or "muP_k1" (the rule of one)
     optimizer : str, the hidden matrices' and the others'
     axis : "width" or "depth"
     quantity : "lr" or "wd", what `log2` is the binary logarithm of
@@ -41,15 +40,13 @@ class PublishedSweep:
     quantity: str
     layernorm: bool
     sizes: tuple[int, ...]
-    log2: npt.NDArray[np.float64]
-    losses: npt.NDArray[np.float64]
+    log2: NDArray[np.float64]
+    losses: NDArray[np.float64]
 
-    def row(self, size: int) -> npt.NDArray[np.float64]:
+    def row(self, size: int) -> NDArray[np.float64]:
         """Return the losses (G,) of one size."""
-        if size not in self.sizes:
-            raise ValueError(f"table {self.number} has sizes {self.sizes}, not {size}")
-        found: npt.NDArray[np.float64] = self.losses[self.sizes.index(size)]
-        return found
+        checks.one_of(f"size in table {self.number}", size, self.sizes)
+        return self.losses[self.sizes.index(size)]
 
 
 def numbers() -> list[int]:
@@ -58,20 +55,8 @@ def numbers() -> list[int]:
 
 
 def sweep(number: int) -> PublishedSweep:
-    """Return one table.
-
-    Raises
-    ------
-    ValueError
-        There is none of that number.
-    """
-    listed = _rows()
-    if number not in listed:
-        raise ValueError(
-            f"no table {number} of learning-rate sweeps: expected one of {sorted(listed)}"
-        )
-    rows = listed[number]
-    first = rows[0]
+    """Return one table."""
+    rows = _rows()[checks.one_of("table", number, numbers())]
     sizes = sorted({int(row["size"]) for row in rows})
     grid = sorted({float(row["log2"]) for row in rows})
     losses = np.full((len(sizes), len(grid)), np.nan)
@@ -80,25 +65,26 @@ def sweep(number: int) -> PublishedSweep:
         at = sizes.index(int(row["size"])), grid.index(float(row["log2"]))
         losses[at], filled[at] = float(row["loss"]), True
     assert filled.all(), f"table {number} has holes"
+    first = rows[0]
     return PublishedSweep(
-        number,
-        first["param"],
-        first.get("optimizer", "Muon-Kimi-AdamW"),
-        first["axis"],
-        first.get("hp", "lr"),
-        first.get("layernorm", "yes") == "yes",
-        tuple(sizes),
-        np.array(grid),
-        losses,
+        number=number,
+        parametrization=first["param"],
+        optimizer=first.get("optimizer", "Muon-Kimi-AdamW"),
+        axis=first["axis"],
+        quantity=first.get("hp", "lr"),
+        layernorm=first.get("layernorm", "yes") == "yes",
+        sizes=tuple(sizes),
+        log2=np.array(grid),
+        losses=losses,
     )
 
 
 @cache
 def _rows() -> dict[int, list[dict[str, str]]]:
-    found: dict[int, list[dict[str, str]]] = {}
+    tables: dict[int, list[dict[str, str]]] = {}
     for name in ("mup_sweeps_v1.csv", "mup_sweeps_v2.csv"):
         text = (files("grsd") / "data" / "tables" / name).read_text(encoding="utf-8")
         for row in csv.DictReader(text.splitlines()):
             row["log2"] = row.get("log2_lr") or row["log2_hp"]
-            found.setdefault(int(row.get("table") or row["table_v2"]), []).append(row)
-    return found
+            tables.setdefault(int(row.get("table") or row["table_v2"]), []).append(row)
+    return tables

@@ -1,7 +1,8 @@
-"""Closed forms for the two-layer net of `grsd.lab.nets.models`: outputs, kernel and kernel rate without autodiff.
+"""The two-layer net of `grsd.lab.nets.models` in closed form: output, kernel, and kernel rate.
 
-`TwoLayerProblem` is a `grsd.dynamics.problem.Problem` whose quantities are written out, which makes n of several hundred
-affordable: no Jacobian of size n × P exists. The tests compare every one of them with autodiff.
+`TwoLayerProblem` is a `grsd.dynamics.problem.Problem` whose quantities are written out, which makes
+n of several hundred affordable: no Jacobian of size n × P exists. The tests compare every one of
+them with autodiff.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from torch import Tensor
 from grsd.dynamics.problem import Problem, Vector
 from grsd.lab.nets.models import TwoLayer
 
-__all__ = ["TwoLayerProblem"]
-
 
 def _tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     t = torch.tanh(z)
@@ -29,15 +28,13 @@ def _softplus(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.nn.functional.softplus(z), s, s * (1 - s)
 
 
-# φ, φ' and φ'' of the activations that have all three everywhere.
-SMOOTH: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
-    "Tanh": _tanh,
-    "Softplus": _softplus,
-}
+# φ, φ' and φ'' of the activations that have all three everywhere
+Derivatives = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+SMOOTH: dict[str, Derivatives] = {"Tanh": _tanh, "Softplus": _softplus}
 
 
 class TwoLayerProblem(Problem):
-    """A two-layer net on fixed data, with closed forms in place of autodiff.
+    """A two-layer net on fixed data, inputs (n, d) and targets (n,), without autodiff.
 
     With z_ij = w_j · x̃_i, Φ = φ(z), Ψ = a φ'(z) and G = X̃ X̃ᵀ (n, n),
 
@@ -45,44 +42,28 @@ class TwoLayerProblem(Problem):
 
     where Φ̇ = φ'(z) ż, Ψ̇ = ȧ φ'(z) + a φ''(z) ż, ż = X̃ ẇᵀ, and (ȧ, ẇ) = γ δ̇.
 
-    Parameters
-    ----------
-    model : TwoLayer
-    inputs : Tensor, (n, d)
-    targets : Tensor, (n,)
-
-    Raises
-    ------
-    ValueError
-        If the activation has no second derivative everywhere, or the shapes do not fit.
-
     Notes
     -----
-    θ is the displacement δ: first `outer` (h,), then `inner` (h, d + 1) row by row. Cost: `velocity` n h (d + 3) operations and
-    n h activations; `kernel` 2 and `kernel_rate` 2 products of size n × h × n. Tensors stay on the model's device.
+    θ is the displacement δ: first `outer` (h,), then `inner` (h, d + 1) row by row. Tensors stay on
+    the model's device. Cost: `velocity` n h (d + 3) operations and n h activations; `kernel` 2 and
+    `kernel_rate` 2 products of size n × h × n.
     """
 
     def __init__(self, model: TwoLayer, inputs: Tensor, targets: Tensor) -> None:
-        name = type(model.activation).__name__
+        name, columns = type(model.activation).__name__, model.inner_start.shape[1]
         if name not in SMOOTH:
             raise ValueError(
-                f"the activation {name} has no closed form with a second derivative here; expected one of "
-                f"{', '.join(s.lower() for s in SMOOTH)}, or use Problem"
+                f"the activation {name} has no closed form with a second derivative here; expected "
+                f"one of {', '.join(SMOOTH).lower()}, or use Problem"
             )
-        if (
-            inputs.ndim != 2
-            or inputs.shape[1] + 1 != model.inner_start.shape[1]
-            or targets.shape != inputs.shape[:1]
-        ):
+        if inputs.shape[1:] != (columns - 1,) or targets.shape != inputs.shape[:1]:
             raise ValueError(
-                f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} do not fit a net of "
-                f"{model.inner_start.shape[1] - 1} inputs: expected (n, d) and (n,)"
+                f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} do not fit a net "
+                f"of {columns - 1} inputs: expected (n, d) and (n,)"
             )
         self._phi, self.gamma, self.width = SMOOTH[name], model.gamma, model.width
-        self._a0, self._w0 = (
-            model.outer_start.to(torch.float64),
-            model.inner_start.to(torch.float64),
-        )
+        self._a0 = model.outer_start.to(torch.float64)
+        self._w0 = model.inner_start.to(torch.float64)
         with torch.no_grad():
             self.theta = torch.cat([model.outer, model.inner.reshape(-1)]).to(torch.float64)
         self._net = model
@@ -107,9 +88,8 @@ class TwoLayerProblem(Problem):
 
     def _output(self, theta: Tensor) -> Tensor:
         a, w = self._weights(theta)
-        return (self._phi(self._x @ w.T)[0] @ a - self._start) / (
-            self.gamma * math.sqrt(self.width)
-        )
+        moved = self._phi(self._x @ w.T)[0] @ a - self._start
+        return moved / (self.gamma * math.sqrt(self.width))
 
     def velocity(self, theta: Vector, step: float = 0.0) -> Tensor:
         """Return θ̇ = Jᵀe/n = −∇L, (P,); with `step` as in `Problem.velocity`, by autodiff."""
@@ -140,32 +120,31 @@ class TwoLayerProblem(Problem):
     ) -> Tensor:
         """Return Ṁ along θ̇ (or `direction`), (n, n)."""
         at = self._theta(theta)
-        a, w = self._weights(at)
-        a_dot, w_dot = self._moves(
-            self.velocity(at) if direction is None else self._theta(direction)
-        )
-        phi, slope, bend = self._phi(self._x @ w.T)
-        z_dot = self._x @ w_dot.T
-        first = (slope * z_dot) @ phi.T
-        second = (a_dot * slope + a * bend * z_dot) @ (a * slope).T
-        half = (first + self._gram * second) / (self.width * self.samples)
+        along = self.velocity(at) if direction is None else self._theta(direction)
+        phi, psi, phi_dot, psi_dot = self._rates(at, along)
+        half = phi_dot @ phi.T + self._gram * (psi_dot @ psi.T)
+        half = half / (self.width * self.samples)
         return half + half.T
 
-    def speed(self, theta: Vector) -> float:
-        """Return ‖J̇‖/(√n ‖θ̇‖) along gradient flow, in the operator norm: how fast singular values can move per parameter length.
+    def _rates(self, at: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Φ, Ψ, Φ̇ and Ψ̇, each (n, h), when θ moves with velocity `along`."""
+        a, w = self._weights(at)
+        a_dot, w_dot = self._moves(along)
+        phi, slope, bend = self._phi(self._x @ w.T)
+        z_dot = self._x @ w_dot.T
+        return phi, a * slope, slope * z_dot, a_dot * slope + a * bend * z_dot
 
-        From h J̇ J̇ᵀ = Φ̇ Φ̇ᵀ + G ∘ Ψ̇ Ψ̇ᵀ. Cost: two products of size n × h × n and one eigenproblem.
+    def speed(self, theta: Vector) -> float:
+        """Return ‖J̇‖/(√n ‖θ̇‖) along gradient flow, in the operator norm.
+
+        How fast singular values can move per parameter length. From
+        h J̇ J̇ᵀ = Φ̇ Φ̇ᵀ + G ∘ Ψ̇ Ψ̇ᵀ. Cost: two products of size n × h × n and one eigenproblem.
         """
         at = self._theta(theta)
         v = self.velocity(at)
-        a, w = self._weights(at)
-        a_dot, w_dot = self._moves(v)
-        _, slope, bend = self._phi(self._x @ w.T)
-        z_dot = self._x @ w_dot.T
-        phi_dot, psi_dot = slope * z_dot, a_dot * slope + a * bend * z_dot
-        square = (phi_dot @ phi_dot.T + self._gram * (psi_dot @ psi_dot.T)) / (
-            self.width * self.samples
-        )
+        _, _, phi_dot, psi_dot = self._rates(at, v)
+        square = phi_dot @ phi_dot.T + self._gram * (psi_dot @ psi_dot.T)
+        square = square / (self.width * self.samples)
         return math.sqrt(float(torch.linalg.eigvalsh(square)[-1])) / float(v.norm())
 
     def autodiff(self) -> Problem:

@@ -46,7 +46,7 @@ def test_a_hole_is_not_read_as_a_number(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_not_there() -> None:
-    with pytest.raises(ValueError, match="no table 7"):
+    with pytest.raises(ValueError, match="table is 7"):
         printed_sweeps.sweep(7)
-    with pytest.raises(ValueError, match="not 300"):
+    with pytest.raises(ValueError, match="size in table 8 is 300"):
         printed_sweeps.sweep(8).row(300)
