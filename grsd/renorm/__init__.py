@@ -1,8 +1,9 @@
 """When learning renormalizes: the conditions of 2512.18209 as measurements, and its theorems under test.
 
-`diagnostics` splits the Jacobian of any model by depth (`blocks`; `splitting` finds the stack, `block_matrices` holds the pieces in
-function space) and measures `bandedness` (D1), `coherence` (D2, and D3 sizes), `couplings` (D4), `collapse` (D5, D6); `conditions`
-runs them all in one call and `report` shows the result. `theorems` tests what the paper proves.
+`diagnostics` splits the Jacobian of any model by depth (`blocks`; `splitting` finds the stack,
+`block_matrices` holds the pieces in function space) and measures `bandedness` (D1), `coherence`
+(D2, and D3 sizes), `couplings` (D4), `collapse` (D5, D6); `conditions` runs them all in one call
+and `report` shows the result. `theorems` tests what the paper proves.
 """
 
 from grsd.renorm.diagnostics import bandedness, blocks, coherence, collapse, conditions, couplings

@@ -27,22 +27,12 @@ Bands = tuple[int, ...]
 
 @dataclass(frozen=True)
 class RightSpan:
-    """J̇^(l) = Σ_{|m−l|≤K} J^(m)B_m + rest, with the smallest B, by block and K in `bands`.
+    """J̇^(l) = Σ_{|m−l|≤K} J^(m)B_m + rest, with the smallest B, by block and K in `bands`."""
 
-    Attributes
-    ----------
-    residual : (L, k), ‖rest‖_F/‖J̇^(l)‖_F. Read from squares: values below 1e-7 or so are zero.
-    coefficient : (L, k), ‖B‖_op in 1/time: how fast the neighbours would have to turn into J̇^(l).
-    rank : (L
-        K) int, of the neighbours' range, out of T. Where it is T, the residual is 0 whatever J̇^(l)
-        is.
-    rows : int, T.
-    """
-
-    residual: np.ndarray
-    coefficient: np.ndarray
-    rank: np.ndarray
-    rows: int
+    residual: np.ndarray  # (L, k), ‖rest‖_F/‖J̇^(l)‖_F, from squares: below 1e-7 or so it is zero
+    coefficient: np.ndarray  # (L, k), ‖B‖_op, 1/time: how fast neighbours would turn into J̇^(l)
+    rank: np.ndarray  # (L, k) int, of the neighbours' range; where it is T, `residual` is 0
+    rows: int  # T
 
     @property
     def vacuous(self) -> np.ndarray:
@@ -52,44 +42,27 @@ class RightSpan:
 
 @dataclass(frozen=True)
 class Bandedness:
-    """How far J̇^(l) reaches, in three readings of Condition 1. Rows are blocks l.
+    """How far J̇^(l) reaches, in three readings of Condition 1. Rows are blocks l, columns m or K.
 
-    Attributes
-    ----------
-    names : tuple of str, the L blocks.
-    parts, parts_error : (L
-        L), ‖G_lm‖_F/‖J̇^(l)‖_F, column m. Parts may cancel: squares need not sum to 1.
-    tails, tails_error : (L, L), B_l(K), column K = 0 … L − 1; the last is 0.
-    pooled, pooled_error : (L,), √(Σ_l ‖tail_l(K)‖²/Σ_l ‖J̇^(l)‖²): one number a K.
-    mixture : (L
-        L), Σ_l ⟨G_lm, G_lk⟩/Σ_l ‖J̇^(l)‖², how much of all motion is owed to blocks m and k. Sums
-        to 1.
-    norms : (L,), ‖J̇^(l)‖_F/√n, per time. A block that does not move has nan in its row.
-    bands : tuple of int, the K of `scalar` and `right`.
-    scalar : (L
-        K), least ‖J̇^(l) − Σ a_m J^(m)‖_F/‖J̇^(l)‖_F over the blocks m within K of the shapes of
-        block l.
-    alike : (L, k) int, how many those are, l itself among them.
-    right : RightSpan or None, where T × T matrices were at hand.
-    probes : int, random output vectors used; 0 for the exact value from all T rows.
-    passes : int, forward passes spent.
+    A block that does not move has nan in its row. Parts may cancel: their squares need not sum to
+    1.
     """
 
-    names: tuple[str, ...]
-    parts: np.ndarray
+    names: tuple[str, ...]  # the L blocks
+    parts: np.ndarray  # (L, L), ‖G_lm‖_F/‖J̇^(l)‖_F
     parts_error: np.ndarray
-    tails: np.ndarray
+    tails: np.ndarray  # (L, L), B_l(K), K = 0 … L − 1; the last is 0
     tails_error: np.ndarray
-    pooled: np.ndarray
+    pooled: np.ndarray  # (L,), √(Σ_l ‖tail_l(K)‖²/Σ_l ‖J̇^(l)‖²): one number a K
     pooled_error: np.ndarray
-    mixture: np.ndarray
-    norms: np.ndarray
-    bands: Bands
-    scalar: np.ndarray
-    alike: np.ndarray
-    right: RightSpan | None
-    probes: int
-    passes: int
+    mixture: np.ndarray  # (L, L), Σ_l ⟨G_lm, G_lk⟩/Σ_l ‖J̇^(l)‖², what all owe to m and k; sum 1
+    norms: np.ndarray  # (L,), ‖J̇^(l)‖_F/√n, per time
+    bands: Bands  # K of `scalar` and `right`
+    scalar: np.ndarray  # (L, k), least ‖J̇^(l) − Σ a_m J^(m)‖_F/‖J̇^(l)‖_F over m alike within K
+    alike: np.ndarray  # (L, k) int, how many have the shapes of block l, itself among them
+    right: RightSpan | None  # where T × T matrices were at hand
+    probes: int  # random output vectors used; 0 for the exact value from all T rows
+    passes: int  # forward passes spent
 
     @property
     def worst(self) -> np.ndarray:

@@ -20,22 +20,14 @@ __all__ = ["BlockMatrices", "block_matrices"]
 
 @dataclass(frozen=True)
 class BlockMatrices:
-    """M^(l), S^(l) and R^(l) of every block at one instant, float64, with the 1/n of J∗.
+    """M^(l), S^(l) and R^(l) of every block at one instant, float64, with the 1/n of J∗."""
 
-    Attributes
-    ----------
-    names : tuple of str, the L blocks.
-    kernels, cross, rates : (L, T, T), M^(l), S^(l) = J̇^(l)J^(l)∗ and R^(l).
-    drive : (T,), −n ∂L/∂f; for regression the error e.
-    eps : float, unit of rounding of the arithmetic that they were made in.
-    """
-
-    names: tuple[str, ...]
-    kernels: np.ndarray
-    cross: np.ndarray
-    rates: np.ndarray
-    drive: np.ndarray
-    eps: float
+    names: tuple[str, ...]  # the L blocks
+    kernels: np.ndarray  # (L, T, T), M^(l)
+    cross: np.ndarray  # (L, T, T), S^(l) = J̇^(l)J^(l)∗
+    rates: np.ndarray  # (L, T, T), R^(l)
+    drive: np.ndarray  # (T,), −n ∂L/∂f; for regression the error e
+    eps: float  # unit of rounding of the arithmetic that they were made in
 
     @property
     def kernel(self) -> np.ndarray:

@@ -26,18 +26,11 @@ __all__ = ["BlockCoherence", "Size", "block_coherence", "size"]
 
 @dataclass(frozen=True)
 class BlockCoherence:
-    """‖J^(l)∗J^(m)‖ of every pair of blocks.
+    """‖J^(l)∗J^(m)‖ of every pair of blocks."""
 
-    Attributes
-    ----------
-    names : tuple of str, the L blocks.
-    norms : (L, L), symmetric; the diagonal is ‖J^(l)‖².
-    passes : int, forward passes spent; 0 when it was read from T × T matrices.
-    """
-
-    names: tuple[str, ...]
-    norms: np.ndarray
-    passes: int
+    names: tuple[str, ...]  # the L blocks
+    norms: np.ndarray  # (L, L), symmetric; the diagonal is ‖J^(l)‖²
+    passes: int  # forward passes spent; 0 when it was read from T × T matrices
 
     @property
     def normalized(self) -> np.ndarray:
@@ -62,17 +55,10 @@ class BlockCoherence:
 
 @dataclass(frozen=True)
 class Size:
-    """‖J‖ and ‖J̇‖ as operators between parameters and functions, with ⟨u, v⟩ = (1/n) Σ uv.
+    """‖J‖ and ‖J̇‖ as operators between parameters and functions, with ⟨u, v⟩ = (1/n) Σ uv."""
 
-    Attributes
-    ----------
-    jacobian : float, ‖J‖ = √λ_max(M), output per unit of parameter.
-    rate : float, ‖J̇‖, the same per time.
-    passes : int
-    """
-
-    jacobian: float
-    rate: float
+    jacobian: float  # ‖J‖ = √λ_max(M), output per unit of parameter
+    rate: float  # ‖J̇‖, the same per time
     passes: int
 
     @property

@@ -26,24 +26,14 @@ NO_LOGARITHM = "it has no logarithm: leave ker M out, it has no place on the axi
 
 @dataclass(frozen=True)
 class Roughness:
-    """Von Neumann's ratio of ṡ in the order of λ.
+    """Von Neumann's ratio of ṡ in the order of λ, Σ (ṡ_{u+1} − ṡ_u)²/(2 Σ (ṡ_u − mean)²).
 
-    Attributes
-    ----------
-    value : float
-        Σ (ṡ_{u+1} − ṡ_u)²/(2 Σ (ṡ_u − mean)²): 0 for a smooth function of λ, 1 for values without
-        an order, up to 2 if they alternate.
-    ranks : float
-        The same of the ranks of ṡ (Bartels), on which a few wild modes weigh no more than others.
-    null_error : float
-        Standard deviation of `ranks` around 1, and of `value` if ṡ is Gaussian, where ṡ has no
-        relation to λ.
-    modes : int
+    0 for a smooth function of λ, 1 for values without an order, up to 2 if they alternate.
     """
 
     value: float
-    ranks: float
-    null_error: float
+    ranks: float  # of the ranks of ṡ (Bartels), on which wild modes weigh no more than others
+    null_error: float  # sd around 1 where ṡ has no relation to λ; of `value` if ṡ is Gaussian
     modes: int
 
 
@@ -51,24 +41,17 @@ class Roughness:
 class Collapse:
     """Spread of t·ṡ at given λt, as a share of its whole spread.
 
-    Attributes
-    ----------
-    value : float
-        Variance within bins of log(λt), about each bin's own straight line, over the total
-        variance, both by their degrees of freedom: 0 if t·ṡ is one function of λt, about 1 if it
-        has no relation to it.
-    error : float, jackknife over modes (all times of a mode go together).
-    null, null_error : float
-        Mean and standard deviation of `value` after the ṡ(t) of the modes were dealt out anew among
-        them: no relation between a mode's λ and its ṡ, the same λ(t), the same ṡ(t). Where all
-        modes move alike it equals `value`: that is not evidence.
-    bins, points, modes : int
+    `value` is the variance within bins of log(λt), about each bin's own straight line, over the
+    total variance, both by their degrees of freedom: 0 if t·ṡ is one function of λt, about 1 if it
+    has no relation to it. `null` is that after the ṡ(t) of the modes were dealt out anew among
+    them: no relation between a mode's λ and its ṡ, the same λ(t), the same ṡ(t). Where all modes
+    move alike it equals `value`: that is not evidence.
     """
 
     value: float
-    error: float
-    null: float
-    null_error: float
+    error: float  # jackknife over modes (all times of a mode go together)
+    null: float  # mean over the deals
+    null_error: float  # their standard deviation
     bins: int
     points: int
     modes: int

@@ -44,48 +44,25 @@ TINY = np.finfo(float).tiny
 class Shift:
     """What the squared couplings of one network, or the average of several, owe to position.
 
-    Attributes
-    ----------
-    slope : float
-        Change of log X̃² per nat of s̄ = (s_u + s_v)/2 at fixed |Δ|, the best straight line in the
-        window. 0 for log-shift invariance; −2 where X instead of X̃ is invariant.
-    slope_error : float
-        Its standard error: over networks when there are several, else from this network with any
-        correlation allowed between pairs that share a mode.
-    rms : float
-        Root mean square over pairs of the fitted linear and quadratic dependence on s̄, nats. It
-        sees a bump, which the slope does not, and it is positive by noise alone: compare with
-        `floor`.
-    floor : float
-        The rms that noise alone gives, nats: √2 · noise/√pairs for independent pairs, more when the
-        pairs that share a mode vary together.
-    noise : float
-        Standard deviation of the residual, nats; `NOISE` = π/√2 for Gaussian couplings.
-    deviation : float
-        Standard deviation of s̄ at fixed |Δ|, nats: a pure slope gives rms = |slope| · deviation.
-    span : float
-        Width of the window, nats of λ.
-    modes, pairs : int
-        In the window.
-    left_out : int
-        Modes whose eigenvalue is zero to rounding.
-    nets : int
-    each : tuple of Shift
-        The single networks; empty for one.
+    `slope` is 0 for log-shift invariance and −2 where X instead of X̃ is invariant. Its error is
+    taken over networks when there are several, else from this network with any correlation allowed
+    between pairs that share a mode. `rms` sees a bump, which the slope does not, and is positive by
+    noise alone: compare with `floor`, √2 · noise/√pairs for independent pairs, more when those that
+    share a mode vary together. A pure slope gives rms = |slope| · deviation.
     """
 
-    slope: float
-    slope_error: float
-    rms: float
-    floor: float
-    noise: float
-    deviation: float
-    span: float
-    modes: int
+    slope: float  # change of log X̃² per nat of s̄ = (s_u + s_v)/2 at fixed |Δ|: the best line
+    slope_error: float  # standard error
+    rms: float  # root mean square over pairs of the fitted line and parabola in s̄, nats
+    floor: float  # the rms that noise alone gives, nats
+    noise: float  # standard deviation of the residual, nats; `NOISE` for Gaussian couplings
+    deviation: float  # standard deviation of s̄ at fixed |Δ|, nats
+    span: float  # width of the window, nats of λ
+    modes: int  # in the window
     pairs: int
-    left_out: int
+    left_out: int  # modes whose eigenvalue is zero to rounding
     nets: int = 1
-    each: tuple[Shift, ...] = ()
+    each: tuple[Shift, ...] = ()  # the single networks; empty for one
 
     @property
     def score(self) -> float:

@@ -25,51 +25,29 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Instant:
-    """What was measured at one time; None where it was not, and the report's notes say why.
-
-    Attributes
-    ----------
-    time : float
-    size : Size, D3.
-    rank : int or None, eigenvalues of M above rounding, out of T.
-    shift : Shift or None, D4.
-    roughness : Roughness or None, D6.
-    bandedness : Bandedness or None, D1; at the first and the last time.
-    coherence : BlockCoherence or None, D2; at the first and the last time.
-    """
+    """What was measured at one time; None where it was not, and the report's notes say why."""
 
     time: float
-    size: Size
-    rank: int | None
-    shift: couplings.Shift | None
-    roughness: Roughness | None
-    bandedness: Bandedness | None
-    coherence: BlockCoherence | None
+    size: Size  # D3
+    rank: int | None  # eigenvalues of M above rounding, out of T
+    shift: couplings.Shift | None  # D4
+    roughness: Roughness | None  # D6
+    bandedness: Bandedness | None  # D1; at the first and the last time
+    coherence: BlockCoherence | None  # D2; at the first and the last time
 
 
 @dataclass(frozen=True)
 class Report:
-    """The diagnostics of one model along one path.
+    """The diagnostics of one model along one path."""
 
-    Attributes
-    ----------
-    blocks : tuple of str, in the order of depth.
-    sizes : tuple of int, parameters of each block.
-    rows, samples : int, T rows from n samples.
-    instants : tuple of Instant
-    collapse : Collapse or None, D5, over all times after the first.
-    notes : tuple of str, what changes meaning for this model and what could not be measured.
-    passes : int, forward passes spent.
-    """
-
-    blocks: tuple[str, ...]
-    sizes: tuple[int, ...]
-    rows: int
-    samples: int
+    blocks: tuple[str, ...]  # in the order of depth
+    sizes: tuple[int, ...]  # parameters of each block
+    rows: int  # T
+    samples: int  # n
     instants: tuple[Instant, ...]
-    collapse: Collapse | None
-    notes: tuple[str, ...]
-    passes: int
+    collapse: Collapse | None  # D5, over all times after the first
+    notes: tuple[str, ...]  # what changes meaning for this model, and what could not be measured
+    passes: int  # forward passes spent
 
     def table(self) -> Table:
         """Return one row a diagnostic: first time, last time, and what the condition would want.

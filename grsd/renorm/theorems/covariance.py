@@ -9,7 +9,6 @@ velocities that the paper calls v. Closed forms are in :mod:`grsd.renorm.theorem
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -51,32 +50,19 @@ def rescaled(model: nn.Module, inputs: Tensor, targets: Tensor, a: float) -> Pro
     return Problem(_Scaled(model, root), inputs, root * targets.double())
 
 
-@dataclass(frozen=True)
-class BetweenFlows:
-    """Largest departure from Lemma 1 between the flow of L at time at and that of aL at time t.
+class BetweenFlows(NamedTuple):
+    """Largest departure from Lemma 1 between the flow of L at time at and that of aL at time t, (K,).
 
-    All would be 0, at every one of the `times` t, (K,).
-
-    Attributes
-    ----------
-    parameters : (K,), |θ_a(t) − θ(at)|/|θ(at)|.
-    eigenvalues : (K,), |λ_a(t) − aλ(at)|, relative to the largest aλ.
-    velocities : (K,), |λ̇_a(t) − a²λ̇(at)|, relative to the largest a²|λ̇|.
-    flux : (K,)
-        |v_a(aλ, t) − a²v(λ, at)| for the flux velocity v = J/ε at the edges, relative to the
-        largest a²|v|.
-    same : (K,)
-        Largest |λ_a(t) − λ(at)| relative to λ(at): what one sees when the factor a is forgotten; |a
-        − 1| if all is well.
+    All but `same` would be 0; `same` is |a − 1| if all is well.
     """
 
     a: float
-    times: Array
-    parameters: Array
-    eigenvalues: Array
-    velocities: Array
-    flux: Array
-    same: Array
+    times: Array  # t
+    parameters: Array  # |θ_a(t) − θ(at)|/|θ(at)|
+    eigenvalues: Array  # |λ_a(t) − aλ(at)|, relative to the largest aλ
+    velocities: Array  # |λ̇_a(t) − a²λ̇(at)|, relative to the largest a²|λ̇|
+    flux: Array  # the same of v = J/ε at the edges: |v_a(aλ, t) − a²v(λ, at)|
+    same: Array  # |λ_a(t) − λ(at)| relative to λ(at), as if the factor a were forgotten
 
     @property
     def worst(self) -> float:

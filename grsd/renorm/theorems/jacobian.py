@@ -77,25 +77,17 @@ def envelope(blocks: Sequence[ArrayLike]) -> Array:
 class Coefficients:
     """J̇^(l) in terms of the blocks within distance K, in one of three readings of "span".
 
-    Attributes
-    ----------
-    kind : "scalar", "right" or "left"
-        J̇^(l) = Σ_p a_lp J^(p), = Σ_p J^(p)B_pl, or = Σ_p A_lp J^(p).
-    band : int, K.
-    parts : list of L dicts
-        `parts[l][p]` for |p − l| ≤ K: a_lp as an array of shape (); B_pl (p_p, p_l), from the
-        parameters of block l to those of p; A_lp (n, n), on function space.
-    residuals : (L,), relative Frobenius norm of what the band leaves of J̇^(l); 0 where J̇^(l) = 0.
-    remainders : (L,), operator norm of the same, not relative.
-    ranks : (L,) int, of the system that was solved; "right" is vacuous where it is n.
+    `parts[l][p]` for |p − l| ≤ K is, by kind, scalar: a_lp, shape (), in J̇^(l) = Σ_p a_lp J^(p);
+    right: B_pl, (p_p, p_l), in Σ_p J^(p)B_pl, from the parameters of block l to those of p; left:
+    A_lp, (n, n), on function space, in Σ_p A_lp J^(p).
     """
 
     kind: Kind
-    band: int
-    parts: list[dict[int, Array]]
-    residuals: Array
-    remainders: Array
-    ranks: NDArray[np.int64]
+    band: int  # K
+    parts: list[dict[int, Array]]  # L dicts
+    residuals: Array  # (L,), relative Frobenius norm of what the band leaves of J̇^(l)
+    remainders: Array  # (L,), operator norm of the same, not relative
+    ranks: NDArray[np.int64]  # (L,), of the system solved; "right" is vacuous where it is n
 
     @property
     def row_sum(self) -> float:

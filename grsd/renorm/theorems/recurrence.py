@@ -38,21 +38,13 @@ Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One step of a recurrence and its linear readout: (h_t, y_t) = step(θ, h_{t−1}, u_t), y_t = C h_t.
+    """One step of a recurrence and its readout: (h_t, y_t) = step(θ, h_{t−1}, u_t), y_t = C h_t."""
 
-    Attributes
-    ----------
-    step : callable
-        θ (p,), h (d,), u (m,) → h (d,), y (o,); of PyTorch operations that have two derivatives.
-    theta : Tensor, (p,) float64. Its last o·d entries are C, row by row.
-    states, inputs, outputs : int, d, m and o.
-    """
-
-    step: Step
-    theta: Tensor
-    states: int
-    inputs: int
-    outputs: int
+    step: Step  # θ (p,), h (d,), u (m,) → h (d,), y (o,); PyTorch, with two derivatives
+    theta: Tensor  # (p,) float64. Its last o·d entries are C, row by row
+    states: int  # d
+    inputs: int  # m
+    outputs: int  # o
 
     def at(self, theta: ArrayLike | Tensor) -> Cell:
         """Return the same cell with other parameters (p,)."""
