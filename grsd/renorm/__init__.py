@@ -1,4 +1,4 @@
-"""When learning renormalizes: the conditions of 2512.18209 as measurements, and its theorems under test.
+"""When learning renormalizes, 2512.18209: its conditions as measurements, its theorems under test.
 
 `diagnostics` splits the Jacobian of any model by depth (`blocks`; `splitting` finds the stack,
 `block_matrices` holds the pieces in function space) and measures `bandedness` (D1), `coherence`

@@ -35,14 +35,12 @@ FORWARD, VJP, JVP, RATE_VJP, RATE_JVP = 1, 2, 6, 8, 18
 
 
 class Blocks:
-    """A model on fixed data at one instant, its parameters in L ordered blocks.
+    """A model on fixed data at one instant, its parameters in L ordered blocks. It is not changed.
 
     Parameters
     ----------
-    model : nn.Module, without active dropout. It is not changed.
-    inputs, observable : as for `grsd.spectrum.NTK`. The observable says what the T rows are.
-    split : "auto", "layers", a list or a mapping
-        As in :func:`grsd.renorm.diagnostics.splitting.split_parameters`.
+    model, inputs, observable : as for `grsd.spectrum.NTK`; the observable says what the T rows are
+    split : as in :func:`grsd.renorm.diagnostics.splitting.split_parameters`
     state : Tensor (P,) or mapping, optional
         Parameters to use instead of the model's own: the trainable ones as one vector in their
         order, or by name (a `state_dict`, with its buffers).
@@ -64,14 +62,8 @@ class Blocks:
     samples : int, n.
     reused : dict, parameter → how often it enters the computation, where that is more than once.
     kinks : tuple of str
-        Operations without a continuous second derivative (ReLU, max, …): J̇ is that between kinks.
-    passes : int, work done so far in units of one forward pass (backward 2, Hessian product 8, …).
-
-    Raises
-    ------
-    ValueError
-        Fewer than two blocks, active dropout, outputs that do not depend on the parameters, a state
-        that does not fit.
+        Operations without a second derivative (ReLU, max, …): J̇ is that between kinks.
+    passes : int, work so far in units of one forward pass.
     """
 
     def __init__(
@@ -138,7 +130,7 @@ class Blocks:
 
     @classmethod
     def of(cls, problem: Problem, theta: State | None = None, *, split: Split = "auto") -> Blocks:
-        """Return the blocks of a `Problem` at θ (by default its own); the drive is e = target − f."""
+        """Return the blocks of a `Problem` at θ (by default its own), driven by e = target − f."""
         return cls(
             problem._model,
             problem.inputs,
@@ -239,7 +231,7 @@ class Blocks:
         return self._grad(self._bent, [self._probe], self._split_all(v))[0]
 
     def kernel(self, block: int | None = None) -> BlockKernel:
-        """Return M^(l) = J^(l) J^(l)ᵀ/n, or M for None, as an operator. Cost: 8 passes a product."""
+        """Return M^(l) = J^(l) J^(l)ᵀ/n, or M for None, as an operator."""
         return BlockKernel(self, block)
 
     def rate_gap(self, seed: int = 0) -> float:

@@ -57,17 +57,15 @@ def report(
     Parameters
     ----------
     model : nn.Module or Problem
-        Any module, in eval mode; nothing in it is changed. A `grsd.dynamics.Problem` carries its
-        own data.
+        Any module, in eval mode; nothing in it is changed. A `Problem` carries its own data.
     data : (inputs, observable), for a module
         As for `grsd.spectrum.NTK`; a tensor of targets stands for `Outputs(targets)`. Language
         models: `TokenLogProb(next_tokens)`.
     path : Path, list of (time, state), or None
         A flow of `grsd.dynamics`, or snapshots of the parameters (state dicts, or flat vectors of
-        the trainable ones) with the times at which they were taken: for gradient descent τ = Σ η,
-        see Remark 1 of the paper. None: the model as it is.
-    split : "auto", "layers", a list or a mapping
-        The blocks, as in :func:`grsd.renorm.diagnostics.splitting.split_parameters`.
+        the trainable ones) with their ascending times: for gradient descent τ = Σ η, see Remark 1
+        of the paper. None: the model as it is.
+    split : as in :func:`grsd.renorm.diagnostics.splitting.split_parameters`
     probes : int or None
         Random output vectors for D1, or None for all T rows.
     instants : int
@@ -79,14 +77,7 @@ def report(
         θ̇ of J̇, Ṁ and ṡ: that of gradient flow at the snapshot, which is what the paper's
         statements are about, or the difference quotient of the snapshots, which is what an
         optimizer did.
-    progress : callable, optional
-        Called as progress(done, total, what).
-
-    Raises
-    ------
-    ValueError
-        Fewer than two blocks, outputs that do not depend on the parameters, snapshots that do not
-        fit the model, times that do not ascend, `along="path"` without two times.
+    progress : called as progress(done, total, what)
 
     Notes
     -----

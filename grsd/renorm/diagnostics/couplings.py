@@ -3,7 +3,8 @@
 With X = ⟨φ_u, Ṁ φ_v⟩ and s = log λ, the normalised coupling X̃_uv = X_uv/√(λ_u λ_v) has no
 dimension but 1/time, its diagonal is ṡ_u, and Kato's Ω is X̃/(2 sinh(Δ/2)): X̃ is invariant under a
 shift of s exactly when Ω is, and X then is not. `shift_invariance` measures what X̃² owes to the
-absolute position (s_u + s_v)/2, `binned` is the K̂_ij of 2512.18209.
+absolute position (s_u + s_v)/2. Source: 2512.18209, Condition 4 and
+A.3.5.
 """
 
 from __future__ import annotations
@@ -11,24 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from scipy.interpolate import BSpline
 
 from grsd import checks
 
-__all__ = [
-    "NOISE",
-    "BinnedCouplings",
-    "Shift",
-    "average",
-    "binned",
-    "normalized",
-    "omega",
-    "planted",
-    "shift_invariance",
-]
+__all__ = ["NOISE", "Shift", "average", "normalized", "omega", "planted", "shift_invariance"]
 
 Smooth = Literal["spline", "classes"]
 Statistic = Literal["log", "square"]
@@ -75,15 +66,6 @@ class Shift:
     def excess(self) -> float:
         """√max(0, rms² − floor²), nats: the rms without its expected noise."""
         return math.sqrt(max(0.0, self.rms**2 - self.floor**2))
-
-
-class BinnedCouplings(NamedTuple):
-    """The binned statistic K̂_ij and how far it is from a function of j − i."""
-
-    values: np.ndarray  # (B, B) means over pairs of the two bins, nan where fewer than `least`
-    counts: np.ndarray  # (B, B) int
-    rms: float  # nats: spread of log K̂ within diagonals, about each diagonal's mean
-    r2: float  # share of the variance of log K̂ that j − i explains
 
 
 def _spectrum(eigenvalues: np.ndarray, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -296,7 +278,7 @@ def shift_invariance(
     estimated without bias for any n. rms² has the expectation floor² when there is no dependence.
     Nothing here needs gaps: where eigenvalues nearly agree, X̃ stays finite. Where they agree to
     rounding, the basis of the eigenspace is an accident, but all of its pairs have one position and
-    the distance 0. Cost: n² numbers times 13. Source: 2512.18209, Condition 4 and A.3.5.
+    the distance 0. Cost: n² numbers times 13.
     """
     if isinstance(eigenvalues, np.ndarray) and eigenvalues.ndim == 1:
         lam, x = _spectrum(eigenvalues, np.asarray(X))
@@ -366,51 +348,3 @@ def planted(
     logs = -decay * np.abs(s[:, None] - s[None, :]) + slope * place
     logs += bump * np.exp(-0.5 * (place / wide) ** 2)
     return (draw + np.triu(draw, 1).T) * np.exp((logs + s[:, None] + s[None, :]) / 2)
-
-
-def binned(s: np.ndarray, weights: np.ndarray, width: float, *, least: int = 1) -> BinnedCouplings:
-    """Return K̂_ij, the mean of `weights` over the pairs of bins i and j, and its spread.
-
-    Parameters
-    ----------
-    s : (n,), log λ ascending
-    weights : (n, n), symmetric and not negative
-        Squares of couplings, or their expectations. The diagonal u = v is not used.
-    width : float, h > 0 in nats
-    least : int
-        Pairs that a cell must hold. Some diagonal must hold two such cells.
-
-    Notes
-    -----
-    Source: 2512.18209, Condition 4. On one network this says little: the mean of few χ² variables
-    is noisy, and log K̂ of a cell with m pairs has the standard deviation √(2/m) and more.
-    """
-    place, w = np.asarray(s, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-    checks.positive("width", width, "expected a positive number of nats")
-    if place.ndim != 1 or w.shape != (len(place), len(place)):
-        raise ValueError(f"s {place.shape} and weights {w.shape}: expected (n,) and (n, n)")
-    squares = "weights are squares of couplings or their expectations: finite and not negative"
-    checks.at_least("weights", w, 0, squares)
-    # an edge belongs to the bin above it
-    cell = np.floor((place - place.min()) / width + 1e-9).astype(np.int64)
-    member = np.eye(int(cell.max()) + 1)[cell]  # (n, B)
-    off = ~np.eye(len(place), dtype=bool)
-    counts = np.rint(member.T @ off @ member).astype(np.int64)
-    sums = member.T @ (w * off) @ member
-    held = (counts >= least) & (sums > 0)
-    values = np.where(held, sums / np.maximum(counts, 1), np.nan)
-    # log K̂ less the mean of its diagonal, where a diagonal has two cells or more
-    i, j = np.nonzero(np.triu(held))
-    logs, diagonal = np.log(values[i, j]), j - i
-    cells = np.bincount(diagonal)
-    rest = logs - (np.bincount(diagonal, logs) / np.maximum(cells, 1))[diagonal]
-    several = cells[diagonal] > 1
-    if not several.any():
-        raise ValueError(
-            f"no diagonal holds two cells of {least} or more pairs at width {width}: "
-            "take narrower bins or more modes"
-        )
-    total = float(((logs - logs.mean())[several] ** 2).sum())
-    inside = float((rest[several] ** 2).sum())
-    rms = math.sqrt(inside / int(several.sum()))
-    return BinnedCouplings(values, counts, rms, 1 - inside / max(total, TINY))

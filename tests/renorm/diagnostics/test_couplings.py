@@ -16,14 +16,7 @@ from grsd.dynamics.modes import instant, modes
 from grsd.dynamics.problem import Problem
 from grsd.lab.nets.models import mlp
 from grsd.renorm.diagnostics import couplings
-from grsd.renorm.diagnostics.couplings import (
-    NOISE,
-    binned,
-    normalized,
-    omega,
-    planted,
-    shift_invariance,
-)
+from grsd.renorm.diagnostics.couplings import NOISE, normalized, omega, planted, shift_invariance
 
 
 def spectrum(n: int = 64, seed: int = 0, skewed: bool = False) -> np.ndarray:
@@ -273,24 +266,6 @@ def test_a_toeplitz_kernel_has_no_spread_and_its_omega_has() -> None:
     assert normal.rms < 1e-10
 
 
-def test_bins_average_the_pairs_of_their_cells() -> None:
-    s, w = np.array([0.0, 0.1, 0.2, 1.1, 1.5, 2.3]), np.abs(symmetric(6, 0))
-    found = binned(s, w, 1.0, least=2)
-    assert found.counts.tolist() == [[6, 6, 3], [6, 2, 2], [3, 2, 0]]
-    assert found.values[0, 0] == pytest.approx(np.mean([w[0, 1], w[0, 2], w[1, 2]]))
-    assert found.values[0, 1] == pytest.approx(w[:3, 3:5].mean()) and math.isnan(found.values[2, 2])
-
-
-def test_noise_of_a_cell_falls_with_its_pairs() -> None:
-    rms = []
-    for n in (64, 256):
-        lam = spectrum(n, 1)
-        rms.append(
-            binned(np.log(lam), normalized(lam, planted(lam, seed=2)) ** 2, 1.0, least=4).rms
-        )
-    assert rms[1] < 0.6 * rms[0]
-
-
 # --- At the door ------------------------------------------------------------------------------------------------------
 
 
@@ -348,11 +323,5 @@ def test_bad_input_is_refused_with_a_sentence() -> None:
         omega(np.ones(30), x)
     with pytest.raises(ValueError, match="positive numbers"):
         planted(-lam, seed=0)
-    with pytest.raises(ValueError, match="not negative"):
-        binned(np.log(lam), x, 1.0)
-    with pytest.raises(ValueError, match="a positive number"):
-        binned(np.log(lam), x**2, 0.0)
-    with pytest.raises(ValueError, match="no diagonal holds"):
-        binned(np.log(lam), x**2, 1e3)
     with pytest.raises(ValueError, match="no network"):
         couplings.average([])
