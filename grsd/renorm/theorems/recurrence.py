@@ -15,22 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import lambertw
 from torch import Tensor
 from torch.func import jacrev, jvp
 
 from grsd import checks
 from grsd.renorm.theorems.jacobian import Coefficients
 
-__all__ = [
-    "Cell",
-    "Unrolled",
-    "diagonal_cell",
-    "gated_cell",
-    "interaction_range",
-    "path_tail",
-    "readout_coefficients",
-]
+__all__ = ["Cell", "Unrolled", "diagonal_cell", "gated_cell", "readout_coefficients"]
 
 Array = NDArray[np.float64]
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -206,30 +197,3 @@ def readout_coefficients(unrolled: Unrolled, rates: ArrayLike, *, band: int) -> 
     size = np.maximum(np.linalg.norm(moved, axis=(1, 2)), np.finfo(float).tiny)
     ranks = np.array([len(row) * o for row in parts])
     return Coefficients("right", band, parts, rest / size, unrolled.row_tail(moved, band), ranks)
-
-
-def path_tail(band: int, rho: float) -> float:
-    """Return Σ_{k>K} (1+k)ρᵏ: the derivative of Aᵏ has k places. K = −1: the total."""
-    r = float(checks.between("rho", rho, 0, 1, "()", "a decaying path has ρ in (0, 1)"))
-    return float(r ** (band + 1) * ((band + 2) * (1 - r) + r) / (1 - r) ** 2)
-
-
-def interaction_range(delta: float, rho: float, *, relative: bool = False) -> int:
-    """Return the smallest K ≥ 0 with Σ_{k>K} (1+k)ρᵏ ≤ δ, or ≤ δ times the whole sum if `relative`.
-
-    Absolute: K = O((log 1/δ + log 1/(1−ρ))/(1−ρ)). Relative: K = O(log(1/δ)/(1−ρ)), the form of
-    equation (8). With x = K + 1 + 1/(1−ρ) the tail is δ where xρˣ = δ(1−ρ)ρ^{1/(1−ρ)}: Lambert's
-    function, branch −1.
-    """
-    whole = path_tail(-1, rho)
-    goal = checks.positive("delta", delta, "expected a positive tolerance")
-    if relative:
-        goal = delta * whole
-    if path_tail(0, rho) <= goal:
-        return 0
-    mu, gap = -np.log(rho), 1 - rho
-    x = float(lambertw(-mu * goal * gap * rho ** (1 / gap), -1).real) / -mu
-    band = max(int(np.ceil(x - 1 - 1 / gap)) - 1, 0)  # one below, against rounding
-    while path_tail(band, rho) > goal:
-        band += 1
-    return band

@@ -244,28 +244,6 @@ def test_heavy_tails_at_one_end_fool_the_logarithm_and_not_the_square() -> None:
     assert abs(square.slope) < 3 * square.slope_error
 
 
-# --- The paper's bins -----------------------------------------------------------------------------------------------
-
-
-def test_a_toeplitz_kernel_has_no_spread_and_its_omega_has() -> None:
-    """Evenly spaced s, one mode per bin: E Ω² = b(Δ) e^{−2s̄}/(4 sinh²(Δ/2)) spreads like −2s̄ along every diagonal."""
-    n, step = 60, 0.2
-    s = step * np.arange(n) + step / 2
-    distance = np.abs(s[:, None] - s)
-    squares = np.exp(-distance)
-    free = np.eye(n, dtype=bool)
-    lam = np.exp(s)
-    gaps = np.where(free, 1, lam - lam[:, None]) ** 2
-    assert binned(s, squares, step).rms < 1e-12 and binned(s, squares, step).r2 > 1 - 1e-12
-    found = binned(s, np.where(free, 0, squares / gaps), step)
-    # diagonal d holds n − d cells whose s̄ are spaced by `step`: variance of −2 s̄ is 4 step² ((n − d)² − 1)/12
-    lengths = np.arange(n - 1, 1, -1, dtype=np.float64)
-    closed = math.sqrt(float((lengths * 4 * step**2 * (lengths**2 - 1) / 12).sum() / lengths.sum()))
-    assert found.rms == pytest.approx(closed, rel=1e-9) and closed > 1
-    normal = binned(s, np.where(free, 0, squares * np.outer(lam, lam) / gaps), step)
-    assert normal.rms < 1e-10
-
-
 # --- At the door ------------------------------------------------------------------------------------------------------
 
 

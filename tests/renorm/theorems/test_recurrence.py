@@ -14,8 +14,6 @@ from grsd.renorm.theorems.recurrence import (
     Unrolled,
     diagonal_cell,
     gated_cell,
-    interaction_range,
-    path_tail,
     readout_coefficients,
 )
 
@@ -197,20 +195,6 @@ def test_gated_decay_is_below_rho_for_every_parameter() -> None:
         assert float(torch.linalg.matrix_norm(moved, 2)) < 0.7
 
 
-@pytest.mark.parametrize("rho", [0.3, 0.9, 0.99])
-def test_path_tail_and_range_against_sums(rho: float) -> None:
-    terms = (1 + np.arange(5000.0)) * rho ** np.arange(5000)
-    beyond = np.append(np.cumsum(terms[::-1])[::-1], 0)  # beyond[K+1] = Σ_{k>K}
-    for band in (-1, 0, 5, 100):
-        assert path_tail(band, rho) == pytest.approx(beyond[band + 1], rel=1e-10)
-    for delta in (0.5, 1e-2, 1e-6):
-        for relative in (False, True):
-            goal = delta * (beyond[0] if relative else 1)
-            expected = int(np.argmax(beyond[1:] <= goal))
-            assert interaction_range(delta, rho, relative=relative) == expected
-    assert interaction_range(1e6, rho) == 0
-
-
 CELL = diagonal_cell(1, decay=0.5, seed=0)
 
 
@@ -236,9 +220,6 @@ CELL = diagonal_cell(1, decay=0.5, seed=0)
             ),
             "h is 0 in step 0",
         ),
-        (lambda: path_tail(3, 1.0), "rho is 1.0"),
-        (lambda: interaction_range(0.1, -0.5), "rho is -0.5"),
-        (lambda: interaction_range(0.0, 0.5), "delta is 0.0"),
     ],
 )
 def test_bad_input(call: object, words: str) -> None:
