@@ -69,30 +69,26 @@ class ShellBalance:
 def shell_balance(at: Modes, shells: LogShells) -> ShellBalance:
     """Sort the modes of one instant into shells: what the shells lose and exchange.
 
-    Refused are edges with no eigenvalue between them, or with one that separates two eigenvalues
-    that agree to rounding. Eigenvalues that repeat inside a cell are harmless: their coupling
-    cancels, whatever the basis. Source: 2512.10427, sections 3.2–3.5, with a shell for the kernel.
-    Cost: O(n²).
+    Eigenvalues that repeat inside a cell are harmless: their coupling cancels, whatever the basis;
+    an edge between two that agree to rounding is refused. Source: 2512.10427, sections 3.2–3.5,
+    with a shell for the kernel. Cost: O(n²).
     """
     place = np.searchsorted(shells.edges, at.eigenvalues, side="right") + 1
     cell, count = np.where(at.in_kernel, 0, place), len(shells) + 3
-    if not ((cell >= 2) & (cell < count - 1)).any():
-        outside = at.eigenvalues[~at.in_kernel] if not at.in_kernel.all() else np.zeros(1)
-        raise ValueError(
-            f"no eigenvalue lies between the edges {shells.edges[0]:.4g} and {shells.edges[-1]:.4g}: "
-            f"the spectrum outside the kernel runs from {outside[0]:.4g} to {outside[-1]:.4g}. "
-            "Choose edges there"
-        )
     x, g = np.where(at.in_kernel, 0.0, at.eigenvalues), at.coefficients
+    if not ((cell >= 2) & (cell < count - 1)).any():
+        raise ValueError(
+            f"no eigenvalue lies between the edges {shells.edges[0]:.4g} and {shells.edges[-1]:.4g}; "
+            f"those outside the kernel are {x[x > 0][[0, -1]] if x.any() else 'none'}"
+        )
     gaps = x[None, :] - x[:, None]  # λ_v − λ_u
     close, alike = np.abs(gaps) <= at.floor, cell[:, None] == cell[None, :]
     torn = close & ~alike & ~at.in_kernel[:, None] & ~at.in_kernel[None, :]
     if torn.any():
         u, v = np.argwhere(torn)[0]
         raise ValueError(
-            f"an edge separates the eigenvalues {x[u]:.17g} and {x[v]:.17g}, which agree to rounding "
-            f"({at.floor:.1g}): the exchange between them has no value. Move the edge, or use "
-            "resolvent_flux"
+            f"an edge separates the eigenvalues {x[u]:.17g} and {x[v]:.17g}, which agree to rounding: "
+            "their exchange has no value. Move the edge, or use resolvent_flux"
         )
     # −g_v g_u Ω_{v→u}, and 0 between modes of one cell that agree: there the sum cancels anyway
     free = close & alike
@@ -149,15 +145,14 @@ def resolvent_energy(M: Tensor, error: Tensor, edges: ArrayLike, *, power: int =
     Returns
     -------
     Tensor, (k,) float64
-        By linear solves alone, differentiable in both modes. The energy below a is ½⟨e, e⟩ less
-        this; differences of neighbours are the energies of soft shells.
+        Differentiable in both modes. The energy below a is ½⟨e, e⟩ less this; differences of
+        neighbours are the energies of soft shells.
 
     Notes
     -----
     With the p roots ω of −1, σ_a(M) = (1/p) Σ_ω M(M − aωI)⁻¹: rotated resolvents, each as well
-    conditioned as that of p = 1 up to a factor 1/sin(π/p). The matrix power (M/a)ᵖ + I has the p-th
-    power of that condition instead, and loses its digits. Cost: one dense factorisation per edge
-    and conjugate pair.
+    conditioned as that of p = 1 up to a factor 1/sin(π/p); the matrix power (M/a)ᵖ + I would lose
+    its digits. Cost: one dense factorisation per edge and conjugate pair.
     """
     places, n = _checked(M, error, edges, power), len(error)
     energies = []
@@ -182,9 +177,8 @@ class Flux:
 
     Notes
     -----
-    The balance is d(above)/dt = total − dissipation_above and d(below)/dt = −total −
-    dissipation_below. The advective and the Kato part of `total`, which need eigenvectors, are in
-    :func:`grsd.dynamics.drift.edge_flux`.
+    d(above)/dt = total − dissipation_above and d(below)/dt = −total − dissipation_below. The two
+    parts of `total`, which need eigenvectors, are in :func:`grsd.dynamics.drift.edge_flux`.
     """
 
     edges: Array
@@ -205,15 +199,14 @@ def resolvent_flux(
 ) -> Flux:
     """Return the flux of energy through soft edges σ_a, and the dissipation on either side.
 
-    Arguments are those of :func:`resolvent_energy`, with `rate` = Ṁ, (n, n) float64 and symmetric.
-    Dσ_a(M)[Ṁ] = −(a/p) Σ_ω ω (M − aω)⁻¹ Ṁ (M − aω)⁻¹. For p = 1 the flux is (a/2)⟨x, Ṁx⟩ with
-    (M + a)x = e: one solve and one product with Ṁ. Repeated eigenvalues are harmless. Source: the
-    smooth form of 2512.10427, equation (2), with the term that it lacks. Cost: as
-    :func:`resolvent_energy`, on the device of the tensors.
+    Arguments and cost are those of :func:`resolvent_energy`; `rate` = Ṁ, (n, n) float64, symmetric.
+    Dσ_a(M)[Ṁ] = −(a/p) Σ_ω ω (M − aω)⁻¹ Ṁ (M − aω)⁻¹; for p = 1 the flux is (a/2)⟨x, Ṁx⟩ with
+    (M + a)x = e. Repeated eigenvalues are harmless. Source: the smooth form of 2512.10427, equation
+    (2), with the term that it lacks.
     """
     m, r, e = (torch.as_tensor(a) for a in (M, rate, error))
     places, n = _checked(m, e, edges, power), len(e)
-    checks.shape("rate", in_float64("rate", r), (n, n))
+    in_float64("rate", r, (n, n))
     pushed = m @ e
     dissipation = float(e @ pushed) / n
     rows = []
@@ -231,10 +224,8 @@ def resolvent_flux(
 
 def _checked(M: Tensor, error: Tensor, edges: ArrayLike, power: int) -> Array:
     """Return the edges once everything is what `resolvent_energy` says."""
-    for name, a in (("M", M), ("error", error)):
-        in_float64(name, a)
-    checks.shape("error", error, ("n",))
-    checks.shape("M", M, (len(error), len(error)))
+    in_float64("M", M, (len(error), len(error)))
+    in_float64("error", error, ("n",))
     checks.whole("power", power, 1)
     places = checks.ascending("edges", np.atleast_1d(np.asarray(edges, np.float64)), 1)
     return checks.positive("edges", places)

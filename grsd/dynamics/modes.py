@@ -24,18 +24,16 @@ __all__ = ["Modes", "Tracked", "as_array", "divided", "in_float64", "instant", "
 Array = Tensor | np.ndarray
 
 
-def in_float64(name: str, array: Array) -> Array:
-    """Return an array or tensor of float64; other precisions are refused with a TypeError."""
+def in_float64(name: str, array: Array, sizes: tuple[int | str, ...]) -> Array:
+    """Return a finite array or tensor of that shape; other precisions than float64 are refused."""
     if str(array.dtype) not in ("float64", "torch.float64"):
         raise TypeError(f"{name} is {array.dtype}; identities hold in float64 only, convert it")
-    return array
+    return checks.finite(name, checks.shape(name, array, sizes))
 
 
 def as_array(name: str, array: Array, sizes: tuple[int | str, ...]) -> np.ndarray:
-    """Return a finite float64 array of that shape, or refuse it."""
-    in_float64(name, array)
-    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
-    return checks.finite(name, checks.shape(name, values, sizes))
+    checked = in_float64(name, array, sizes)
+    return checked.detach().cpu().numpy() if isinstance(checked, Tensor) else checked
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,17 @@ class Modes:
 
     @cached_property
     def coupling(self) -> np.ndarray:
-        """Ω, (n, n): `coupling[u, v]` = Ω_{v→u} = ⟨φ_u, Ṁ φ_v⟩/(λ_v − λ_u) = ⟨φ_u, φ̇_v⟩.
+        """Ω, (n, n): `coupling[u, v]` = Ω_{v→u} = ⟨φ_u, Ṁ φ_v⟩/(λ_v − λ_u) = ⟨φ_u, φ̇_v⟩, antisymmetric.
 
-        Antisymmetric, 0 on the diagonal. Inside ker M the basis is free to turn; the choice here is
-        that it does not, Ω = 0. Other eigenvalues that repeat are refused: their eigenvectors have
-        no derivative.
+        Inside ker M the basis is free to turn; the choice here is that it does not, Ω = 0. Other
+        eigenvalues that repeat are refused: their eigenvectors have no derivative.
         """
         if len(pairs := self.repeated()):
             first, second = self.eigenvalues[pairs[0]]
             raise ValueError(
                 f"{len(pairs)} pair(s) of eigenvalues repeat, e.g. λ = {first:.6g} and {second:.6g} "
                 f"(closer than {self.floor:.1g}): single modes have no derivative there. Use "
-                "grsd.dynamics.modes.divided, or the soft shells of grsd.dynamics.balance, which "
-                "need no gaps"
+                "modes.divided or the soft shells of grsd.dynamics.balance, which need no gaps"
             )
         gaps = self.eigenvalues[None, :] - self.eigenvalues[:, None]  # λ_v − λ_u
         free = np.eye(len(gaps), dtype=bool) | (self.in_kernel[:, None] & self.in_kernel[None, :])
@@ -150,9 +146,8 @@ def divided(
 ) -> np.ndarray:
     """Return d/dt of function(M(t)), (n, n) in the eigenbasis, by Daleckii and Krein, without gaps.
 
-    Its entries are function^[1](λ_u, λ_v) ⟨φ_u, Ṁ φ_v⟩ with the divided difference
-    [function(λ_u) − function(λ_v)]/(λ_u − λ_v), which is `derivative` where the two agree. Repeated
-    eigenvalues are harmless.
+    Its entries are [function(λ_u) − function(λ_v)]/(λ_u − λ_v) · ⟨φ_u, Ṁ φ_v⟩, with `derivative` for
+    the quotient where the two agree. Repeated eigenvalues are harmless.
     """
     x = at.eigenvalues
     gaps, rise = x[:, None] - x[None, :], function(x)[:, None] - function(x)[None, :]
@@ -172,10 +167,9 @@ class Tracked(NamedTuple):
 def track(path: Path, to: Modes | None = None) -> Tracked:
     """Follow every mode along a path: order and sign are those of the largest overlap.
 
-    An instant is compared with the one before, or with `to` (e.g. the middle of a stencil). The path
-    must be so fine that an eigenvector turns by less than 45° between two times; inside ker M
-    nothing can be followed. This is the measuring side: it knows M(t) and e(t), and neither Ṁ nor
-    Kato's formulas. Cost: a Jacobian, an eigenproblem and an assignment per time.
+    An instant is compared with the one before, or with `to` (e.g. the middle of a stencil), and no
+    eigenvector may turn by 45° or more; inside ker M nothing can be followed. Neither Ṁ nor Kato's
+    formulas enter. Cost: a Jacobian, an eigenproblem and an assignment per time.
     """
     problem, n = path.problem, path.problem.samples
     values, vectors, coefficients = [], [], []

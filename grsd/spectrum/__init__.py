@@ -1,12 +1,13 @@
 """One instant of training: the operator M = J Jᵀ, and where the error sits in its spectrum.
 
-``observables`` says what f is, ``operator`` multiplies by M, ``lanczos`` finds coefficients, ``measure`` bounds the spectral measure,
-``shells`` bins it, ``nulls`` holds what a profile must be compared with.
+``observables`` says what f is, ``operator`` multiplies by M. ``lanczos`` finds coefficients, ``measure``
+bounds the spectral measure, ``shells`` bins it, ``nulls`` holds what a profile is compared with.
 
-Linear programs, which know no network, are in :mod:`grsd.spectrum.programs`: recorded, transposed, simplified. In
-:mod:`grsd.spectrum.operator`, ``trace`` records where parameters enter and ``rules`` says how, ``factors`` holds the blocks
-of K, ``own_positions`` takes out layers that need no pass, ``factored`` puts them together; ``double_backward`` is the plain
-form. ``ntk``, ``batches`` and ``shards`` are the operators made of either, ``layers`` splits one by modules.
+Linear programs, which know no network, are in :mod:`grsd.spectrum.programs`: recorded, transposed,
+simplified. In :mod:`grsd.spectrum.operator`, ``trace`` records where parameters enter and ``rules``
+says how, ``factors`` holds the blocks of K, ``own_positions`` takes out layers that need no pass,
+``factored`` puts them together; ``double_backward`` is the plain form. ``ntk``, ``batches`` and
+``shards`` are the operators made of either, ``layers`` splits one by modules.
 """
 
 from grsd.spectrum import nulls

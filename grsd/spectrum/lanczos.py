@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grsd import checks
 from grsd.spectrum.measure import Tridiagonal
 from grsd.spectrum.operator.base import Operator
 from grsd.spectrum.operator.batches import NTKBatches
@@ -30,15 +31,13 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
         m, between 1 and T. Fewer are returned where the Krylov space is exhausted.
     reorthogonalize
         True: every new vector is orthogonalised twice against all earlier ones by classical
-        Gram–Schmidt, so that it is orthogonal to rounding, and the recurrence ends at
-        β ≤ 8 eps |M|: the rounding of a product is of that size, so what is left is noise.
-        False: Algorithm 1 of 2512.10427 as printed, which ends only at β = 0.
+        Gram–Schmidt, which is right to rounding, and the recurrence ends at β ≤ 8 eps |M|, the
+        rounding of a product. False: Algorithm 1 of 2512.10427 as printed, which ends only at β = 0.
 
     Notes
     -----
-    Cost: m products, 8 m² T further operations and m T numbers of memory. No step waits for the
-    device. Source: 2512.10427, appendix B; for "twice is enough", Parlett, The Symmetric Eigenvalue
-    Problem, section 6.9.
+    Cost: m products, 8 m² T further operations, m T numbers of memory. No step waits for the device.
+    Source: 2512.10427, appendix B; "twice is enough": Parlett, The Symmetric Eigenvalue Problem, 6.9.
     """
     size = int(M.shape[0])
     if tuple(start.shape) != (size,) or start.dtype != M.dtype or start.device != M.device:
@@ -46,13 +45,10 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
             f"M is {tuple(M.shape)} {M.dtype} on {M.device}; the start vector is "
             f"{tuple(start.shape)} {start.dtype} on {start.device}"
         )
-    if not 1 <= steps <= size:
-        raise ValueError(f"steps must be between 1 and T = {size}, got {steps}")
+    checks.between("steps", steps, 1, size, why=f"steps lie between 1 and T = {size}")
     norm = float(torch.linalg.vector_norm(start))
-    if not (np.isfinite(norm) and norm > 0):
-        raise ValueError(
-            f"the start vector has norm {norm}; Lanczos needs a finite vector that is not zero"
-        )
+    if not 0 < norm < np.inf:
+        raise ValueError(f"the start vector has norm {norm}; it must be finite and not zero")
     alphas, betas = recurrence(M, start / norm, steps, reorthogonalize)
     eps = float(getattr(M, "eps", torch.finfo(M.dtype).eps))
     mass = norm**2 * float(getattr(M, "inner_weight", 1.0))

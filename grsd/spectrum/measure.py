@@ -53,10 +53,7 @@ class Tridiagonal:
         return int(self.alphas.size)
 
     def measure(self) -> SpectralMeasure:
-        """Return the Gauss quadrature of the start vector's measure (Golub and Welsch).
-
-        Its m nodes are the Ritz values, its weights mass · U₁ᵢ².
-        """
+        """Return the Gauss quadrature: Ritz values, with weights mass · U₁ᵢ² (Golub and Welsch)."""
         nodes, first = _eigen_first(self.alphas, self.betas)
         floor = FLOOR * self.eps * float(np.abs(nodes).max())
         return SpectralMeasure(nodes, self.mass * first, floor, self)
@@ -94,11 +91,9 @@ class SpectralMeasure:
     ) -> SpectralMeasure:
         """Return the measure of a dense eigendecomposition: eigenvalues (T,) and g_u² (T,)."""
         nodes, weights = np.asarray(eigenvalues, float), np.asarray(energies, float)
-        if nodes.ndim != 1 or nodes.shape != weights.shape or nodes.size == 0:
-            raise ValueError(
-                f"eigenvalues {nodes.shape} and energies {weights.shape} must be equal vectors"
-            )
-        checks.finite("eigenvalues", nodes)
+        checks.finite("eigenvalues", checks.shape("eigenvalues", nodes, ("T",)))
+        checks.at_least("number of eigenvalues", nodes.size, 1)
+        checks.shape("energies", weights, nodes.shape, f"there are {nodes.size} eigenvalues")
         checks.at_least("energies", weights, 0.0, "no energy is negative")
         order = np.argsort(nodes)
         return cls(nodes[order], weights[order], FLOOR * eps * float(np.abs(nodes).max()))
@@ -123,13 +118,10 @@ class SpectralMeasure:
         that m steps know, μ(−∞, a) of *any* measure on the line that has them lies between the two,
         and both ends are attained: they are read off the quadrature that has a as one of its nodes
         (Gauss–Radau). Nodes that agree with an edge to rounding count to both sides. An exact measure
-        gives equal ends. Different measures attain the bounds at different edges, so differences of
-        bounds hold and are not sharp.
+        gives equal ends. Different measures attain the bounds at different edges, so that
+        differences of bounds hold and are not sharp.
 
-        Notes
-        -----
-        The bounds hold for Lanczos vectors that are orthogonal to rounding; a tridiagonal matrix
-        made without reorthogonalisation gives those of another measure. Cost: one (m+1)-sized
+        Without reorthogonalisation they are those of another measure. Cost: one (m+1)-sized
         tridiagonal problem per edge. Source: Golub and Meurant, Matrices, Moments and Quadrature,
         section 6.2; Krein and Nudelman, chapter 3.
         """
@@ -147,10 +139,8 @@ class SpectralMeasure:
         return lower, upper
 
     def _radau(self, a: float, tri: Tridiagonal) -> tuple[float, float]:
-        if a <= -self.floor:  # M is positive semidefinite
-            return 0.0, 0.0
-        if a <= 0.0:
-            return 0.0, float(self.weights[self.in_kernel].sum())
+        if a <= 0.0:  # M is positive semidefinite: only rounding lies there
+            return 0.0, float(self.weights[self.in_kernel].sum()) if a > -self.floor else 0.0
         nodes, weights = self.nodes, self.weights
         tie = TIE * float(np.abs(nodes).max())
         near = max(self.floor, tie)
@@ -166,10 +156,7 @@ class SpectralMeasure:
         return float(weights[under].sum()), float(weights[up_to].sum())
 
     def shells(self, shells: LogShells) -> ShellProfile:
-        """Bin the energy ½ μ into logarithmic shells, with an interval for each.
-
-        The energies, `below`, `above` and `kernel` add up to half the mass: nothing is dropped.
-        """
+        """Bin the energy ½ μ into shells, with an interval for each; nothing is dropped."""
         edges, nodes, half, kernel = shells.edges, self.nodes, 0.5 * self.weights, self.in_kernel
         index = np.where(kernel, -1, np.searchsorted(edges, nodes, side="right") - 1)
         inside = [half[index == i] for i in range(len(shells))]

@@ -29,10 +29,9 @@ def random_start(like: Tensor, *, generator: torch.Generator) -> Tensor:
 
 
 def random_signs(like: Tensor, *, generator: torch.Generator) -> Tensor:
-    """Return `like` with a fair random sign on every row.
+    """Return `like` with a fair random sign on every row: sizes are kept, coordination is not.
 
-    How large the error is on each token is kept, how it is coordinated between tokens is not: what
-    remains of a profile is, in the mean, Σ e_i² times the spectral measure of row i.
+    What remains of a profile is, in the mean, Σ e_i² times the spectral measure of row i.
     """
     signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int64).mul_(2).sub_(1)
     return like * signs.to(like)
@@ -73,8 +72,8 @@ def counts(measures: Sequence[SpectralMeasure], shells: LogShells) -> np.ndarray
 def frozen_kernel(measure: SpectralMeasure, time: float, shells: LogShells) -> ShellProfile:
     """Return the profile of a kernel frozen at `measure` after `time`: every weight × exp(−2λt).
 
-    This is the null of no spectral transport (c0 = 0 in 2512.10427): each mode decays where it
-    stands. The interval of a shell is that of the measure, damped by the factors at its two edges.
+    The null of no transport (c0 = 0 in 2512.10427): each mode decays where it stands. The interval
+    of a shell is that of the measure, damped by the factors at its two edges.
     """
     checks.at_least("time", time, 0)
     decayed = measure.weights * np.exp(-2.0 * measure.nodes * time)

@@ -22,15 +22,12 @@ class Observable(Protocol):
 
     def rows(self, output: Tensor) -> Tensor:
         """Return f, shape (T,), differentiable with respect to `output`."""
-        ...
 
     def error(self, rows: Tensor) -> Tensor:
         """Return the error vector on the rows, shape (T,)."""
-        ...
 
     def samples(self, rows: Tensor) -> int:
         """Return how many samples the T rows come from (the divisor of ``normalize="mean"``)."""
-        ...
 
 
 def raw_output(output: Any) -> Tensor:
@@ -43,9 +40,8 @@ def raw_output(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(
-        f"the model returned {type(output).__name__}; expected a tensor, an object with .logits, or "
-        "a tuple that starts with a tensor: wrap the model in a module whose forward returns the "
-        "one that the rows are made of"
+        f"the model returned {type(output).__name__}; expected a tensor, an object with .logits or a "
+        "tuple that starts with a tensor: wrap the model so that it returns what the rows are made of"
     )
 
 
@@ -86,18 +82,14 @@ class Outputs:
 
     def rows(self, output: Tensor) -> Tensor:
         if output.ndim == 0:
-            raise ValueError(
-                "the model returned a single number without a batch axis; expected shape (n, ...)"
-            )
+            raise ValueError("the model returned a single number; expected a batch axis, (n, ...)")
         if self.targets is not None:
             _check_targets(self.targets, output.shape, "outputs")
         return output.reshape(-1)
 
     def error(self, rows: Tensor) -> Tensor:
         if self.targets is None:
-            raise ValueError(
-                "Outputs() was made without targets, so there is no error; pass Outputs(targets)"
-            )
+            raise ValueError("Outputs() without targets has no error; pass Outputs(targets)")
         return self.targets.reshape(-1).to(rows) - rows
 
     def samples(self, rows: Tensor) -> int:
@@ -119,7 +111,7 @@ class ClassLogits:
         counted = _counted(self.targets, output, "class logits need shape (..., classes)")
         if not bool(counted.all()):
             raise ValueError(
-                f"ClassLogits counts every sample; drop those with target {IGNORE} first"
+                f"ClassLogits counts all samples; drop those with target {IGNORE} first"
             )
         return output.reshape(-1)
 

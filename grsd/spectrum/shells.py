@@ -1,8 +1,7 @@
 """Logarithmic shells of the λ axis, and the profile of energy over them.
 
-A profile never loses mass: what lies below or above the edges and what lies in the kernel of M is
-reported beside the shells. Statistics of a profile (peak, frontier, unimodality) carry its
-intervals.
+A profile never loses mass: what lies below or above the edges or in the kernel of M is reported
+beside the shells. Statistics of a profile (peak, frontier, unimodality) carry its intervals.
 """
 
 from __future__ import annotations
@@ -74,13 +73,11 @@ class Binned:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists and numbers (edges for the shells, None for NaN)."""
-        record: dict[str, Any] = {"edges": self.shells.edges.tolist()}
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            record[field.name] = (
-                [None if np.isnan(x) else float(x) for x in value] if np.ndim(value) else value
-            )
-        return record
+        record = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        for name, value in record.items():
+            if np.ndim(value):
+                record[name] = [None if np.isnan(x) else float(x) for x in value]
+        return {"edges": self.shells.edges.tolist(), **record}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
@@ -99,8 +96,7 @@ class ShellProfile(Binned):
     ----------
     energies, lower, upper : (n,), the quadrature value and its Chebyshev–Markov–Stieltjes interval.
     below, above : float, energy of nodes under the first and over the last edge.
-    kernel : float, energy of nodes at or under `floor`, which cannot be told from ker M.
-    floor : float, rounding floor on the λ axis.
+    kernel, floor : float, energy of nodes up to the rounding floor on the λ axis, and that floor.
     minima : (n,), the smallest energy of a node in the shell (NaN for none), as 2512.10427 Figure 1.
     counts : (n,), how many nodes lie in the shell.
     """
@@ -117,8 +113,7 @@ class AveragedProfile(Binned):
     ----------
     energies, sem : (n,), mean over batches, and the standard error of that mean (0 for one batch).
     lower, upper : (n,), mean quadrature interval widened by two standard errors.
-    below, above, kernel : float, means.
-    floor : float, the largest of the batches.
+    below, above, kernel, floor : float, means, and the largest floor of the batches.
     batches : int
     """
 
@@ -133,7 +128,7 @@ def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
     shells = profiles[0].shells
     if not all(np.array_equal(p.shells.edges, shells.edges) for p in profiles):
         raise ValueError(
-            "profiles on different shells cannot be averaged; bin them with the same LogShells"
+            "profiles on different shells have no average; bin them with one LogShells"
         )
     energies = np.stack([p.energies for p in profiles])
     sem = standard_error(energies, alone=0.0)
@@ -163,13 +158,13 @@ class ProfileStatistics:
     ----------
     peak : float, centre of the shell with the most energy.
     peak_low, peak_high : float, outer edges of all shells that may hold the peak by the intervals.
-    median, frontier : float, λ below which 50 % and 99 % of the energy in the shells lies
-        (log-linear inside a shell).
-    dip : float, the deepest valley: the largest min(E_i, E_k)/E_j with i < j < k, at least 1; 1 for
-        one peak. Shoulders under 1 % of the peak's energy make no valley.
+    median, frontier : float, λ below which 50 % and 99 % of the energy in the shells lies, which is
+        even over log λ inside a shell.
+    dip : float, the deepest valley: the largest min(E_i, E_k)/E_j with i < j < k; 1 for one peak.
+        Shoulders under 1 % of the peak's energy make no valley.
     unimodal : bool, no such valley survives the intervals: nowhere min(lower_i, lower_k) > upper_j.
-    slope : float, d log E / d log λ on the low side: least squares from the first shell with energy
-        to the peak (NaN with fewer than three shells there).
+    slope : float, d log E / d log λ by least squares from the first shell with energy to the peak
+        (NaN with fewer than three).
     """
 
     peak: float
@@ -208,7 +203,7 @@ def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
 
 
 def _quantile(energies: Array, edges: Array, share: float) -> float:
-    """Return the λ below which `share` of the energy lies, that of a shell even over log λ."""
+    """Return the λ below which `share` of the energy lies."""
     cumulative = np.concatenate([[0.0], np.cumsum(energies)]) / energies.sum()
     place = int(np.searchsorted(cumulative, share))
     inside = (share - cumulative[place - 1]) / (cumulative[place] - cumulative[place - 1])
@@ -216,10 +211,7 @@ def _quantile(energies: Array, edges: Array, share: float) -> float:
 
 
 def _valley(shoulders: Array, floor: Array, least: float) -> float:
-    """Return the largest min(shoulders_i, shoulders_k)/floor_j ≥ 1 over i < j < k.
-
-    Only pairs whose lower shoulder is at least `least` count.
-    """
+    """Return the largest min(shoulders_i, shoulders_k)/floor_j ≥ 1 of i < j < k, min ≥ least."""
     left = np.maximum.accumulate(shoulders)[:-2]
     right = np.maximum.accumulate(shoulders[::-1])[::-1][2:]
     walls, bottom = np.minimum(left, right), floor[1:-1]
