@@ -12,8 +12,6 @@ from importlib import metadata
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "check_environment"]
-
 # What every room needs, with the least version that the code was written against. The same floors
 # stand in pyproject.toml (a test compares the two), which an uninstalled source tree cannot read.
 REQUIRED: dict[str, str] = {
@@ -40,34 +38,20 @@ def _release(version: str) -> tuple[int, ...]:
 def check_environment(*, verbose: bool = True) -> list[str]:
     """Say which required packages are missing or older than needed. Installs and upgrades nothing.
 
-    Parameters
-    ----------
-    verbose : bool
-        Print the findings, one line each, and a line when nothing is missing.
-
-    Returns
-    -------
-    list of str
-        One requirement per missing or outdated package, such as "scipy>=1.15"; empty when all is well.
+    Returns one requirement per missing or outdated package, such as "scipy>=1.15". `verbose` prints
+    the findings, one line each, and a line when nothing is missing.
     """
-    wanted: list[str] = []
-    lines: list[str] = []
+    wanted: dict[str, str] = {}
     if sys.version_info < (3, 11):
-        wanted.append("python>=3.11")
-        lines.append(f"python {sys.version.split()[0]} is too old: grsd needs python>=3.11")
+        wanted["python>=3.11"] = f"python {sys.version.split()[0]} is older than needed"
     for name, floor in REQUIRED.items():
-        requirement = f"{name}>={floor}"
         try:
-            found = metadata.version(name)
+            version = metadata.version(name)
+            if _release(version) < _release(floor):
+                wanted[f"{name}>={floor}"] = f"{name} {version} is older than needed"
         except metadata.PackageNotFoundError:
-            wanted.append(requirement)
-            lines.append(f"{name} is missing: install '{requirement}'")
-            continue
-        if _release(found) < _release(floor):
-            wanted.append(requirement)
-            lines.append(f"{name} {found} is older than needed: install '{requirement}'")
+            wanted[f"{name}>={floor}"] = f"{name} is missing"
     if verbose:
-        print(
-            "\n".join(lines) if lines else f"grsd {__version__}: every required package is present"
-        )
-    return wanted
+        lines = [f"{fault}: install '{requirement}'" for requirement, fault in wanted.items()]
+        print("\n".join(lines) or f"grsd {__version__}: every required package is present")
+    return list(wanted)

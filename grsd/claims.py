@@ -72,41 +72,19 @@ _AUDIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+'/()-]*")  # C54, L1.3, T1+, III/C2
 
 @dataclass(frozen=True)
 class Claim:
-    """One entry of the ledger.
+    """One entry of the ledger."""
 
-    Attributes
-    ----------
-    id : str
-        "<paper>.<slug>", never reused for another statement.
-    paper, locator : str
-        A key of `PAPERS`, and where in it the statement stands.
-    statement : str
-        What the paper says, in our words.
-    verdict : str
-        A key of `VERDICTS`.
-    corrected : str
-        What holds instead. Required for "corrected" and "refuted".
-    assumption : str
-        What must be added ("holds-if"), or why a claim is "untested".
-    chapter : str
-        Page of the book that settles it, as "room/page"; empty only for an untested claim.
-    audit : tuple of str
-        Row ids of the prior audit.
-    measured, bound : str
-        What the chapter measures, and the rule that its numbers must satisfy, in words.
-    """
-
-    id: str
-    paper: str
-    locator: str
-    statement: str
-    verdict: str
-    corrected: str = ""
-    assumption: str = ""
-    chapter: str = ""
-    audit: tuple[str, ...] = ()
-    measured: str = ""
-    bound: str = ""
+    id: str  #: "<paper>.<slug>", never reused for another statement
+    paper: str  #: a key of `PAPERS`
+    locator: str  #: where in the paper the statement stands
+    statement: str  #: what the paper says, in our words
+    verdict: str  #: a key of `VERDICTS`
+    corrected: str = ""  #: what holds instead; required for "corrected" and "refuted"
+    assumption: str = ""  #: what must be added ("holds-if"), or why a claim is "untested"
+    chapter: str = ""  #: page of the book that settles it, "room/page"; empty only if untested
+    audit: tuple[str, ...] = ()  #: row ids of the prior audit
+    measured: str = ""  #: what the chapter measures
+    bound: str = ""  #: the rule that the measured numbers must satisfy, in words
 
     def __post_init__(self) -> None:
         if fault := next(self._faults(), None):
@@ -143,31 +121,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run found for one claim.
-
-    Attributes
-    ----------
-    id, verdict, chapter : str
-        As in the ledger when it was recorded.
-    measured : float, int, str or dict
-        The numbers of the check.
-    bound : float, int, str, dict or None
-        What they were compared with.
-    note : str
-        One sentence for the reader of the claims page.
-    scale, version, date : str
-        `GRSD_SCALE`, the version of grsd, and the UTC time of the record.
-    """
+    """What a run found for one claim; id, verdict and chapter as in the ledger of that time."""
 
     id: str
     verdict: str
     chapter: str
-    measured: Measured
-    bound: Measured | None
-    note: str
-    scale: str
-    version: str
-    date: str
+    measured: Measured  #: the numbers of the check
+    bound: Measured | None  #: what they were compared with
+    note: str  #: one sentence for the reader of the claims page
+    scale: str  #: `GRSD_SCALE`
+    version: str  #: of grsd
+    date: str  #: UTC time of the record
 
     def _repr_markdown_(self) -> str:
         """One line under the cell that ends with a record; the numbers are on the claims page."""
@@ -191,11 +155,9 @@ def _read(path: Path) -> Iterator[Claim]:
         entries = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path.name} cannot be read as a ledger: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{path.name} holds {type(entries).__name__}, expected a list of claims")
-    for index, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path.name}: entry {index} is {entry!r}, expected fields")
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if not isinstance(entry, dict) or not isinstance(entries, list):
+            raise ValueError(f"{path.name} holds {entry!r}; expected a list of claims with fields")
         filled = {name: value for name, value in entry.items() if value is not None}
         for name, value in filled.items():
             if isinstance(value, str):
@@ -205,7 +167,7 @@ def _read(path: Path) -> Iterator[Claim]:
         try:
             yield Claim(**filled)
         except TypeError as error:  # a field that is missing or unknown
-            raise ValueError(f"{path.name}: claim {entry.get('id', index)!r}: {error}") from error
+            raise ValueError(f"{path.name}: claim {entry.get('id')!r}: {error}") from error
 
 
 def _load(place: Path) -> list[Claim]:
@@ -326,10 +288,8 @@ def record(
             f"{claim_id!r} is untested in the ledger: give it a verdict before its evidence"
         )
     if verdict not in (None, claim.verdict):
-        raise ValueError(
-            f"{claim_id!r}: the check concludes {verdict!r}, but the ledger says {claim.verdict!r}; "
-            "correct whichever is wrong"
-        )
+        told = f"the check concludes {verdict!r}, but the ledger says {claim.verdict!r}"
+        raise ValueError(f"{claim_id!r}: {told}; correct whichever is wrong")
     made = Evidence(
         id=claim.id,
         verdict=claim.verdict,

@@ -1,9 +1,9 @@
 """How figures look, and the one figure that every room draws: a shell-energy profile.
 
-Colours are those of Okabe and Ito, told apart by readers with any colour vision, and every line also
-has a marker and a dash pattern of its own. Backgrounds are opaque white, so that a dark page shows
-them legibly. The caller makes the axes; only `style` imports matplotlib. Here too: `Table`, the one
-maker of text tables.
+Colours are those of Okabe and Ito, told apart by readers with any colour vision, and every line
+also has a marker and a dash pattern of its own. Backgrounds are opaque white, so that a dark page
+shows them legibly. The caller makes the axes; only `style` imports matplotlib. Here too: `Table`,
+the one maker of text tables.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def shell_profile(
 ) -> Line2D:
     """Draw shell energies against the shells' centres, on logarithmic axes, and return their line.
 
-    A shell of zero energy has no point on a logarithmic axis; if its upper bound is positive, that is
-    drawn as a small downward arrowhead. Axes without labels get them, with units.
+    A shell of zero energy has no point on a logarithmic axis; if its upper bound is positive, that
+    is drawn as a small downward arrowhead. Axes without labels get them, with units.
 
     Parameters
     ----------

@@ -37,21 +37,11 @@ PACKAGES = ("torch", "numpy", "scipy", "transformers", "tokenizers", "safetensor
 
 @dataclass(frozen=True)
 class Result:
-    """One stored result.
+    """One stored result."""
 
-    Attributes
-    ----------
-    id : str
-        File name without its ending: lower-case letters, digits, ".", "_" and "-".
-    data : dict
-        What was measured; only what JSON can hold, and finite numbers only.
-    provenance : dict
-        As `provenance` makes it.
-    """
-
-    id: str
-    data: dict[str, Any]
-    provenance: dict[str, Any]
+    id: str  #: file name without its ending: lower-case letters, digits, ".", "_" and "-"
+    data: dict[str, Any]  #: what was measured; only what JSON can hold, and finite numbers
+    provenance: dict[str, Any]  #: as `provenance` makes it
 
     def __post_init__(self) -> None:
         check_id(self.id)
@@ -121,8 +111,8 @@ def dumps(value: Any, *, where: str = "value", sort_keys: bool = True) -> str:
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
     """Write a file whole or not at all, making its folder when needed, and return its path.
 
-    The content goes to a temporary file in the same folder, is flushed to the disk and then renamed:
-    a reader, or a run that is killed at any moment, sees the old file or the new one.
+    The content goes to a temporary file in the same folder, is flushed to the disk and then
+    renamed: a reader, or a run that is killed at any moment, sees the old file or the new one.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
