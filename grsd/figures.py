@@ -228,7 +228,7 @@ class Table:
 
 
 def _escaped(cell: str) -> str:
-    """A cell whose bars are escaped; in mathematics, where that would lose its backslash, they get a name."""
+    """A cell whose bars are escaped; in mathematics, where an escape is lost, they get a name."""
     parts = re.split(r"(\$[^$]*\$)", cell)
     parts[::2] = [re.sub(r"(?<!\\)\|", r"\|", text) for text in parts[::2]]
     parts[1::2] = [

@@ -7,7 +7,6 @@ is made again is its own `command`, which `grsd results recompute` runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -53,15 +52,6 @@ class Result:
             raise ValueError(
                 f"result {self.id!r}: its provenance lacks {missing}; use provenance()"
             )
-
-
-def code_fingerprint(folder: Path) -> str:
-    """SHA-256 over the Python sources under `folder`, which a number that they computed must name."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        name = path.relative_to(folder).as_posix()
-        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def check_id(name: str) -> str:
@@ -247,19 +237,14 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Result:
 
 def largest_difference(old: Any, new: Any) -> float | None:
     """Largest |a − b| / max|a| over corresponding lists of numbers; None when the shapes differ."""
-    numbers = (int, float)
-    if isinstance(old, dict) and isinstance(new, dict):
-        parts = [(old[k], new[k]) for k in old] if set(old) == set(new) else None
-    elif isinstance(old, list) and isinstance(new, list):
-        parts = list(zip(old, new, strict=True)) if len(old) == len(new) else None
-        if parts and all(isinstance(x, numbers) for x in [*old, *new]):
-            size = max(abs(x) for x in [*old, *new])
-            return max(abs(a - b) for a, b in parts) / size if size else 0.0
-    elif isinstance(old, numbers) and isinstance(new, numbers):
-        return largest_difference([old], [new])
-    else:
+    if isinstance(old, dict) and isinstance(new, dict) and set(old) == set(new):
+        old, new = list(old.values()), [new[key] for key in old]
+    elif isinstance(old, float | int) and isinstance(new, float | int):
+        old, new = [old], [new]
+    if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new)):
         return 0.0 if old == new else None
-    if parts is None:
-        return None
-    below = [largest_difference(a, b) for a, b in parts]
+    if old and all(isinstance(x, float | int) for x in [*old, *new]):
+        size = max(abs(x) for x in [*old, *new])
+        return max(abs(a - b) for a, b in zip(old, new, strict=True)) / size if size else 0.0
+    below = [largest_difference(a, b) for a, b in zip(old, new, strict=True)]
     return None if None in below else max((d for d in below if d is not None), default=0.0)

@@ -208,11 +208,22 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> No
         assert len(content) == 400_000 and content in (b"a" * 400_000, b"b" * 400_000)
 
 
-def test_code_fingerprint_changes_with_the_code_and_with_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "room").mkdir()
-    (tmp_path / "room" / "a.py").write_text("x = 1\n")
-    first = results.code_fingerprint(tmp_path)
-    (tmp_path / "room" / "notes.txt").write_text("not code")
-    assert results.code_fingerprint(tmp_path) == first
-    (tmp_path / "room" / "a.py").write_text("x = -1\n")
-    assert results.code_fingerprint(tmp_path) != first
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ({"a": [1.0, 2.0], "b": "x"}, {"b": "x", "a": [1.0, 2.0]}, 0.0),
+        ({"a": [1.0, 2.0]}, {"a": [1.0, 1.0]}, 0.5),  # relative to the largest of a list
+        ({"a": 4.0, "b": [[1.0], [8.0]]}, {"a": 3.0, "b": [[1.0], [8.0]]}, 0.25),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([], [], 0.0),
+        ({"a": 1.0}, {"b": 1.0}, None),
+        ([1.0], [1.0, 2.0], None),
+        ([1.0, None], [1.0, 2.0], None),
+        ({"a": "x"}, {"a": "y"}, None),
+        ({"a": [1.0]}, [1.0], None),
+    ],
+)
+def test_the_largest_difference_is_relative_to_its_list_and_sees_another_shape(
+    old: object, new: object, difference: float | None
+) -> None:
+    assert results.largest_difference(old, new) == difference
