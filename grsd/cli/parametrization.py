@@ -1,14 +1,17 @@
-"""`grsd mup-check`: the coordinate check of a model's architecture, with a verdict and a diagnosis."""
+"""`grsd mup-check`: the coordinate check of a model's architecture, with a verdict and a "
+"diagnosis."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import click
 
 from grsd.cli.common import emit, json_option, main, table
 
+F = TypeVar("F", bound=Callable[..., Any])
 EPILOG = """\b
 Examples:
   grsd mup-check gpt2 --optimizer adamw --lr 0.004
@@ -34,146 +37,117 @@ class Sizes(click.ParamType):
             self.fail(f"{value!r} is not a list of whole numbers between commas", param, ctx)
 
 
+def option(name: str, default: Any, help: str, kind: Any = None) -> Callable[[F], F]:
+    """Return an option that shows its default."""
+    return click.option(name, default=default, type=kind, show_default=True, help=help)
+
+
 @main.command("mup-check", epilog=EPILOG)
 @click.argument("model")
-@click.option(
-    "--widths",
-    type=Sizes(),
-    default="64,128,256",
-    show_default=True,
-    help="Hidden sizes, at the base's depth.",
-)
-@click.option(
-    "--depths",
-    type=Sizes(),
-    default="2,4,8",
-    show_default=True,
-    help="Numbers of blocks, at the base's width.",
-)
-@click.option(
-    "--base",
-    type=Sizes(),
-    default="64,2",
-    show_default=True,
-    help="WIDTH,DEPTH that the learning rate is for.",
-)
-@click.option(
-    "--optimizer",
-    default="muon_kimi",
-    show_default=True,
-    help="Of the hidden matrices; an unknown name lists all.",
-)
-@click.option(
-    "--other", default="adamw", show_default=True, help="Of what a matrix optimizer cannot take."
-)
-@click.option("--lr", default=2.0**-6, show_default=True, help="Base learning rate.")
-@click.option(
-    "--steps", type=click.IntRange(1), default=4, show_default=True, help="Updates of every model."
-)
-@click.option("--seeds", default=2, show_default=True, help="Initial weights of every size.")
-@click.option(
-    "--layers",
-    default=2,
-    show_default=True,
-    help="k, layers of a residual branch: 1, or 2 for more.",
-)
-@click.option("--batch-size", default=8, show_default=True, help="Sequences in the batch.")
-@click.option("--length", default=64, show_default=True, help="Bytes of a sequence.")
+@option("--widths", "64,128,256", "Hidden sizes, at the base's depth.", Sizes())
+@option("--depths", "2,4,8", "Numbers of blocks, at the base's width.", Sizes())
+@option("--base", "64,2", "WIDTH,DEPTH that the learning rate is for.", Sizes())
+@option("--optimizer", "muon_kimi", "Of the hidden matrices; an unknown name lists all.")
+@option("--other", "adamw", "Of what a matrix optimizer cannot take.")
+@option("--lr", 2.0**-6, "Base learning rate.")
+@option("--steps", 4, "Updates of every model.", click.IntRange(1))
+@option("--seeds", 2, "Initial weights of every size.")
+@option("--layers", 2, "k, layers of a residual branch: 1, or 2 for more.")
+@option("--batch-size", 8, "Sequences in the batch.")
+@option("--length", 64, "Bytes of a sequence.")
 @click.option("--sp", is_flag=True, help="Standard parametrization instead: the control.")
 @json_option
 @click.pass_context
 def mup_check(
     ctx: click.Context,
+    /,
     model: str,
     widths: tuple[int, ...],
     depths: tuple[int, ...],
     base: tuple[int, ...],
-    optimizer: str,
-    other: str,
-    lr: float,
-    steps: int,
-    seeds: int,
     layers: int,
     batch_size: int,
     length: int,
     sp: bool,
     as_json: bool,
+    **more: Any,
 ) -> None:
-    """Train MODEL's architecture for a few steps at several widths and depths, and say whether its features move alike.
+    """Train MODEL's architecture for a few steps at several widths and depths, and say whether its
+    features move alike.
 
-    MODEL is a folder or hub name with a transformers configuration (weights are not read), or a family: gpt2, gpt_neox,
-    llama. The text is Python's own help, byte by byte. Findings name the role, the norm and the condition that it breaks.
+    MODEL is a folder or hub name with a transformers configuration (weights are not read), or a
+    family: gpt2, gpt_neox, llama. The text is Python's own help, byte by byte. Findings name the
+    role, the norm and the condition that it breaks.
     """
     from grsd import mup
+    from grsd.lab.data import help_text
     from grsd.lab.nets import stock
 
     if len(base) != 2:
         raise ValueError(f"--base {','.join(map(str, base))}: expected WIDTH,DEPTH")
+    seeds = more.pop("seeds")
     if length < 1 or batch_size < 1 or seeds < 1:
         raise ValueError(
             f"--length {length}, --batch-size {batch_size} and --seeds {seeds} must be positive"
         )
     if len(set(widths)) < 2 and len(set(depths)) < 2:
         raise ValueError(
-            f"two widths or two depths are needed to compare, got --widths {widths} and --depths {depths}"
+            "two widths or two depths are needed to compare, "
+            f"got --widths {widths} and --depths {depths}"
         )
     factory = stock.factory(stock.configuration(model), positions=length)
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))
-    plan = mup.plan(
-        largest, base=factory(base[0], base[1]), optimizer=optimizer, other=other, k=layers
-    )
-    found = mup.coord_check(
+    who = {"optimizer": more["optimizer"], "other": more["other"], "k": layers}
+    plan = mup.plan(largest, base=factory(base[0], base[1]), **who)
+    check = mup.coord_check(
         factory,
-        stock.next_byte(batch_size, length),
+        help_text.next_byte(batch_size, length),
         widths=widths,
         depths=depths,
         base=(base[0], base[1]),
-        optimizer=optimizer,
-        other=other,
-        lr=lr,
-        steps=steps,
-        seeds=range(seeds),
         k=layers,
+        seeds=range(seeds),
         parametrization="sp" if sp else "mup",
+        **more,
     )
     if as_json:
-        slopes, first = (
-            # two points give a slope and no interval: null
-            {
-                axis: [v if math.isfinite(v) else None for v in (s.value, s.low, s.high)]
-                for axis, s in fitted.items()
-            }
-            for fitted in (found.slopes, found.first)
-        )
-        findings = [
-            {
-                "role": f.role,
-                "quantity": f.quantity,
-                "axis": f.axis,
-                "measured": f.measured.value,
-                "wanted": f.wanted,
-            }
-            | {"condition": f.condition}
-            for f in found.findings
-        ]
         emit(
             {
                 "model": model,
-                "optimizer": optimizer,
-                "parametrization": found.parametrization,
-                "verdict": found.verdict,
+                "optimizer": check.optimizer,
+                "parametrization": check.parametrization,
+                "verdict": check.verdict,
+                "slopes": _intervals(check.slopes),
+                "first": _intervals(check.first),
+                "findings": [
+                    {
+                        "role": f.role,
+                        "quantity": f.quantity,
+                        "axis": f.axis,
+                        "measured": f.measured.value,
+                        "wanted": f.wanted,
+                        "condition": f.condition,
+                    }
+                    for f in check.findings
+                ],
+                "plan": plan.table(),
             }
-            | {"slopes": slopes, "first": first, "findings": findings, "plan": plan.table()}
         )
     else:
         if not sp:
             click.echo(f"the largest model's plan:\n{plan.table()}\n")
-        sizes = sorted({(r.width, r.depth) for r in found.runs})
         rows = []
-        for width, depth in sizes:
-            runs = [r for r in found.runs if (r.width, r.depth) == (width, depth)]
-            mean = [sum(r.features[k] for r in runs) / len(runs) for k in (1, -1)]
-            rows.append([width, depth, f"{mean[0]:.3g}", f"{mean[1]:.3g}"])
-        table(["width", "depth", "change of features, step 1", f"step {steps}"], rows)
-        click.echo(str(found))
-    ctx.exit(0 if found.verdict == "flat" else 1)
+        for size in sorted({(r.width, r.depth) for r in check.runs}):
+            changes = [r.features for r in check.runs if (r.width, r.depth) == size]
+            means = (sum(change[k] for change in changes) / len(changes) for k in (1, -1))
+            rows.append([*size, *(f"{mean:.3g}" for mean in means)])
+        last = f"step {more['steps']}"
+        table(["width", "depth", "change of features, step 1", last], rows)
+        click.echo(str(check))
+    ctx.exit(0 if check.verdict == "flat" else 1)
+
+
+def _intervals(slopes: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Return axis → slope and its ends; two points give a slope and no interval: null."""
+    ends = {axis: (s.value, s.low, s.high) for axis, s in slopes.items()}
+    return {axis: [v if math.isfinite(v) else None for v in three] for axis, three in ends.items()}

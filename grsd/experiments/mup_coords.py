@@ -1,10 +1,13 @@
-"""The experiment ``mup-coords``: coordinate checks of every optimizer, in μP and in standard parametrization, over width and depth.
+"""The experiment ``mup-coords``: coordinate checks of every optimizer, in μP and in standard
+parametrization, over width and depth.
 
-With ``trained=hidden`` the hidden matrices alone are trained, by the rule and by a wrong one: a check of all parameters together does not tell
-the two apart when other roles move the features more. One piece is one model, trained for a few steps on one batch (`grsd.mup.coord_check` at one
-size). Kept are the change of the features after every step and the losses; slopes are fitted when the result is made. The network is a residual
-MLP with ReLU and biases, and the loss is logistic: bounded slopes, but at small widths outputs are not small, ∂ℓ/∂f depends on them, and runs
-scatter from seed to seed (SGD's most; a loss that is linear in the output has no such scatter).
+With ``trained=hidden`` the hidden matrices alone are trained, by the rule and by a wrong one: a
+check of all parameters together does not tell the two apart when other roles move the features
+more. One piece is one model, trained for a few steps on one batch (`grsd.mup.coord_check` at one
+size). Kept are the change of the features after every step and the losses; slopes are fitted when
+the result is made. The network is a residual MLP with ReLU and biases, and the loss is logistic:
+bounded slopes, but at small widths outputs are not small, ∂ℓ/∂f depends on them, and runs scatter
+from seed to seed (SGD's most; a loss that is linear in the output has no such scatter).
 """
 
 from __future__ import annotations
@@ -65,14 +68,16 @@ class Parameters:
         sizes = (*self.widths, *self.depths, self.base_width, self.base_depth)
         if unknown or min(*sizes, self.seeds, self.steps) < 1:
             raise ValueError(
-                f"optimizers are {', '.join(checked())}, and sizes, seeds and steps are positive; got {unknown or self}"
+                f"optimizers are {', '.join(checked())}, and sizes, seeds and steps are positive; "
+                f"got {unknown or self}"
             )
 
 
 def factory(width: int, depth: int) -> nn.Module:
     """A residual MLP with two layers a block, ReLU, biases and α_b = ¼: (B, 16) → (B, 1), float32.
 
-    With α_b = 1 a stack of four blocks is far from its limit of depth: its features grow tenfold, and those of a stack of 32 with α = ⅛ do not.
+    With α_b = 1 a stack of four blocks is far from its limit of depth: its features grow tenfold,
+    and those of a stack of 32 with α = ⅛ do not.
     """
     return architectures.res_mlp(
         inputs=INPUTS,
@@ -89,7 +94,8 @@ def factory(width: int, depth: int) -> nn.Module:
 def hidden_alone(
     optimizer: str, width: float = 0.0, depth: float = 0.0
 ) -> Callable[[nn.Module, nn.Module], Plan]:
-    """Return (model, base) → the optimizer's plan with every rate 0 but that of the hidden matrices, which is times r_n^width · r_L^depth."""
+    """Return (model, base) → the optimizer's plan with every rate 0 but that of the hidden
+    matrices, which is times r_n^width · r_L^depth."""
 
     def make(model: nn.Module, base: nn.Module) -> Plan:
         right = plan(model, base=base, optimizer=optimizer)
@@ -105,7 +111,8 @@ def hidden_alone(
 
 
 def batch(samples: int, seed: int = 0, device: str = "cpu") -> Callable[[nn.Module], Tensor]:
-    """Return model → mean of log(1 + e^(−f y)) on one fixed batch of Gaussian inputs and random signs y, the same on every device."""
+    """Return model → mean of log(1 + e^(−f y)) on one fixed batch of Gaussian inputs and random
+    signs y, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, INPUTS, generator=generator).to(device)
     y = torch.randn(samples, generator=generator).sign().to(device)
@@ -180,7 +187,8 @@ def measure(piece: Piece) -> dict[str, Any]:
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Slopes of log ‖Δh_L‖_R against log size after every step, and how many runs left the numbers."""
+    """Slopes of log ‖Δh_L‖_R against log size after every step, and how many runs left the
+    numbers."""
     checks = []
     for name in p.optimizers:
         for parametrization in SCHEMES[p.trained]:

@@ -1,7 +1,9 @@
-"""The experiment ``mup-norms``: sizes of weights, gradients and first updates of residual MLPs of many widths and depths.
+"""The experiment ``mup-norms``: sizes of weights, gradients and first updates of residual MLPs of
+many widths and depths.
 
-One piece is one net: `grsd.mup.audit.measure_sizes` under μP's multipliers and variances, on one sample and a loss that is linear in the output, so
-that ∂ℓ/∂f has one size everywhere. The stored result holds the sizes; the exponents are fitted when it is read (`audit`).
+One piece is one net: `grsd.mup.audit.measure_sizes` under μP's multipliers and variances, on one
+sample and a loss that is linear in the output, so that ∂ℓ/∂f has one size everywhere. The stored
+result holds the sizes; the exponents are fitted when it is read (`audit`).
 """
 
 from __future__ import annotations
@@ -58,10 +60,11 @@ class Parameters:
 def network(
     k: int, activation: str = "relu", base_depth: int = 4
 ) -> Callable[[int, int], nn.Module]:
-    """Return (width, depth) → residual MLP with biases, four inputs and one output, and base multiplier α_b = 1/base_depth.
+    """Return (width, depth) → residual MLP with biases, four inputs and one output, and base
+    multiplier α_b = 1/base_depth.
 
-    Four inputs, because ‖W₀‖_R ∝ √n + √d₀ is only then near its limit at width 64; α_b so that the stack's gain ∏(1 + α²…) is near its
-    limit at the base's depth.
+    Four inputs, because ‖W₀‖_R ∝ √n + √d₀ is only then near its limit at width 64; α_b so that the
+    stack's gain ∏(1 + α²…) is near its limit at the base's depth.
     """
     return lambda width, depth: architectures.res_mlp(
         inputs=4,
@@ -76,7 +79,8 @@ def network(
 
 
 def one_sample(model: nn.Module) -> Tensor:
-    """Return −f(x) at one fixed x, on the model's device: a loss whose ∂ℓ/∂f is −1 at every size."""
+    """Return −f(x) at one fixed x, on the model's device: a loss whose ∂ℓ/∂f is −1 at every
+    size."""
     x = torch.randn(1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     out: Tensor = -model(x.to(next(model.parameters()).device)).sum()
     return out
@@ -123,7 +127,8 @@ def measure(piece: Piece) -> dict[str, Any]:
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Lay the sizes out as series over the pieces of one k; what was not measured in a piece is −1."""
+    """Lay the sizes out as series over the pieces of one k; what was not measured in a piece is
+    −1."""
     found: dict[str, Any] = {
         "base": [p.base_width, p.base_depth],
         "optimizers": list(p.optimizers),
@@ -172,7 +177,8 @@ def sizes(data: dict[str, Any], k: int) -> list[Sizes]:
 
 
 def audit(data: dict[str, Any], k: int = 2, **more: Any) -> UpdateAudit:
-    """Return the exponents of a stored result; further arguments are those of `grsd.mup.audit.summarize`."""
+    """Return the exponents of a stored result; further arguments are those of
+    `grsd.mup.audit.summarize`."""
     return audits.summarize(
         sizes(data, k), base=tuple(data["base"]), optimizers=data["optimizers"], k=k, **more
     )

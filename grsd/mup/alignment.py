@@ -1,8 +1,10 @@
-"""Are the bounds behind the spectral condition tight? Norm ratios of weights, updates and features at every layer.
+"""Are the bounds behind the spectral condition tight? Norm ratios of weights, updates and features
+at every layer.
 
-The condition is derived from ‖A + B‖ ≤ ‖A‖ + ‖B‖ and ‖W h‖ ≤ ‖W‖ ‖h‖, and each derivation says that the bound has the right order. Whether
-it has is a matter of alignment: a ratio of the two sides that stays away from zero as width, depth or batch grows. `observe` reads what
-is needed from one backward pass; the ratios are properties of what it returns.
+The condition is derived from ‖A + B‖ ≤ ‖A‖ + ‖B‖ and ‖W h‖ ≤ ‖W‖ ‖h‖, and each derivation says that
+the bound has the right order. Whether it has is a matter of alignment: a ratio of the two sides
+that stays away from zero as width, depth or batch grows. `observe` reads what is needed from one
+backward pass; the ratios are properties of what it returns.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Observed:
 
     Notes
     -----
-    Sample i alone asks for the update −η δ_i a_iᵀ, of rank one; the batch asks for the mean of these.
+    Sample i alone asks for the update −η δ_i a_iᵀ, of rank one; the batch asks for the mean of
+    these.
     """
 
     weight: Tensor
@@ -59,19 +62,22 @@ class Observed:
         return torch.outer(self.deltas[i], self.inputs[i])
 
     def alignment(self) -> float:
-        """Return the mean over samples of ‖G a_i‖_R / (‖G‖_R ‖a_i‖_R), G the batch gradient: 1 for a batch of one (claim E.2)."""
+        """Return the mean over samples of ‖G a_i‖_R / (‖G‖_R ‖a_i‖_R), G the batch gradient: 1 for
+        a batch of one (claim E.2)."""
         G = self.gradient()
         gain = rms_norm(self.inputs @ G.T) / rms_norm(self.inputs)
         return float(gain.mean()) / rms_operator_norm(G)
 
     def batch_norm_ratio(self) -> float:
-        """Return ‖mean of G_i‖_R over the mean of ‖G_i‖_R, in [0, 1]: 1 when all samples ask for the same (assumption F.3)."""
+        """Return ‖mean of G_i‖_R over the mean of ‖G_i‖_R, in [0, 1]: 1 when all samples ask for
+        the same (assumption F.3)."""
         # a matrix of rank one has the RMS norm n_in ‖δ‖_R ‖a‖_R
         singles = rms_norm(self.deltas) * rms_norm(self.inputs) * self.inputs.shape[1]
         return rms_operator_norm(self.gradient()) / float(singles.mean())
 
     def own_share(self) -> float:
-        """Return the median over samples of ‖G a_i‖ / ‖(1/B) G_i a_i‖: what the batch does to a sample, in units of its own share."""
+        """Return the median over samples of ‖G a_i‖ / ‖(1/B) G_i a_i‖: what the batch does to a
+        sample, in units of its own share."""
         own = self.deltas * (self.inputs.square().sum(1, keepdim=True) / self.samples)
         both = self.inputs @ self.gradient().T
         norms = torch.linalg.vector_norm(own, dim=1)
@@ -94,8 +100,8 @@ class Step:
 
     Notes
     -----
-    For a small step the ratio says nothing: it is at least its floor, which tends to 1 with the size. What could fail is only
-    seen when `floor` is well below 1.
+    For a small step the ratio says nothing: it is at least its floor, which tends to 1 with the
+    size. What could fail is only seen when `floor` is well below 1.
     """
 
     ratio: float
@@ -149,10 +155,12 @@ def observe(
 
 
 def step(before: Tensor, after: Tensor) -> Step:
-    """Compare a weight (n_out, n_in) before and after; a feature (n,) is measured by its RMS norm. Neither may be zero."""
+    """Compare a weight (n_out, n_in) before and after; a feature (n,) is measured by its RMS norm.
+    Neither may be zero."""
     if before.shape != after.shape or before.ndim not in (1, 2):
         raise ValueError(
-            f"need two matrices or two vectors of one shape, got {tuple(before.shape)}, {tuple(after.shape)}"
+            f"need two matrices or two vectors of one shape, got {tuple(before.shape)}, "
+            f"{tuple(after.shape)}"
         )
 
     def norm(x: Tensor) -> float:
@@ -172,7 +180,8 @@ def contributions(
     changes: Sequence[Mapping[str, Tensor]],
     features: Callable[[nn.Module], Tensor],
 ) -> Tensor:
-    """Return what each group of parameter changes alone does to the features, (groups, …): the terms of equation (36).
+    """Return what each group of parameter changes alone does to the features, (groups, …): the
+    terms of equation (36).
 
     Parameters
     ----------
@@ -182,8 +191,8 @@ def contributions(
 
     Notes
     -----
-    ‖Σ terms‖ / Σ ‖terms‖ is 1 when they all point one way, and about groups^(−1/2) when their directions are unrelated. Cost: one forward
-    pass a group, and one more.
+    ‖Σ terms‖ / Σ ‖terms‖ is 1 when they all point one way, and about groups^(−1/2) when their
+    directions are unrelated. Cost: one forward pass a group, and one more.
     """
     parameters = dict(model.named_parameters())
     if unknown := sorted({name for group in changes for name in group} - set(parameters)):
@@ -204,7 +213,8 @@ def contributions(
 
 
 def submultiplicative(vector: Tensor, *weights: Tensor) -> float:
-    """Return ‖W_k … W_1 h‖_R / (‖W_k‖_R … ‖W_1‖_R ‖h‖_R), at most 1: how tight the bound on a block is (claims E.1, E.2).
+    """Return ‖W_k … W_1 h‖_R / (‖W_k‖_R … ‖W_1‖_R ‖h‖_R), at most 1: how tight the bound on a block
+    is (claims E.1, E.2).
 
     Parameters
     ----------

@@ -1,7 +1,9 @@
-"""Predicted against measured exponents: of α‖W‖_R, of the first update, of the gradient that ε and ρ are compared with.
+"""Predicted against measured exponents: of α‖W‖_R, of the first update, of the gradient that ε and
+ρ are compared with.
 
-`grsd.mup.rules` says what the spectral condition asks for if weights, gradients and updates have the sizes that the derivation gives them. Here those
-sizes are measured, role by role, on models of several widths and depths, and every fitted exponent is set beside its prediction. The last
+`grsd.mup.rules` says what the spectral condition asks for if weights, gradients and updates have
+the sizes that the derivation gives them. Here those sizes are measured, role by role, on models of
+several widths and depths, and every fitted exponent is set beside its prediction. The last
 quantity, α η ‖A‖_R, is the condition itself, with the η of the table: a wrong rule shows there.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +49,8 @@ __all__ = [
 ]
 
 QUANTITIES = ("weight", "gradient", "update", "condition")
-"""α‖W‖_R of the initial weights, root mean square of ∇W, ‖A‖_R of the first update ΔW = −ηA, and α η ‖A‖_R."""
+"""α‖W‖_R of the initial weights, root mean square of ∇W, ‖A‖_R of the first update ΔW = −ηA, and α
+η ‖A‖_R."""
 Tolerance = float | Callable[[str, str, str], float]
 Rules = Mapping[tuple[str, str], Rule]
 Roles = Mapping[str, str] | None
@@ -54,7 +58,8 @@ Roles = Mapping[str, str] | None
 
 @dataclass(frozen=True)
 class Sizes:
-    """Norms of one model, by role: geometric means over the tensors that were looked at. What is not finite is kept.
+    """Norms of one model, by role: geometric means over the tensors that were looked at. What is
+    not finite is kept.
 
     Attributes
     ----------
@@ -77,7 +82,8 @@ class Exponent:
 
     Attributes
     ----------
-    quantity : one of `QUANTITIES`; "weight" and "gradient" do not depend on the optimizer, which is then "".
+    quantity : one of `QUANTITIES`; "weight" and "gradient" do not depend on the optimizer, which is
+        then "".
     axis : "width" or "depth".
     """
 
@@ -97,7 +103,8 @@ class Exponent:
     def __str__(self) -> str:
         name = f"{self.optimizer}, " if self.optimizer else ""
         verb = "is" if self.holds else "is NOT"
-        return f"{name}{self.role}: {self.quantity} ∝ {self.axis}^{self.measured} {verb} {self.wanted:+.2f} ± {self.tolerance:g}"
+        law = f"{self.quantity} ∝ {self.axis}^{self.measured}"
+        return f"{name}{self.role}: {law} {verb} {self.wanted:+.2f} ± {self.tolerance:g}"
 
 
 @dataclass(frozen=True)
@@ -138,26 +145,37 @@ def audit_update_norms(
     blocks: int = 2,
     roles: Roles = None,
 ) -> UpdateAudit:
-    """Measure the exponents of one step at several widths (at the base's depth) and depths (at the base's width).
+    """Measure the exponents of one step at several widths (at the base's depth) and depths (at the
+    base's width).
 
     Parameters
     ----------
-    factory, loss, widths, depths, base, k, seeds : as `grsd.mup.coord_check`. Exponents are stated for a ∂ℓ/∂f of fixed size: give a
-        loss that is linear in the output, or contamination by f₀ = O(n^-½) shows.
-    optimizers : names of `grsd.mup.rules.OPTIMIZERS`. Matrix optimizers are given all matrices, as in the tables.
-    tolerance : of an exponent, or (role, quantity, axis) → it; finite sizes leave about 0.1 of an exact value.
+    factory, loss, widths, depths, base, k, seeds : as `grsd.mup.coord_check`. Exponents are stated
+        for a ∂ℓ/∂f of fixed size: give a loss that is linear in the output, or contamination by f₀
+        = O(n^-½) shows.
+    optimizers : names of `grsd.mup.rules.OPTIMIZERS`. Matrix optimizers are given all matrices, as
+        in the tables.
+    tolerance : of an exponent, or (role, quantity, axis) → it; finite sizes leave about 0.1 of an
+        exact value.
     rules : (optimizer, role) → Rule, in place of the table: a rule to be tried.
     blocks : residual blocks that are looked at, evenly spread, the first and the last among them.
     roles : as `grsd.mup.planning`.
 
     Notes
     -----
-    Cost: one forward-plus-backward pass for each size and seed, and for each matrix and optimizer one step and one norm.
+    Cost: one forward-plus-backward pass for each size and seed, and for each matrix and optimizer
+    one step and one norm.
     """
     cases = dict.fromkeys([*((w, base[1]) for w in widths), *((base[0], d) for d in depths)])
-    more = {"base": base, "optimizers": optimizers, "k": k, "blocks": blocks, "roles": roles}
+    more: dict[str, Any] = {
+        "base": base,
+        "optimizers": optimizers,
+        "k": k,
+        "blocks": blocks,
+        "roles": roles,
+    }
     measured = [
-        measure_sizes(factory, loss, width=width, depth=depth, seed=seed, **more)  # type: ignore[arg-type]
+        measure_sizes(factory, loss, width=width, depth=depth, seed=seed, **more)
         for width, depth in cases
         for seed in seeds
     ]
@@ -179,7 +197,8 @@ def measure_sizes(
     blocks: int = 2,
     roles: Roles = None,
 ) -> Sizes:
-    """Return the norms of one model under μP's multipliers and variances. Arguments: `audit_update_norms`."""
+    """Return the norms of one model under μP's multipliers and variances. Arguments:
+    `audit_update_norms`."""
     checks.at_least("width, depth, base and blocks", (width, depth, *base, blocks), 1)
     takes = {name: MATRICES if row(name).matrices_only else ROLES for name in optimizers}
     # one backward pass of the model that the plan starts
@@ -223,7 +242,8 @@ def summarize(
     rules: Rules | None = None,
 ) -> UpdateAudit:
     """Fit the exponents of sizes that were measured before. Arguments: `audit_update_norms`."""
-    # (optimizer, role, quantity), its prediction, the norms it is read off, and the rule's part in it
+    # (optimizer, role, quantity), its prediction, the norms it is read off, and the rule's part in
+    # it
     rows: list[
         tuple[tuple[str, str, str], Scale, Callable[[Sizes], Mapping[str, float]], Scale]
     ] = []
@@ -267,7 +287,8 @@ def _spread(made: Plan, blocks: int) -> set[str]:
 
 
 def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tensor]:
-    """Return A of ΔW = −ηA for every tensor: one step of the optimizer itself, without decay, on copies."""
+    """Return A of ΔW = −ηA for every tensor: one step of the optimizer itself, without decay, on
+    copies."""
     if not held:
         return []
     known = row(name)
@@ -287,7 +308,8 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
 
 
 def _norms(x: Tensor, entry: Entry, tabled: set[str]) -> list[float]:
-    """Return ‖·‖_R of a matrix, of each of its parts when several are fused, of a vector, or of a table's largest row; NaN of what is not finite."""
+    """Return ‖·‖_R of a matrix, of each of its parts when several are fused, of a vector, or of a
+    table's largest row; NaN of what is not finite."""
     if not bool(torch.isfinite(x).all()):
         return [math.nan]
     if entry.name in tabled:

@@ -1,7 +1,9 @@
-"""Coordinate check: do features move by the same amount at every width and depth, and if not, which condition is broken?
+"""Coordinate check: do features move by the same amount at every width and depth, and if not, which
+condition is broken?
 
-Each model is trained for a few steps; what is fitted is the slope of log ‖Δh_L‖_R against log size. The diagnosis looks at what the
-features are made of: α‖W‖_R and α‖ΔW‖_R of every role, which the spectral condition fixes one by one.
+Each model is trained for a few steps; what is fitted is the slope of log ‖Δh_L‖_R against log size.
+The diagnosis looks at what the features are made of: α‖W‖_R and α‖ΔW‖_R of every role, which the
+spectral condition fixes one by one.
 """
 
 from __future__ import annotations
@@ -30,19 +32,21 @@ Factory = Callable[[int, int], nn.Module]
 Loss = Callable[[nn.Module], Tensor]
 Parametrization = Literal["mup", "sp"]
 Size = tuple[int, int]
-FLAT = 0.25  # |slope| up to which a check passes: what finite sizes leave of an exact 0 (audit of 2603.00541, section 5)
+FLAT = 0.25  # |slope| up to which a check passes: what finite sizes leave of an exact 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model, trained for a few steps on one batch. Norms that are not finite are kept: a diverged run is data.
+    """One model, trained for a few steps on one batch. Norms that are not finite are kept: a
+    diverged run is data.
 
     Attributes
     ----------
     features : (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch.
     outputs, losses : (steps+1,), the same of the model's output, and the loss.
-    weights : role → α ‖W‖_R before training, geometric mean over the role's tensors (RMS norm for biases). Input and output matrices
-        are divided by 1 + √(d/n), d their fixed side: what a Gaussian matrix of finite width n has above its limit.
+    weights : role → α ‖W‖_R before training, geometric mean over the role's tensors (RMS norm for
+        biases). Input and output matrices are divided by 1 + √(d/n), d their fixed side: what a
+        Gaussian matrix of finite width n has above its limit.
     updates : role → α ‖ΔW‖_R of the first step, likewise.
     """
 
@@ -58,7 +62,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Slope:
-    """An exponent fitted over sizes and seeds: value with its 95 % interval, and how many points it rests on."""
+    """An exponent fitted over sizes and seeds: value with its 95 % interval, and how many points it
+    rests on."""
 
     value: float
     low: float
@@ -82,7 +87,8 @@ class Finding:
 
     def __str__(self) -> str:
         return (
-            f"{self.condition} is broken: the {self.quantity} of {self.role} goes like {self.axis}^{self.measured.value:+.2f} "
+            f"{self.condition} is broken: the {self.quantity} of {self.role} goes like "
+            f"{self.axis}^{self.measured.value:+.2f} "
             f"instead of {self.axis}^{self.wanted:+.2f}"
         )
 
@@ -93,10 +99,12 @@ class CoordCheck:
 
     Attributes
     ----------
-    slopes : "width" and "depth" → slope of ‖Δh_L‖_R after the last step; an axis with one size is left out.
+    slopes : "width" and "depth" → slope of ‖Δh_L‖_R after the last step; an axis with one size is
+        left out.
     output_slopes : the same of the output.
     first : the same of ‖Δh_L‖_R after the first step.
-    verdict : "flat", "not flat", "diverged" when a run left the numbers, or "not fitted" when no axis has two sizes.
+    verdict : "flat", "not flat", "diverged" when a run left the numbers, or "not fitted" when no
+        axis has two sizes.
     findings : conditions that the measured norms break.
     """
 
@@ -117,8 +125,8 @@ class CoordCheck:
         lines += [f"  {finding}" for finding in self.findings]
         if self.verdict == "not flat" and not self.findings:
             lines += [
-                "  every norm of the first step is as the condition asks: what breaks comes after it (alignment, or the",
-                "  optimizer's later steps); compare `first` with `slopes`",
+                "  every norm of the first step is as the condition asks: what breaks comes",
+                "  after it (alignment, or later steps); compare `first` with `slopes`",
             ]
         return "\n".join(lines)
 
@@ -145,30 +153,37 @@ def coord_check(
     outputs: Callable[[nn.Module], Tensor] | None = None,
     make_plan: Callable[[nn.Module, nn.Module], Plan] | None = None,
 ) -> CoordCheck:
-    """Train models of several widths (at the base's depth) and depths (at the base's width) for some steps, and fit exponents.
+    """Train models of several widths (at the base's depth) and depths (at the base's width) for
+    some steps, and fit exponents.
 
     Parameters
     ----------
-    factory : (width, depth) → model, with residual blocks in one `nn.ModuleList`. Dropout must be off.
+    factory : (width, depth) → model, with residual blocks in one `nn.ModuleList`. Dropout must be
+        off.
     loss : model → scalar loss on a fixed batch.
-    widths, depths : sizes; the base's own size may be among them. An axis with fewer than two sizes is not fitted.
+    widths, depths : sizes; the base's own size may be among them. An axis with fewer than two sizes
+        is not fitted.
     base : (width, depth) whose hyperparameters are given.
     optimizer, other, k : as `grsd.mup.planning`.
     lr, eps, options : base values, as `Plan.make_optimizer`.
     seeds : of the initial weights.
-    parametrization : "mup", or "sp": variance 1/fan-in for every matrix and one learning rate, without multipliers.
+    parametrization : "mup", or "sp": variance 1/fan-in for every matrix and one learning rate,
+        without multipliers.
     outputs : model → output on the batch, by default not recorded apart from the loss.
-    make_plan : (model, base model) → Plan, in place of `grsd.mup.planning`: for roles of your own, or a rule to be tested.
+    make_plan : (model, base model) → Plan, in place of `grsd.mup.planning`: for roles of your own,
+        or a rule to be tested.
 
     Notes
     -----
-    Cost: (len(widths) + len(depths)) · len(seeds) · (steps + 1) forward-plus-backward passes, and two norms for each matrix.
+    Cost: (len(widths) + len(depths)) · len(seeds) · (steps + 1) forward-plus-backward passes, and
+    two norms for each matrix.
     """
     checks.one_of("parametrization", parametrization, ("mup", "sp"))
     sizes = [*((w, base[1]) for w in widths), *((base[0], d) for d in depths)]
     if steps < 1 or not seeds or not sizes or min(min(s) for s in (*sizes, base)) < 1:
         raise ValueError(
-            f"need steps ≥ 1, a seed and positive sizes; got {steps}, {tuple(seeds)}, {sizes}, base {base}"
+            f"need steps ≥ 1, a seed and positive sizes; got {steps}, {tuple(seeds)}, {sizes}, "
+            f"base {base}"
         )
     start = factory(*base)
     refuse_dropout(start)
@@ -190,7 +205,8 @@ def coord_check(
 
 
 def _standard(made: Plan) -> Plan:
-    """Return a plan without any scaling whose matrices have variance 1/fan-in (embeddings keep the base's)."""
+    """Return a plan without any scaling whose matrices have variance 1/fan-in (embeddings keep the
+    base's)."""
     entries = []
     for e in unscaled(made):
         std = e.std_base or 0.0
@@ -254,7 +270,8 @@ def _typical(x: Tensor) -> float:
 def _by_role(
     made: Plan, tensors: Mapping[str, Tensor], rows: set[str], gaussian: bool = False
 ) -> dict[str, float]:
-    """Return α times the typical norm of every role; a table's (an embedding's) is that of its largest row, what a token can meet."""
+    """Return α times the typical norm of every role; a table's (an embedding's) is that of its
+    largest row, what a token can meet."""
     norms = []
     for e in made:
         x = tensors[e.name]
@@ -296,20 +313,20 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> Slope | None:
 def _judge(
     runs: tuple[Run, ...], base: Size, optimizer: str, parametrization: str, k: int, other: str
 ) -> CoordCheck:
-    axes = {
-        "width": [r for r in runs if r.depth == base[1]],
-        "depth": [r for r in runs if r.width == base[0]],
-    }
+    sizes = [(r.width, r.depth) for r in runs]
 
-    def fits(value: Callable[[Run], float]) -> dict[str, Slope]:
-        slopes = {
-            axis: fit_slope([(float(getattr(r, axis)), value(r)) for r in along])
-            for axis, along in axes.items()
-        }
-        return {axis: slope for axis, slope in slopes.items() if slope is not None}
+    def fits(values: Sequence[float]) -> dict[str, Slope]:
+        """Fit one number of every run along each axis, at the base's size of the other."""
+        slopes = {}
+        for place, axis in enumerate(("width", "depth")):
+            pairs = zip(sizes, values, strict=True)
+            slope = fit_slope([(n[place], y) for n, y in pairs if n[1 - place] == base[1 - place]])
+            if slope is not None:
+                slopes[axis] = slope
+        return slopes
 
     # the verdict, from the change of features
-    slopes, first = fits(lambda r: r.features[-1]), fits(lambda r: r.features[1])
+    slopes, first = (fits([r.features[step] for r in runs]) for step in (-1, 1))
     broken = any(not math.isfinite(v) for r in runs for v in (*r.features, *r.losses))
     flat = all(abs(s.value) <= FLAT for s in slopes.values())
     verdict = (
@@ -323,18 +340,17 @@ def _judge(
         asked = rule(which, role, k)
         norm = asked.multiplier * weight_norm(role, asked.variance)
         change = asked.multiplier * asked.lr * update_norm(which, role, k)
-        for quantity, size, get in (
-            ("initial norm", norm, lambda r: r.weights),
-            ("update norm", change, lambda r: r.updates),
+        for quantity, size, norms in (
+            ("initial norm", norm, [r.weights for r in runs]),
+            ("update norm", change, [r.updates for r in runs]),
         ):
-            measured = fits(lambda r, get=get, role=role: get(r).get(role, math.nan))  # type: ignore[misc]
-            for axis, slope in measured.items():
+            for axis, slope in fits([one.get(role, math.nan) for one in norms]).items():
                 wanted = float(size.n if axis == "width" else size.L)
                 off = abs(slope.value - wanted) > FLAT
                 if off and not slope.low <= wanted <= slope.high:
                     condition = _condition(role, quantity, k)
                     findings.append(Finding(role, quantity, axis, slope, wanted, condition))
-    outs = fits(lambda r: r.outputs[-1])
+    outs = fits([r.outputs[-1] for r in runs])
     return CoordCheck(
         runs, optimizer, parametrization, slopes, outs, first, verdict, tuple(findings)
     )

@@ -1,7 +1,8 @@
 """RMS norms: of a vector ‖v‖/√dim, of a matrix the operator norm between spaces that carry it.
 
-The norm in which the spectral condition of 2603.00541 is written: a typical entry of a vector of RMS norm 1 has size 1, whatever
-its width, and ‖W v‖_R ≤ ‖W‖_R ‖v‖_R. What sizes the rules ask for is in :mod:`grsd.mup.rules`.
+The norm in which the spectral condition of 2603.00541 is written: a typical entry of a vector of
+RMS norm 1 has size 1, whatever its width, and ‖W v‖_R ≤ ‖W‖_R ‖v‖_R. What sizes the rules ask for
+is in :mod:`grsd.mup.rules`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def spectral_norm(
 ) -> float:
     """Return the largest singular value of a matrix (n_out, n_in).
 
-    With more than `dense` entries it comes from ARPACK's restarted Lanczos on products in the dtype of W (half precision in single), started
-    from `seed`, with a relative error of at most `tolerance`, from below.
+    With more than `dense` entries it comes from ARPACK's restarted Lanczos on products in the dtype
+    of W (half precision in single), started from `seed`, with a relative error of at most
+    `tolerance`, from below.
 
     Notes
     -----
@@ -70,7 +72,8 @@ def spectral_norm(
 def rms_operator_norm(
     W: Tensor, *, tolerance: float = 1e-4, seed: int = 0, dense: int = DENSE
 ) -> float:
-    """Return ‖W‖_R = √(n_in/n_out) ‖W‖₂ = max ‖W v‖_R / ‖v‖_R for W of shape (n_out, n_in), as `spectral_norm`.
+    """Return ‖W‖_R = √(n_in/n_out) ‖W‖₂ = max ‖W v‖_R / ‖v‖_R for W of shape (n_out, n_in), as
+    `spectral_norm`.
 
     Source: 2603.00541, section 2.2.
     """
@@ -79,7 +82,8 @@ def rms_operator_norm(
 
 
 def random_norm(n_out: int, n_in: int, std: float) -> float:
-    """Return the large-size limit of ‖W‖_R for independent entries of standard deviation `std`: √(n_in/n_out) std (√n_in + √n_out).
+    """Return the large-size limit of ‖W‖_R for independent entries of standard deviation `std`:
+    √(n_in/n_out) std (√n_in + √n_out).
 
     Source: Bai and Yin (1993); 2603.00541, section 2.
     """

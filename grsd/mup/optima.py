@@ -1,7 +1,9 @@
-"""What can be read off U-curves: the best learning rate, its drift with size, and what carrying it over costs.
+"""What can be read off U-curves: the best learning rate, its drift with size, and what carrying it
+over costs.
 
-All functions take arrays, of runs or of a published table. The best rate of a curve is the vertex of the parabola through its smallest
-mean loss and the two neighbours, in log₂ η. A curve whose smallest loss stands at the end of the grid gives a bound, and says so.
+All functions take arrays, of runs or of a published table. The best rate of a curve is the vertex
+of the parabola through its smallest mean loss and the two neighbours, in log₂ η. A curve whose
+smallest loss stands at the end of the grid gives a bound, and says so.
 """
 
 from __future__ import annotations
@@ -32,14 +34,18 @@ class Optimum:
     Attributes
     ----------
     value : vertex of the parabola; the end of the grid for a bound; NaN when every run diverged.
-    low, high : 95 % interval over seeds, over the noise that was given, or over both; NaN when neither is known, and for a bound.
+    low, high : 95 % interval over seeds, over the noise that was given, or over both; NaN when
+        neither is known, and for a bound.
     loss : the parabola's smallest loss (the smallest mean loss for a bound).
-    bound : "" for an optimum inside the grid, "at most" or "at least" when it stands at the left or right end (to half a step of the
-        grid), "unknown" when fewer than two rates gave a loss.
-    cliff : the next larger rate diverged. The optimum is then known to lie between the two neighbours and no better; so says the interval.
-    index : which rate had the smallest mean loss, counted in the sorted grid of the rates that were run; −1 when none.
+    bound : "" for an optimum inside the grid, "at most" or "at least" when it stands at the left or
+        right end (to half a step of the grid), "unknown" when fewer than two rates gave a loss.
+    cliff : the next larger rate diverged. The optimum is then known to lie between the two
+        neighbours and no better; so says the interval.
+    index : which rate had the smallest mean loss, counted in the sorted grid of the rates that were
+        run; −1 when none.
     draws : (B,), resampled values, empty when there is no interval.
-    dof : degrees of freedom of the spread over seeds, seeds − 1; infinite when only `noise` is known.
+    dof : degrees of freedom of the spread over seeds, seeds − 1; infinite when only `noise` is
+        known.
     """
 
     value: float
@@ -64,10 +70,11 @@ class Drift:
     Attributes
     ----------
     value : least-squares slope of log₂ η∗ against log₂ size.
-    low, high : 95 % interval; from the optima's own resamples when all have them, else from the scatter about the line (three sizes or
-        more). NaN for a bound.
-    bound : "" when every optimum is inside its grid; "at least" or "at most" when the bounded ones all push the slope one way; "unknown"
-        when they do not, or when fewer than two optima are left.
+    low, high : 95 % interval; from the optima's own resamples when all have them, else from the
+        scatter about the line (three sizes or more). NaN for a bound.
+    bound : "" when every optimum is inside its grid; "at least" or "at most" when the bounded ones
+        all push the slope one way; "unknown" when they do not, or when fewer than two optima are
+        left.
     scatter : root mean square distance of the optima from the line, octaves.
     points : optima used; those that are NaN are left out.
     """
@@ -91,13 +98,15 @@ class Regret:
     Attributes
     ----------
     at : log₂ of the rate that is carried over.
-    values : (sizes,), mean loss at that rate minus the smallest mean loss of the size; infinite when it diverges there, NaN when not run.
+    values : (sizes,), mean loss at that rate minus the smallest mean loss of the size; infinite
+        when it diverges there, NaN when not run.
     low, high : (sizes,), 95 % interval over seeds, NaN with one seed.
     censored : the size's own best rate is at an end of its grid: its regret is then at least this.
 
     Notes
     -----
-    The smallest of several noisy means is too small, so a regret below the noise floor is no regret.
+    The smallest of several noisy means is too small, so a regret below the noise floor is no
+    regret.
     """
 
     at: float
@@ -121,14 +130,16 @@ def optimum(
     Parameters
     ----------
     log2_lr : (G,), rates in any order, none twice.
-    losses : (G,) or (seeds, G). NaN and infinity are diverged runs: a rate at which one seed diverged counts as diverged. Mask (`numpy.ma`)
-        what was not run: a seed that is missing at some rates is filled in by the additive model seed + rate, so that no rate gains by
-        which seeds ran.
+    losses : (G,) or (seeds, G). NaN and infinity are diverged runs: a rate at which one seed
+        diverged counts as diverged. Mask (`numpy.ma`) what was not run: a seed that is missing at
+        some rates is filled in by the additive model seed + rate, so that no rate gains by which
+        seeds ran.
     noise : standard deviation of one run's loss, for a curve of one seed or on top of the seeds.
-    ceiling : losses from here on count as diverged too, e.g. that of the untrained model: a parabola through a run that exploded says
-        nothing.
-    draws : resamples of the seeds (rows) and of the noise. With S seeds the resampled means are spread by √(S/(S−1)), and the interval by
-        the ratio of Student's to the normal quantile at S − 1 degrees of freedom: three seeds resampled as they are cover far too little.
+    ceiling : losses from here on count as diverged too, e.g. that of the untrained model: a
+        parabola through a run that exploded says nothing.
+    draws : resamples of the seeds (rows) and of the noise. With S seeds the resampled means are
+        spread by √(S/(S−1)), and the interval by the ratio of Student's to the normal quantile at S
+        − 1 degrees of freedom: three seeds resampled as they are cover far too little.
     """
     x, means, rows, kept = _curve(log2_lr, losses, ceiling)
     checks.at_least("noise", noise, 0, "it is a standard deviation, at least 0")
@@ -158,8 +169,8 @@ def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Dr
     Parameters
     ----------
     sizes : (N,), positive
-    optima : N times `Optimum`, or (N,) log₂ rates. With `Optimum`, bounds are carried through: the slope is Σ wᵢ log₂ ηᵢ with known
-        weights, so a bound on ηᵢ bounds it in the direction of wᵢ.
+    optima : N times `Optimum`, or (N,) log₂ rates. With `Optimum`, bounds are carried through: the
+        slope is Σ wᵢ log₂ ηᵢ with known weights, so a bound on ηᵢ bounds it in the direction of wᵢ.
     """
     listed: list[Any] = list(optima)  # type: ignore[arg-type]
     x = np.log2(np.asarray(sizes, dtype=float))
@@ -184,7 +195,8 @@ def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Dr
     bound: Bound = "" if not pushes else pushes.pop() if len(pushes) == 1 else "unknown"
     low = high = math.nan
     if not bound and len(held) == len(known) and all(o.draws.size for o in held):
-        # seeds of two sizes are taken as independent; shifting the resamples against each other undoes their common generator
+        # seeds of two sizes are taken as independent; shifting the resamples against each other
+        # undoes their common generator
         count = min(o.draws.size for o in held)
         apart = [np.roll(o.draws[:count], 97 * k) for k, o in enumerate(held)]
         drawn = sum(w * one for w, one in zip(weights, apart, strict=True))
@@ -214,14 +226,16 @@ def regret(
     table = np.ma.masked_array(losses, dtype=float)
     if table.ndim not in (2, 3) or not 0 <= source < len(table):
         raise ValueError(
-            f"losses must be (sizes, rates) or (sizes, seeds, rates) with 0 ≤ source < sizes; got {table.shape}, {source}"
+            "losses must be (sizes, rates) or (sizes, seeds, rates) with 0 ≤ source < sizes; got "
+            f"{table.shape}, {source}"
         )
     curves = [_curve(log2_lr, one, ceiling) for one in table]
     x, means, _, _ = curves[source]
     best = _vertex(x, means)[2]
     if best < 0:
         raise ValueError(
-            f"every run of the source size (index {source}) diverged; there is no rate to carry over"
+            f"every run of the source size (index {source}) diverged; there is no rate to carry "
+            "over"
         )
     at, rng = float(x[best]), np.random.default_rng(seed)
     values, lows, highs = np.full((3, len(table)), math.nan)
@@ -241,13 +255,15 @@ def regret(
     return Regret(at, values, np.maximum(lows, 0.0), highs, tuple(ends))
 
 
-# --- Curves -----------------------------------------------------------------------------------------------------------
+# --- Curves ---------------------------------------------------------------------------------------
+# --------------------
 
 
 def _curve(
     log2_lr: npt.ArrayLike, losses: npt.ArrayLike, ceiling: float
 ) -> tuple[Array, Array, Array, npt.NDArray[np.bool_]]:
-    """Return the sorted rates that were run, mean losses (infinite where one diverged), completed rows, and which rates are finite."""
+    """Return the sorted rates that were run, mean losses (infinite where one diverged), completed
+    rows, and which rates are finite."""
     x = np.asarray(log2_lr, dtype=float)
     table = np.ma.masked_array(losses, dtype=float)
     table = table[None] if table.ndim == 1 else table
@@ -262,7 +278,8 @@ def _curve(
     missing, values = np.ma.getmaskarray(table)[:, order], np.ma.getdata(table)[:, order]
     run = np.ix_(~missing.all(axis=1), ~missing.all(axis=0))
     missing, values, x = missing[run], values[run], x[order][run[1][0]]
-    # a rate is lost where one seed diverged; a seed that only ran where another diverged says nothing
+    # a rate is lost where one seed diverged; a seed that only ran where another diverged says
+    # nothing
     values = np.where(missing | (values < ceiling), values, np.inf)
     kept = ~(np.isinf(values) & ~missing).any(axis=0)
     useful = (kept & ~missing).any(axis=1) | ~kept.any()
@@ -273,7 +290,8 @@ def _curve(
 
 
 def _completed(values: Array, missing: npt.NDArray[np.bool_]) -> Array:
-    """Fill what is missing by seed + rate, both by medians of what is there (Tukey's polish): a rate that exploded moves no seed."""
+    """Fill what is missing by seed + rate, both by medians of what is there (Tukey's polish): a
+    rate that exploded moves no seed."""
     if not missing.any():
         return values
     there = np.where(missing, math.nan, values)
@@ -285,7 +303,8 @@ def _completed(values: Array, missing: npt.NDArray[np.bool_]) -> Array:
 
 
 def _vertex(x: Array, means: Array) -> tuple[float, float, int, Bound, bool]:
-    """Return the vertex, its loss, the index of the smallest mean, the bound, and whether the next rate diverged."""
+    """Return the vertex, its loss, the index of the smallest mean, the bound, and whether the next
+    rate diverged."""
     finite = np.isfinite(means)
     if not finite.any():
         return math.nan, math.inf, -1, "unknown", False
@@ -317,7 +336,8 @@ def _parabola(x: Array, y: Array) -> tuple[float, float]:
 
 
 def _vertices(x: Array, sample: Array, rng: np.random.Generator) -> Array:
-    """Return the best rate of many curves (B, G), all diverged at the same rates; `_vertex` row by row."""
+    """Return the best rate of many curves (B, G), all diverged at the same rates; `_vertex` row by
+    row."""
     row, i = np.arange(len(sample)), sample.argmin(axis=1)
     left, right = np.maximum(i - 1, 0), np.minimum(i + 1, len(x) - 1)
     best: Array = x[i]
@@ -336,7 +356,8 @@ def _vertices(x: Array, sample: Array, rng: np.random.Generator) -> Array:
 
 
 def _resampled(rows: Array, means: Array, draws: int, rng: np.random.Generator) -> Array:
-    """Return deviations (draws, G) of the mean over resampled rows, spread so that their variance is that of the mean."""
+    """Return deviations (draws, G) of the mean over resampled rows, spread so that their variance
+    is that of the mean."""
     count = len(rows)
     weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
     return math.sqrt(count / (count - 1)) * (weights @ (rows - means))

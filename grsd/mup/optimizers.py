@@ -1,7 +1,9 @@
-"""The matrix optimizers of the paper's tables that no library has in this form, on one batched Newton–Schulz.
+"""The matrix optimizers of the paper's tables that no library has in this form, on one batched
+Newton–Schulz.
 
-`Muon` in three scalings, `Shampoo` with exponential averages, `SSO` on the spectral sphere. SGD and AdamW are torch's; Lion, SOAP and
-Sophia come from `pytorch_optimizer`. `grsd.mup.registry` builds what a plan asks for, and `Combined` makes one optimizer of several.
+`Muon` in three scalings, `Shampoo` with exponential averages, `SSO` on the spectral sphere. SGD and
+AdamW are torch's; Lion, SOAP and Sophia come from `pytorch_optimizer`. `grsd.mup.registry` builds
+what a plan asks for, and `Combined` makes one optimizer of several.
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ def newton_schulz(
     coefficients: tuple[float, float, float] = QUINTIC,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return about U Vᵀ of every matrix in a batch, (..., m, n), by X ← aX + (b XXᵀ + c (XXᵀ)²) X; in the dtype of G.
+    """Return about U Vᵀ of every matrix in a batch, (..., m, n), by X ← aX + (b XXᵀ + c (XXᵀ)²) X;
+    in the dtype of G.
 
-    The iteration runs in `dtype`: by default bfloat16 on a GPU, float32 (or G's float64) on a CPU. With the default coefficients the
-    singular values that are above 10⁻³ of the norm lie in [0.68, 1.13] after five steps; `polar` is exact.
+    The iteration runs in `dtype`: by default bfloat16 on a GPU, float32 (or G's float64) on a CPU.
+    With the default coefficients the singular values that are above 10⁻³ of the norm lie in [0.68,
+    1.13] after five steps; `polar` is exact.
 
     Notes
     -----
-    Cost: 4 m² n + 2 m³ multiply-adds a step and matrix, m ≤ n, in three batched products however many matrices there are. In bfloat16
-    the result is off by about 0.03 in the spectral norm.
+    Cost: 4 m² n + 2 m³ multiply-adds a step and matrix, m ≤ n, in three batched products however
+    many matrices there are. In bfloat16 the result is off by about 0.03 in the spectral norm.
     """
     if G.ndim < 2:
         raise ValueError(f"orthogonalisation needs matrices, got shape {tuple(G.shape)}")
@@ -63,19 +67,22 @@ def newton_schulz(
 
 
 def polar(G: Tensor) -> Tensor:
-    """Return U Vᵀ from the singular value decomposition, (..., m, n); directions of singular value 0 (to rounding) are left out."""
+    """Return U Vᵀ from the singular value decomposition, (..., m, n); directions of singular value
+    0 (to rounding) are left out."""
     u, s, vt = torch.linalg.svd(G, full_matrices=False)
     kept = (s > s[..., :1] * max(G.shape[-2:]) * torch.finfo(G.dtype).eps).to(G.dtype)
     return (u * kept[..., None, :]) @ vt
 
 
 def pieces(p: Tensor, group: Group) -> list[Tensor]:
-    """Return views of a (fused) weight, each (..., n_out, n_in), leading axes to be joined with n_out."""
+    """Return views of a (fused) weight, each (..., n_out, n_in), leading axes to be joined with
+    n_out."""
     split, W = group.get("split", 1), p.mT if group.get("transposed") else p
     heads, parts = split if isinstance(split, (tuple, list)) else (1, split)
     if heads < 1 or parts < 1 or W.shape[0] % (heads * parts):
         raise ValueError(
-            f"split = {split} does not divide the {W.shape[0]} outputs of a matrix of shape {tuple(p.shape)}"
+            f"split = {split} does not divide the {W.shape[0]} outputs of a matrix of shape "
+            f"{tuple(p.shape)}"
         )
     if parts == 1:
         return [W]
@@ -83,7 +90,8 @@ def pieces(p: Tensor, group: Group) -> list[Tensor]:
 
 
 class _Matrix(torch.optim.Optimizer):
-    """What the matrix optimizers share: checks, momentum, splitting of fused weights, decay, and work in batches of one shape."""
+    """What the matrix optimizers share: checks, momentum, splitting of fused weights, decay, and
+    work in batches of one shape."""
 
     def __init__(self, params: Iterable[Any], **defaults: Any) -> None:
         lr = defaults["lr"]
@@ -94,16 +102,18 @@ class _Matrix(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.ndim != 2:
                     raise ValueError(
-                        f"{type(self).__name__} takes matrices; a parameter has shape {tuple(p.shape)}. Give it to another optimizer"
+                        f"{type(self).__name__} takes matrices; a parameter has shape "
+                        f"{tuple(p.shape)}. Give it to another optimizer"
                     )
                 pieces(p, group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = _evaluate(closure)
         for group in self.param_groups:
             used = [p for p in group["params"] if p.grad is not None]
-            # the gradients of all parts of fused weights, gathered by shape, with where they came from
+            # the gradients of all parts of fused weights, gathered by shape, with where they came
+            # from
             batches: dict[tuple[Any, ...], list[tuple[Tensor, Part]]] = {}
             for p in used:
                 for k, part in enumerate(pieces(self._momentum(p, group), group)):
@@ -132,7 +142,8 @@ class _Matrix(torch.optim.Optimizer):
         return p.grad.lerp(mean, beta) if group.get("nesterov", False) else mean.clone()
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
-        """Return the direction of a batch of matrices, (b, n_out, n_in): the gradient itself, unless a subclass says otherwise."""
+        """Return the direction of a batch of matrices, (b, n_out, n_in): the gradient itself,
+        unless a subclass says otherwise."""
         return G
 
     def _after(self, used: list[Tensor], group: Group) -> None:
@@ -144,12 +155,12 @@ class Muon(_Matrix):
 
     Parameters
     ----------
-    params : matrices (n_out, n_in), or groups of them. A group may set ``split`` = k for k matrices fused along the outputs
-        (GPT-2's QKV), or (h, k) when the k alternate in h blocks (GPT-NeoX's, by head), and ``transposed`` = True for weights
-        stored (n_in, n_out).
+    params : matrices (n_out, n_in), or groups of them. A group may set ``split`` = k for k matrices
+        fused along the outputs (GPT-2's QKV), or (h, k) when the k alternate in h blocks
+        (GPT-NeoX's, by head), and ``transposed`` = True for weights stored (n_in, n_out).
     lr : η.
-    scaling : "bare": s = 1, equation (21) of 2603.00541; "keller": √max(1, n_out/n_in), torch's default; "kimi": 0.2 √max(n_out, n_in),
-        torch's "match_rms_adamw".
+    scaling : "bare": s = 1, equation (21) of 2603.00541; "keller": √max(1, n_out/n_in), torch's
+        default; "kimi": 0.2 √max(n_out, n_in), torch's "match_rms_adamw".
     momentum, nesterov, steps, weight_decay : as `torch.optim.Muon`.
     exact : use the singular value decomposition in place of Newton–Schulz.
     dtype : of the iteration, as in `newton_schulz`.
@@ -192,10 +203,11 @@ class Muon(_Matrix):
 
 
 class Shampoo(_Matrix):
-    """ΔW = −η ((Λ + εI)^{-1/4} G (Ρ + εI)^{-1/4} + λ W) with exponential averages Λ of G Gᵀ and Ρ of GᵀG (bias-corrected).
+    """ΔW = −η ((Λ + εI)^{-1/4} G (Ρ + εI)^{-1/4} + λ W) with exponential averages Λ of G Gᵀ and Ρ
+    of GᵀG (bias-corrected).
 
-    The first step is U Vᵀ for ε → 0. ε stands inside the root, where it is compared with squares of singular values. Source: 2603.00541,
-    equations (32)–(33).
+    The first step is U Vᵀ for ε → 0. ε stands inside the root, where it is compared with squares of
+    singular values. Source: 2603.00541, equations (32)–(33).
 
     Parameters
     ----------
@@ -259,10 +271,12 @@ def _inverse_fourth_root(S: Tensor, eps: float) -> Tensor:
 
 
 class SSO(_Matrix):
-    """Steepest descent on the spectral sphere ‖W‖₂ = R, R = c √(n_out/n_in): tangent step −η R Φ, then back to the sphere.
+    """Steepest descent on the spectral sphere ‖W‖₂ = R, R = c √(n_out/n_in): tangent step −η R Φ,
+    then back to the sphere.
 
-    Φ = msign(G + μ u₁v₁ᵀ) with u₁, v₁ the leading singular vectors of W and μ such that ⟨u₁v₁ᵀ, Φ⟩ = 0, by bisection. Source: 2603.00541,
-    C.7, after arXiv:2601.08393. Weight decay acts before the retraction, which undoes its scaling part.
+    Φ = msign(G + μ u₁v₁ᵀ) with u₁, v₁ the leading singular vectors of W and μ such that ⟨u₁v₁ᵀ, Φ⟩
+    = 0, by bisection. Source: 2603.00541, C.7, after arXiv:2601.08393. Weight decay acts before the
+    retraction, which undoes its scaling part.
 
     Parameters
     ----------
@@ -323,7 +337,8 @@ class SSO(_Matrix):
 
     @torch.no_grad()
     def retract(self) -> None:
-        """Put every matrix on its sphere; call it once before training when the weights are not on it."""
+        """Put every matrix on its sphere; call it once before training when the weights are not on
+        it."""
         for group in self.param_groups:
             self._after(group["params"], group)
 
@@ -344,7 +359,7 @@ def _flat(piece: Tensor) -> Tensor:
     return piece.reshape(-1, piece.shape[-1])
 
 
-def _evaluate(closure: Callable[[], float] | None) -> float | None:
+def _evaluate(closure: Callable[[], Any] | None) -> Any:
     if closure is None:
         return None
     with torch.enable_grad():
@@ -352,7 +367,8 @@ def _evaluate(closure: Callable[[], float] | None) -> float | None:
 
 
 class Combined(torch.optim.Optimizer):
-    """Several optimizers as one: one `step`, one state, and one list of groups, so that any scheduler drives all of them."""
+    """Several optimizers as one: one `step`, one state, and one list of groups, so that any
+    scheduler drives all of them."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         if not optimizers:
@@ -362,10 +378,11 @@ class Combined(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Hold the very groups of the parts, not copies: what a scheduler writes must reach them."""
+        """Hold the very groups of the parts, not copies: what a scheduler writes must reach
+        them."""
         self.param_groups = [g for o in self.optimizers for g in o.param_groups]
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = _evaluate(closure)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -390,7 +407,8 @@ class Combined(torch.optim.Optimizer):
 
 
 def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Run `loss.backward()`, and keep the gradients' own graph where a part of the optimizer estimates curvature from it (Sophia)."""
+    """Run `loss.backward()`, and keep the gradients' own graph where a part of the optimizer
+    estimates curvature from it (Sophia)."""
     curved = any(group.get("create_graph", False) for group in optimizer.param_groups)
     with warnings.catch_warnings():
         # zero_grad() breaks the cycle that torch warns of

@@ -1,286 +1,26 @@
-"""From two sizes of one architecture to a plan: the role of every parameter, and its multiplier, variance, η, λ and ε.
+"""From two sizes of one architecture to a plan: the role of every parameter, and what follows from
+it.
 
-`plan` compares a model with a base model of the same architecture. A parameter's role follows from where it is (inside the residual
-stack or outside) and from which of its sides grow. Nothing of the plan lives on tensors: it is a table of names and numbers,
-so saving, compiling and wrapping the model leave it alone.
+`plan` compares a model with a base model of the same architecture. A parameter's role follows from
+where it is (inside the residual stack or outside) and from which of its sides grow.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from grsd.mup.registry import assemble, row
-from grsd.mup.roles import (
-    BRANCH_ENDS,
-    FUSED,
-    Fused,
-    Layout,
-    Multiplier,
-    partner,
-    plain,
-    split_of,
-    stack_of,
-    tied,
-    unmatched,
-    width_ratio,
-)
-from grsd.mup.rules import ROLES, Rule, Scale, rule
+from grsd import checks
+from grsd.mup.plans import Entry, Plan, numbers, unscaled
+from grsd.mup.registry import row
+from grsd.mup.roles import BRANCH_ENDS, FUSED, Fused, compare, tied, unmatched
+from grsd.mup.rules import Scale, rule
 
 __all__ = ["BRANCH_ENDS", "FUSED", "Entry", "Plan", "plan", "unscaled"]
-
-WeightDecay = Literal["paper", "unscaled"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter's line of the plan. Every number is a factor on the base value.
-
-    Attributes
-    ----------
-    name : the parameter (tied ones under their first name).
-    role : one of `grsd.mup.rules.ROLES`.
-    optimizer : the optimizer that gets it.
-    rule : the exponents of (r_n, r_L).
-    multiplier, std, lr, weight_decay, eps, clip : the rule at this model's ratios; the last two None without a rule.
-    split : how a matrix is fused along its outputs: parts, or (blocks, parts) when parts alternate in blocks.
-    transposed : stored (n_in, n_out).
-    std_base : standard deviation of the base model's values; None for a plan without a base model.
-    mean_base : their mean (1 for a norm's gain).
-    block : the residual block that holds it; None outside the stack.
-    """
-
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    optimizer: str
-    rule: Rule
-    multiplier: float
-    std: float
-    lr: float
-    weight_decay: float
-    eps: float | None
-    std_base: float | None
-    mean_base: float
-    split: int | tuple[int, int] = 1
-    transposed: bool = False
-    clip: float | None = None
-    block: int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do with a model so that the base model's hyperparameters hold for it.
-
-    Attributes
-    ----------
-    entries : in the order of `model.named_parameters()`.
-    multipliers : one for each head and each end of a residual branch.
-    r_n, r_L : width and depth ratio to the base model.
-    k : layers per residual block, 1 or 2 (2 stands for more).
-    tied : groups of names that share one tensor.
-    notes : what the plan leaves to the reader.
-    """
-
-    entries: tuple[Entry, ...]
-    multipliers: tuple[Multiplier, ...]
-    r_n: float
-    r_L: float
-    k: int
-    tied: tuple[tuple[str, ...], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries)
-
-    def __getitem__(self, name: str) -> Entry:
-        for entry in self.entries:
-            if entry.name == name:
-                return entry
-        raise KeyError(f"the plan has no parameter {name!r}")
-
-    def table(self) -> str:
-        """Return the plan laid out as the paper's tables: a row for every hyperparameter, a column for every role and optimizer.
-
-        A cell is the factor on the base value, as a formula and, where it is not 1, as a number.
-        """
-        seen: dict[tuple[str, str], list[Entry]] = {}
-        for entry in sorted(self.entries, key=lambda e: ROLES.index(e.role)):
-            seen.setdefault((entry.role, entry.optimizer), []).append(entry)
-        columns = [["", "optimizer", "tensors", *_ROWS]]
-        for (role, optimizer), group in seen.items():
-            e = group[0]
-            head = role.replace("_bias", " biases") if role.endswith("bias") else f"{role} weights"
-            values = (e.multiplier, e.std**2, e.lr, e.weight_decay, e.eps, e.clip)
-            # the fields of a rule stand in the order of the rows
-            formulas = (getattr(e.rule, one.name) for one in fields(e.rule))
-            cells = map(_cell, formulas, values)
-            columns.append([head, optimizer, str(len(group)), *cells])
-        rows = [cells for cells in zip(*columns, strict=True) if set(cells[1:]) != {"–"}]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        k = "k = 1" if self.k == 1 else "k ≥ 2"
-        title = f"width ratio r_n = {self.r_n:g}, depth ratio r_L = {self.r_L:g}, {k}"
-        body = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
-        return "\n".join([title, *body, *self.notes])
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def initialize_(
-        self, model: nn.Module, *, seed: int, std: Mapping[str, float] | None = None
-    ) -> None:
-        """Draw the weights again: normal with the base model's standard deviation times √(variance factor), at the base's mean.
-
-        Tensors that are constant in the base model (zero biases, gains of one) are set to that constant. `std` (role → σ_b) takes the
-        place of the base model's; a plan without a base model needs it for every role.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        given = std or {}
-        for entry in self.entries:
-            if entry.std_base is None and entry.role not in given:
-                raise ValueError(
-                    f"the plan was made from ratios and does not know the base's initial values of {entry.name!r}: "
-                    f"give std={{{entry.role!r}: …}}, or make the plan with base="
-                )
-        with torch.no_grad():
-            for parameter, entry in self.matched(model):
-                size = given.get(entry.role, entry.std_base or 0.0)
-                parameter.fill_(entry.mean_base)
-                if size > 0:
-                    noise = torch.randn(entry.shape, generator=generator, dtype=torch.float32)
-                    parameter.add_((size * entry.std * noise).to(parameter))
-
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
-        """Multiply by forward hooks; return their handles (`handle.remove()` takes one off).
-
-        `torch.compile` by default reuses a graph for a model of the same class whose hooks differ, and would so give it the multipliers
-        of another plan; this method makes it look at hooks (`torch._dynamo.config.skip_nnmodule_hook_guards = False`).
-        """
-        tracer: Any = importlib.import_module("torch._dynamo.config")
-        tracer.skip_nnmodule_hook_guards = False
-        self.matched(model)
-        modules = {plain(name): module for name, module in model.named_modules()}
-        for name, module in modules.items():
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if any(isinstance(hook, _Multiply) for hook in hooks):
-                raise ValueError(
-                    f"{name!r} already carries a multiplier; remove the hooks of the earlier plan first"
-                )
-        handles = []
-        for name, factor, side in self.multipliers:
-            module = modules[name]
-            after = side == "output"
-            register = module.register_forward_hook if after else module.register_forward_pre_hook
-            handles.append(register(_Multiply(factor)))
-        return handles
-
-    def fold_(self, model: nn.Module) -> Plan:
-        """Multiply the multipliers into the weights instead, and return the plan whose η, λ and ε make the same training.
-
-        With W' = αW: a normalised update needs η' = αη and λ' = λ/α (AdamW: ε' = ε/α), a gradient step η' = α²η, λ' = λ/α².
-
-        Raises
-        ------
-        ValueError
-            A weight that is used elsewhere too (tied embeddings): it would be scaled there as well. A branch that does not end in a
-            linear layer of its own (a container, `nn.MultiheadAttention`): there is no weight to fold into.
-        """
-        matched = {entry.name: parameter for parameter, entry in self.matched(model)}
-        shared = {name for group in self.tied for name in group}
-        modules = {plain(name): module for name, module in model.named_modules()}
-        # which parameters take which factor; nothing is changed before all of them are known
-        factors: dict[str, float] = {}
-        for module, factor, side in self.multipliers:
-            end = modules[module]
-            if any(end.children()) or not hasattr(end, "weight"):
-                raise ValueError(
-                    f"{module!r} is a {type(end).__name__} and no linear layer, so its factor {factor:g} cannot be folded into one "
-                    "weight; name the branch's last linear layer in branch_ends, or use attach()"
-                )
-            for local, p in end.named_parameters(recurse=False):
-                name = f"{module}.{local}"
-                if side == "input" and p.ndim < 2:
-                    continue
-                if name in shared:
-                    raise ValueError(
-                        f"{name!r} shares its tensor with another layer, which folding would scale too; use attach()"
-                    )
-                factors[name] = factor
-        with torch.no_grad():
-            for name, factor in factors.items():
-                matched[name].mul_(factor)
-        entries = tuple(_folded(e, factors[e.name]) if e.name in factors else e for e in self)
-        return replace(self, entries=entries, multipliers=())
-
-    def param_groups(
-        self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, eps: float | None = None
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Return optimizer name → parameter groups with `lr`, `weight_decay`, `eps` of this model from the base values.
-
-        Groups carry `role` and `mup_lr`, the factor on η, so that a scheduler that scales every group's `lr` keeps their ratios.
-        """
-        if not lr > 0 or not math.isfinite(lr):
-            raise ValueError(f"lr must be positive and finite, got {lr}")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
-        groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
-        for parameter, e in self.matched(model):
-            if not parameter.requires_grad:
-                continue
-            key = (e.role, e.lr, e.weight_decay, e.eps, e.clip, e.split, e.transposed)
-            group = groups.setdefault(e.optimizer, {}).setdefault(key, {"params": []})
-            group["params"].append(parameter)
-            group |= {"role": e.role, "mup_lr": e.lr, "lr": lr * e.lr}
-            group["weight_decay"] = weight_decay * e.weight_decay
-            if row(e.optimizer).matrices_only:
-                group |= {"split": e.split, "transposed": e.transposed}
-            if e.clip is not None:
-                group["mup_clip"] = e.clip
-            if eps is not None:
-                group["eps"] = eps * (1.0 if e.eps is None else e.eps)
-        return {name: list(by_key.values()) for name, by_key in groups.items()}
-
-    def make_optimizer(
-        self,
-        model: nn.Module,
-        *,
-        lr: float,
-        weight_decay: float = 0.0,
-        eps: float | None = None,
-        options: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> torch.optim.Optimizer:
-        """Return one optimizer for the model; several are combined, and a scheduler drives all of their groups.
-
-        Lion, SOAP and Sophia need `pytorch_optimizer`.
-
-        Parameters
-        ----------
-        lr, weight_decay, eps : base values, those of the base model.
-        options : optimizer name → further arguments, e.g. ``{"adamw": {"betas": (0.9, 0.95)}}``.
-        """
-        groups = self.param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps)
-        return assemble(groups, lr, options)
-
-    def matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
-        """Return (parameter, entry) pairs; wrappers that prefix names (compile, DDP, FSDP) are seen through."""
-        parameters = {plain(name): parameter for name, parameter in model.named_parameters()}
-        if strangers := sorted(parameters.keys() ^ {e.name for e in self.entries}):
-            raise ValueError(
-                f"the plan was made for another model: {strangers[0]!r} and {len(strangers) - 1} more do not match"
-            )
-        for e in self.entries:
-            shape = tuple(parameters[e.name].shape)
-            if shape != e.shape:
-                raise ValueError(f"{e.name!r} has shape {shape}; the plan was made for {e.shape}")
-        return [(parameters[e.name], e) for e in self.entries]
 
 
 def plan(
@@ -292,63 +32,74 @@ def plan(
     optimizer: str,
     other: str = "adamw",
     k: int = 2,
-    wd_rule: WeightDecay = "paper",
+    wd_rule: Literal["paper", "unscaled"] = "paper",
     roles: Mapping[str, str] | None = None,
     branch_ends: Sequence[str] = BRANCH_ENDS,
     fused: Fused | None = None,
 ) -> Plan:
-    """Compare a model with its base and return the plan; warn of an optimizer whose rule is known to fail.
+    """Compare a model with its base and return the plan; warn of an optimizer whose rule is known
+    to fail.
 
     Parameters
     ----------
-    model, base : one architecture at two sizes. They may be the same size; ratios are then 1 and every factor is 1.
-    r_n, r_L : width and depth ratio, in place of a base model. Roles then follow from the position alone, and `Plan.initialize_` needs
-        the base's standard deviations.
+    model, base : one architecture at two sizes. They may be the same size; ratios are then 1 and
+        every factor is 1.
+    r_n, r_L : width and depth ratio, in place of a base model. Roles then follow from the position
+        alone, and `Plan.initialize_` needs the base's standard deviations.
     optimizer : one of `grsd.mup.rules.OPTIMIZERS`, for hidden matrices and all that it can take.
-    other : for what `optimizer` cannot take or the paper does not give it: with a matrix optimizer, everything but hidden matrices.
+    other : for what `optimizer` cannot take or the paper does not give it: with a matrix optimizer,
+        everything but hidden matrices.
     k : layers per residual branch; 1 gives the rules of condition B.1.
     wd_rule : "paper": λ as in tables 2–6; "unscaled": λ is not scaled.
-    roles : pattern of parameter names → role, for those that cannot be told from shapes. Patterns are tried in order.
-    branch_ends : patterns of the modules whose output is added to the residual stream; they get the block's multiplier.
-    fused : pattern of parameter names → `Entry.split`, for matrices that hold several. "heads" stands for (heads of the model, 3).
+    roles : pattern of parameter names → role, for those that cannot be told from shapes. Patterns
+        are tried in order.
+    branch_ends : patterns of the modules whose output is added to the residual stream; they get the
+        block's multiplier.
+    fused : pattern of parameter names → `Entry.split`, for matrices that hold several. "heads"
+        stands for (heads of the model, 3).
 
     Raises
     ------
     ValueError
-        Another architecture, ratios that differ from layer to layer or are not positive, both a base and ratios, a parameter without
-        a role (named, with what to say), a tensor in two roles whose rules differ, no residual stack, no branch end, a pattern that matches
-        nothing.
+        Another architecture, ratios that differ from layer to layer or are not positive, both a
+        base and ratios, a parameter without a role (named, with what to say), a tensor in two roles
+        whose rules differ, no residual stack, no branch end, a pattern that matches nothing.
     """
     chosen, fused = row(optimizer), FUSED if fused is None else fused
     if row(other).matrices_only:
         raise ValueError(
-            f"other = {other!r} takes matrices only; biases and embeddings need a vector optimizer: 'adamw'"
+            f"other = {other!r} takes matrices only; biases and embeddings need a vector "
+            "optimizer: 'adamw'"
         )
-    if wd_rule not in ("paper", "unscaled"):
-        raise ValueError(f'wd_rule must be "paper" or "unscaled", got {wd_rule!r}')
+    checks.one_of("wd_rule", wd_rule, ("paper", "unscaled"))
     if chosen.caution:
         warnings.warn(chosen.caution, stacklevel=2)
 
-    # every parameter's partner in the base model (without one: itself), and the ratios
-    layout, pairs, r_n, r_L = _compared(model, base, r_n, r_L, roles or {})
-    every = [plain(name) for name, _ in model.named_parameters(remove_duplicate=False)]
+    # every parameter's partner in the base model (without one: itself), the ratios, and the roles
+    layout, pairs, r_n, r_L = compare(model, base, r_n, r_L, roles or {})
+    every = list(pairs)
     unmatched(roles or {}, every, "roles")
     unmatched([pattern for pattern in fused if pattern not in FUSED], every, "fused")
-    below = [name for name in layout.modules if name.startswith(f"{layout.stack}.")]
-    own = [pattern for pattern in branch_ends if pattern not in BRANCH_ENDS]
-
-    # roles, of tied tensors in each place; then one entry for every tensor
     assigned = {name: layout.role(name, p, q) for name, (p, q) in pairs.items()}
+
+    # one entry for every tensor; in the other places of a tied one its rule must be the same
     shared = tied(model)
+    twins = {names[0]: names[1:] for names in shared}
     entries = []
     for name in layout.names:
         role, (p, q) = assigned[name], pairs[name]
         which = optimizer if role == "hidden" or not chosen.matrices_only else other
-        found = rule(which, role, k)
-        for twin in next((group for group in shared if group[0] == name), ())[1:]:
-            _agree(found, rule(which, assigned[twin], k), (name, twin), assigned, which)
+        own = rule(which, role, k)
+        for twin in twins.get(name, ()):
+            second = rule(which, assigned[twin], k)
+            if (own.lr, own.weight_decay, own.eps) != (second.lr, second.weight_decay, second.eps):
+                raise ValueError(
+                    f"{name!r} and {twin!r} are one tensor in the roles {role} and "
+                    f"{assigned[twin]}, whose rules differ under {which}; untie them or choose "
+                    "another optimizer"
+                )
         if wd_rule == "unscaled":
-            found = replace(found, weight_decay=Scale())
+            own = replace(own, weight_decay=Scale())
         values = q.detach().double().flatten()
         constant = bool((values == values[0]).all())
         std_base = None if base is None else float(values.square().mean().sqrt())
@@ -358,106 +109,20 @@ def plan(
                 role=role,
                 shape=tuple(p.shape),
                 optimizer=which,
-                rule=found,
-                **_numbers(found, r_n, r_L),
+                rule=own,
+                **numbers(own, r_n, r_L),
                 std_base=0.0 if constant else std_base,
                 mean_base=float(values[0]) if constant else 0.0,
-                split=split_of(name, model, fused) if role == "hidden" else 1,
+                split=layout.split(name, fused) if role == "hidden" else 1,
                 transposed=p.ndim == 2 and layout.transposed(name),
                 block=layout.block(name),
             )
         )
     multipliers = layout.multipliers(assigned, branch_ends, k, r_n, r_L)
-    unmatched(own, below, "branch_ends")
+    below = [name for name in layout.modules if name.startswith(f"{layout.stack}.")]
+    unmatched([end for end in branch_ends if end not in BRANCH_ENDS], below, "branch_ends")
     notes = (*((chosen.caution,) if chosen.caution else ()), *_heads(model, base))
     return Plan(tuple(entries), multipliers, r_n, r_L, min(k, 2), shared, notes)
-
-
-def unscaled(made: Plan) -> Plan:
-    """Return the plan of standard parametrization: the base's variance, multiplier and rate at every size."""
-    entries = tuple(replace(e, **_numbers(e.rule, 1.0, 1.0)) for e in made)
-    return replace(made, entries=entries, multipliers=())
-
-
-def _compared(
-    model: nn.Module,
-    base: nn.Module | None,
-    r_n: float | None,
-    r_L: float | None,
-    roles: Mapping[str, str],
-) -> tuple[Layout, dict[str, tuple[Tensor, Tensor]], float, float]:
-    """Return the model's layout, name → (tensor, the base model's) with tied names, and the ratios."""
-    if (base is None) == (r_n is None and r_L is None):
-        raise ValueError(
-            "give either base=, a model of the same architecture, or the ratios r_n= and r_L="
-        )
-    stack, depth = stack_of(model)
-    parameters = {plain(name): p for name, p in model.named_parameters()}
-    every = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    there, base_depth = every, depth
-    wide, deep = (1.0 if r is None else float(r) for r in (r_n, r_L))
-    Scale().at(wide, deep)  # refuses what is no ratio
-    if base is not None:
-        base_stack, base_depth = stack_of(base)
-        if stack != base_stack:
-            raise ValueError(
-                f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model"
-            )
-        there = {plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
-    pairs: dict[str, tuple[Tensor, Tensor]] = {
-        name: (p, partner(name, there, stack, base_depth)) for name, p in every.items()
-    }
-    if base is not None:
-        wide, deep = width_ratio({name: pairs[name] for name in parameters}), depth / base_depth
-    modules = {plain(name): m for name, m in model.named_modules()}
-    compared = base is not None and wide != 1.0
-    return Layout(modules, list(parameters), stack, compared, roles), pairs, wide, deep
-
-
-def _numbers(rule: Rule, r_n: float, r_L: float) -> dict[str, Any]:
-    """Return an entry's numbers: its rule at the ratios."""
-    scales = {one.name: getattr(rule, one.name) for one in fields(rule)}
-    numbers: dict[str, Any] = {n: None if s is None else s.at(r_n, r_L) for n, s in scales.items()}
-    return numbers | {"std": math.sqrt(numbers.pop("variance"))}
-
-
-def _folded(e: Entry, factor: float) -> Entry:
-    """Return the entry of a weight that its multiplier was multiplied into."""
-    power = factor**2 if row(e.optimizer).kind == "gradient" else factor
-    return replace(
-        e,
-        multiplier=1.0,
-        std=e.std * factor,
-        mean_base=e.mean_base * factor,
-        lr=e.lr * power,
-        weight_decay=e.weight_decay / power,
-        eps=None if e.eps is None else e.eps / factor,
-    )
-
-
-def _agree(
-    one: Rule, two: Rule, names: tuple[str, str], roles: Mapping[str, str], optimizer: str
-) -> None:
-    """Refuse a tensor in two roles whose rules differ."""
-    if (one.lr, one.weight_decay, one.eps) != (two.lr, two.weight_decay, two.eps):
-        first, second = names
-        raise ValueError(
-            f"{first!r} and {second!r} are one tensor in the roles {roles[first]} and {roles[second]}, whose rules differ under "
-            f"{optimizer}; untie them or choose another optimizer"
-        )
-
-
-class _Multiply:
-    """A forward hook (on outputs) or pre-hook (on inputs) that multiplies tensors by a factor."""
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any = None) -> Any:
-        value = inputs if output is None else output
-        if isinstance(value, tuple):
-            return (value[0] * self.factor, *value[1:])
-        return value * self.factor
 
 
 def _heads(model: nn.Module, base: nn.Module | None) -> tuple[str, ...]:
@@ -471,22 +136,7 @@ def _heads(model: nn.Module, base: nn.Module | None) -> tuple[str, ...]:
     if None in sizes or sizes[0] == sizes[1]:
         return ()
     return (
-        f"The head dimension goes from {sizes[1]} to {sizes[0]}: scale attention by √{sizes[1]}/{sizes[0]} instead of "
+        f"The head dimension goes from {sizes[1]} to {sizes[0]}: scale attention by "
+        f"√{sizes[1]}/{sizes[0]} instead of "
         f"1/√{sizes[0]}, or keep it fixed and add heads. The plan does not do it.",
     )
-
-
-_ROWS = (  # of a table, in the order of a rule's fields
-    "block multiplier α",
-    "initial variance σ²",
-    "learning rate η",
-    "weight decay λ",
-    "stabilizer ε",
-    "clipping ρ",
-)
-
-
-def _cell(scale: Scale | None, value: float | None) -> str:
-    if scale is None or value is None:
-        return "–"
-    return str(scale) if str(scale) == "1" else f"{scale} = {value:.4g}"

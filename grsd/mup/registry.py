@@ -1,7 +1,9 @@
-"""The optimizers, one row each: what tables, plans, audits, coordinate checks and experiments know about them.
+"""The optimizers, one row each: what tables, plans, audits, coordinate checks and experiments know
+about them.
 
-To add one, write a row of `OPTIMIZERS`, and its builder if no library has the optimizer. `grsd.mup.rules.derive` derives the row's
-table a second time from its update, so that neither is believed on the other's word.
+To add one, write a row of `OPTIMIZERS`, and its builder if no library has the optimizer.
+`grsd.mup.rules.derive` derives the row's table a second time from its update, so that neither is
+believed on the other's word.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Rule:
 
     Attributes
     ----------
-    multiplier : α, on the output of the layer (for a hidden layer: of its residual block, once for the block).
+    multiplier : α, on the output of the layer (for a hidden layer: of its residual block, once for
+        the block).
     variance : σ², of the initial weights.
     lr : η.
     weight_decay : λ in ΔW = −η (A + λ W): the decay grows with what the update does.
@@ -63,19 +66,27 @@ class Optimizer:
     Attributes
     ----------
     words : one line for lists.
-    build : (parameter groups, lr=, **options) → optimizer, as the classes of `torch.optim` are called.
-    kind : "gradient", "sign" or "orthogonal": the A of the first update ΔW = −η A is ∇, an entrywise sign, or U Vᵀ.
-    table : a line for each of η, λ and, where there is one, ε and ρ (Sophia's bound). Cells are those of input, hidden (k ≥ 2 and k = 1,
-        layers of a block) and output matrices, and then the same of biases; without these the optimizer takes matrices only.
+    build : (parameter groups, lr=, **options) → optimizer, as the classes of `torch.optim` are
+        called.
+    kind : "gradient", "sign" or "orthogonal": the A of the first update ΔW = −η A is ∇, an
+        entrywise sign, or U Vᵀ.
+    table : a line for each of η, λ and, where there is one, ε and ρ (Sophia's bound). Cells are
+        those of input, hidden (k ≥ 2 and k = 1, layers of a block) and output matrices, and then
+        the same of biases; without these the optimizer takes matrices only.
     factor : (scale of n_out, of n_in) → that of the factor on U Vᵀ.
-    eps : what ε is compared with: "entry" (a typical entry of ∇), "square" (the square of ∇'s largest singular value), or None.
+    eps : what ε is compared with: "entry" (a typical entry of ∇), "square" (the square of ∇'s
+        largest singular value), or None.
     caution : what a plan with it should say.
-    variant_of : the optimizer that makes the same first step and the same updates, under another rule.
-    rate : base rate of coordinate checks, at which features of their base model change by about a tenth; None leaves it out of them.
-    mistake : exponents of r_n and r_L by which a wrong hidden rate differs from the rule's, in width a rule of another row or role, in
-        depth mostly the rule of blocks of one layer; coordinate checks must tell it apart.
+    variant_of : the optimizer that makes the same first step and the same updates, under another
+        rule.
+    rate : base rate of coordinate checks, at which features of their base model change by about a
+        tenth; None leaves it out of them.
+    mistake : exponents of r_n and r_L by which a wrong hidden rate differs from the rule's, in
+        width a rule of another row or role, in depth mostly the rule of blocks of one layer;
+        coordinate checks must tell it apart.
     options : of the builder, in coordinate checks.
-    exact : options that make the first step the one of the derivation: singular value decompositions, no ε, no decay.
+    exact : options that make the first step the one of the derivation: singular value
+        decompositions, no ε, no decay.
     first_lr, first : η of that step where it must be small, and how it is made.
     slow : 1 when every step after the first needs decompositions, 2 when the first needs many, too.
     """
@@ -109,9 +120,11 @@ class Optimizer:
             places = (0, 1, 3, 4, 5, 7) if k > 1 else (0, 2, 3, 4, 6, 7)
             for role, place in zip(ROLES, places, strict=True):
                 if place < len(cells["η"]):
-                    given = (cells[name][place] if name in cells else None for name in "ηλερ")
+                    eta, decay = (cells[name][place] for name in "ηλ")
+                    eps, clip = (cells[name][place] if name in cells else None for name in "ερ")
                     wide, narrow, variance = INITIAL[role]
-                    by_role[role] = Rule(wide if k > 1 else narrow, variance, *given)  # type: ignore[arg-type]
+                    multiplier = wide if k > 1 else narrow
+                    by_role[role] = Rule(multiplier, variance, eta, decay, eps, clip)
         return rules
 
     @property
@@ -125,7 +138,8 @@ class Optimizer:
         return self.rules[2]["hidden"].clip is not None
 
 
-# --- Builders of what is not built by its class ----------------------------------------------------------------------
+# --- Builders of what is not built by its class
+# ----------------------------------------------------------------------
 
 RHO = 1e-2  # SophiaH's own default
 
@@ -150,7 +164,8 @@ def _library(name: str) -> Builder:
             library = importlib.import_module("pytorch_optimizer")
         except ImportError as missing:
             raise ImportError(
-                f"{name} comes from the package pytorch_optimizer, which is not installed: pip install pytorch_optimizer"
+                f"{name} comes from the package pytorch_optimizer, which is not installed: pip "
+                "install pytorch_optimizer"
             ) from missing
         optimizer: torch.optim.Optimizer = getattr(library, name)(groups, lr=lr, **options)
         return optimizer
@@ -159,7 +174,8 @@ def _library(name: str) -> Builder:
 
 
 def _sophia(groups: Groups, lr: float, *, p: float = RHO, **options: Any) -> torch.optim.Optimizer:
-    """Build SophiaH, which moves by η clip(m/h, ±ρ); the paper's Sophia moves by η clip(m/(ρh), ±1): its η is η/ρ here."""
+    """Build SophiaH, which moves by η clip(m/h, ±ρ); the paper's Sophia moves by η clip(m/(ρh),
+    ±1): its η is η/ρ here."""
     for g in groups:
         bound = p * g.get("mup_clip", 1.0)
         g |= {"p": bound, "lr": g["lr"] / bound, "mup_lr": g["mup_lr"] / bound}
@@ -194,7 +210,8 @@ def _radius(out: Scale, into: Scale) -> Scale:
     return (out / into) ** HALF
 
 
-# --- The rows ---------------------------------------------------------------------------------------------------------
+# --- The rows -------------------------------------------------------------------------------------
+# --------------------
 
 #      input    hidden   hidden, k=1   output   | biases: input, hidden, hidden, k=1, output
 _SIGN = """
@@ -209,7 +226,8 @@ _KIMI = """
     η  1        n^-1/2   n^-1/2L^-1/2  1
     λ  1        n^1/2    n^1/2         1
 """
-# With statistics of full rank SOAP turns a matrix of ±1, whose spectral norm is about √max(n_in, n_out): Kimi's factor.
+# With statistics of full rank SOAP turns a matrix of ±1, whose spectral norm is about √max(n_in,
+# n_out): Kimi's factor.
 _SOAP = partial(
     Optimizer,
     build=_library("SOAP"),
@@ -312,8 +330,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "soap": _SOAP(
         "SOAP at its first step",
         table=_BARE,
-        caution="soap: the paper's rule (η of hidden matrices not scaled) holds for the first step. Once the averaged statistics have full rank, "
-        "updates grow like √r_n beside it; 'soap_sqrt' scales η for that.",
+        caution="soap: the paper's rule (η of hidden matrices not scaled) holds for the first step. "
+        "Once the averaged statistics have full rank, updates grow like √r_n beside it; "
+        "'soap_sqrt' scales η for that.",
     ),
     "soap_sqrt": _SOAP(
         "SOAP with statistics of full rank",
@@ -333,7 +352,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
         factor=_radius,
         rate=2.0**-8,
         mistake=(-0.5, -0.5),
-        # the sphere where Gaussian weights of infinite width start: at width n their norm is below it by a share of order n^(−2/3),
+        # the sphere where Gaussian weights of infinite width start: at width n their norm is below
+        # it by a share of order n^(−2/3),
         # and the first step of a check ends in a small jump onto the sphere
         options={"radius": 2.0},
         exact={"exact": True, "bisections": 8, "retract": True},  # the norm does not depend on μ
@@ -341,7 +361,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
         slow=2,
     ),
 }
-"""Nine optimizers, some in variants. `soap` has no mistake: in width its own rule is `soap_sqrt`'s."""
+"""Nine optimizers, some in variants. `soap` has no mistake: in width its own rule is
+`soap_sqrt`'s."""
 
 
 def row(optimizer: str) -> Optimizer:
@@ -355,7 +376,8 @@ def row(optimizer: str) -> Optimizer:
 def assemble(
     groups: Mapping[str, Groups], lr: float, options: Mapping[str, Mapping[str, Any]] | None = None
 ) -> torch.optim.Optimizer:
-    """Return one optimizer from the groups of `Plan.param_groups`; several are put into a `Combined`."""
+    """Return one optimizer from the groups of `Plan.param_groups`; several are put into a
+    `Combined`."""
     options = options or {}
     if unknown := sorted(set(options) - set(groups)):
         raise ValueError(f"options name {unknown[0]!r}; this plan uses {', '.join(groups)}")

@@ -1,8 +1,10 @@
-"""Where the parameters of a model stand: inside the residual stack, before it or after it, and which of their sides grow.
+"""Where the parameters of a model stand: inside the residual stack, before it or after it, and
+which of their sides grow.
 
-What `grsd.mup.planning` reads off two sizes of one architecture: the stack and its depth, each parameter's partner in the base model, its role, and
-the modules whose inputs or outputs get a multiplier. Names are those of the bare model, whatever wraps it. What names alone can say of a model
-family (the ends of its residual branches, its fused matrices) is a row of `FAMILIES`.
+What `grsd.mup.planning` reads off two sizes of one architecture: the stack and its depth, each
+parameter's partner in the base model, its role, and the modules whose inputs or outputs get a
+multiplier. Names are those of the bare model, whatever wraps it. What names alone can say of a
+model family (the ends of its residual branches, its fused matrices) is a row of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from grsd.mup.rules import ROLES, rule
+from grsd.mup.rules import ROLES, Scale, rule
 
 __all__ = [
     "BRANCH_ENDS",
@@ -24,12 +26,12 @@ __all__ = [
     "Family",
     "Layout",
     "Multiplier",
-    "partner",
+    "compare",
     "plain",
-    "split_of",
     "stack_of",
+    "tables",
     "tied",
-    "width_ratio",
+    "unmatched",
 ]
 
 Side = Literal["input", "output"]
@@ -42,8 +44,8 @@ class Family(NamedTuple):
     Attributes
     ----------
     branch_ends : patterns of the modules whose output is added to the residual stream.
-    fused : pattern of a parameter that holds several matrices → how many stand one after another, or "heads" for Q, K, V of one
-        head after another.
+    fused : pattern of a parameter that holds several matrices → how many stand one after another,
+        or "heads" for Q, K, V of one head after another.
     """
 
     branch_ends: tuple[str, ...]
@@ -58,10 +60,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": Family(("*.self_attn.o_proj", "*.mlp.down_proj"), {}),
 }
-"""transformers' name of a family → its row. Models of other families that use the same names are known too."""
+"""transformers' name of a family → its row. Models of other families that use the same names are
+known too."""
 
 BRANCH_ENDS = (*(end for f in FAMILIES.values() for end in f.branch_ends), "*.branch_end")
-"""Layers whose output is added to the residual stream, as patterns of module names; `plan(..., branch_ends=)` names others. The last is that of
+"""Layers whose output is added to the residual stream, as patterns of module names; `plan(...,
+branch_ends=)` names others. The last is that of
 `grsd.lab.nets.models`."""
 
 FUSED: Fused = {
@@ -76,7 +80,7 @@ class Multiplier(NamedTuple):
 
     module: str
     factor: float
-    side: Side  # a head's input, so that its bias is left alone; the whole output of a branch, its bias included
+    side: Side  # a head's input, so that its bias is left alone; a branch's whole output
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,10 @@ class Layout:
     ----------
     modules, names : the model's modules by name, and its parameters' names in order.
     stack : name of the residual stack.
-    compared : a base model of another width says which sides grow; otherwise the position in the model does.
+    compared : a base model of another width says which sides grow; otherwise the position in the
+        model does.
     roles : pattern of names → role, what the user says.
+    config : the model's, where it has one.
     """
 
     modules: Mapping[str, nn.Module]
@@ -96,6 +102,7 @@ class Layout:
     stack: str
     compared: bool
     roles: Mapping[str, str]
+    config: Any = None
 
     def owner(self, name: str) -> nn.Module:
         """Return the module that holds a parameter."""
@@ -110,8 +117,15 @@ class Layout:
         inside = name.startswith(f"{self.stack}.")
         return int(name.removeprefix(f"{self.stack}.").partition(".")[0]) if inside else None
 
+    def split(self, name: str, fused: Fused) -> int | tuple[int, int]:
+        """Return how a matrix is fused along its outputs: parts, or (blocks, parts) when parts
+        alternate in blocks."""
+        split = next((s for pattern, s in fused.items() if fnmatch.fnmatchcase(name, pattern)), 1)
+        return (int(self.config.num_attention_heads), 3) if split == "heads" else split
+
     def role(self, name: str, p: Tensor, partner: Tensor) -> str:
-        """Return the role of a parameter from what the user says, where it stands, and which of its sides grow."""
+        """Return the role of a parameter from what the user says, where it stands, and which of its
+        sides grow."""
         for pattern, role in self.roles.items():
             if fnmatch.fnmatchcase(name, pattern):
                 if role not in ROLES:
@@ -133,14 +147,18 @@ class Layout:
             if isinstance(owner, nn.Linear) or self.transposed(name):
                 return "input" if out else "output"
             raise ValueError(
-                f"cannot tell the role of {name!r}, a matrix {tuple(p.shape)} of a {type(owner).__name__} and not of an nn.Linear or "
-                f"nn.Embedding, so which side is the input is not known; say roles={{{name!r}: 'input'}}, or 'output'"
+                f"cannot tell the role of {name!r}, a matrix {tuple(p.shape)} of a "
+                f"{type(owner).__name__} and not of an nn.Linear or "
+                "nn.Embedding, so which side is the input is not known; say "
+                f"roles={{{name!r}: 'input'}}, or 'output'"
             )
         where = "inside" if inside else "outside"
         sides = "both sides" if out and into else "one side" if out or into else "no side"
         raise ValueError(
-            f"cannot tell the role of {name!r}, a matrix {where} the stack {self.stack!r} of which {sides} grow with the width "
-            f"({tuple(partner.shape)} → {tuple(p.shape)}); say roles={{{name!r}: 'hidden'}}, or 'input' or 'output'"
+            f"cannot tell the role of {name!r}, a matrix {where} the stack {self.stack!r} of "
+            f"which {sides} grow with the width "
+            f"({tuple(partner.shape)} → {tuple(p.shape)}); say roles={{{name!r}: 'hidden'}}, or "
+            "'input' or 'output'"
         )
 
     def _grows(self, p: Tensor, partner: Tensor, axis: int, name: str) -> bool:
@@ -148,7 +166,8 @@ class Layout:
             return p.shape[axis] != partner.shape[axis]
         if self.block(name) is not None:
             return True
-        # without a second width: what comes before the stack takes inputs in, what comes after puts outputs out
+        # without a second width: what comes before the stack takes inputs in, what comes after puts
+        # outputs out
         first = next(i for i, other in enumerate(self.names) if self.block(other) is not None)
         before = name in self.names[:first]
         if p.ndim < 2:
@@ -166,7 +185,8 @@ class Layout:
         r_n: float,
         r_L: float,
     ) -> tuple[Multiplier, ...]:
-        """Return the factors of every end of a residual branch and of every head, from the roles of all parameters."""
+        """Return the factors of every end of a residual branch and of every head, from the roles of
+        all parameters."""
         alpha, head = (
             rule("adamw", role, k).multiplier.at(r_n, r_L) for role in ("hidden", "output")
         )
@@ -177,27 +197,33 @@ class Layout:
                 parent = name.rpartition(".")[0]
                 if isinstance(self.modules[parent], nn.MultiheadAttention):
                     raise ValueError(
-                        f"{name!r} is used by nn.MultiheadAttention without being called, so that a factor on its output would have no "
+                        f"{name!r} is used by nn.MultiheadAttention without being called, so that "
+                        "a factor on its output would have no "
                         f"effect; name the attention itself, {parent!r}, as the end of the branch"
                     )
                 factors.append(Multiplier(name, alpha, "output"))
             elif name in heads:
                 if any(module.children()):
                     raise ValueError(
-                        f"the output weight {heads[name]!r} stands in {name or 'the model itself'!r}, which holds other layers: a factor on its "
+                        f"the output weight {heads[name]!r} stands in "
+                        f"{name or 'the model itself'!r}, which holds other layers: a factor on "
+                        "its "
                         "input would act on them too; make it the weight of an nn.Linear of its own"
                     )
                 factors.append(Multiplier(name, head, "input"))
         sides = {m.side for m in factors}
         if "output" not in sides:
             raise ValueError(
-                f"no end of a residual branch found in {self.stack!r}: name the layers whose output is added to the stream, "
+                f"no end of a residual branch found in {self.stack!r}: name the layers whose "
+                "output is added to the stream, "
                 "e.g. branch_ends=['*.mlp.down_proj']"
             )
         if "input" not in sides:
             raise ValueError(
-                "no output layer found: name its weight, e.g. roles={'head.weight': 'output'} (at equal widths, and without a base "
-                "model, what is registered before the stack counts as input and what comes after as output)"
+                "no output layer found: name its weight, e.g. roles={'head.weight': 'output'} (at "
+                "equal widths, and without a base "
+                "model, what is registered before the stack counts as input and what comes after "
+                "as output)"
             )
         return tuple(factors)
 
@@ -207,31 +233,28 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def unmatched(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
-    """Refuse a pattern that no name matches: a slip of the pen would change the plan without a word."""
+    """Refuse a pattern that no name matches: a slip of the pen would change the plan without a
+    word."""
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"{what} has the pattern {pattern!r}, which matches none of {len(names)} names, such as {names[-1]!r}"
+                f"{what} has the pattern {pattern!r}, which matches none of {len(names)} names, "
+                f"such as {names[-1]!r}"
             )
 
 
 def tables(model: nn.Module) -> set[str]:
-    """Return the names of the embeddings' weights: the norm that counts is that of a row, which is what a token meets."""
+    """Return the names of the embeddings' weights: the norm that counts is that of a row, which is
+    what a token meets."""
     modules = model.named_modules()
     return {f"{plain(name)}.weight" for name, m in modules if isinstance(m, nn.Embedding)}
 
 
 def plain(name: str) -> str:
-    """Return a name without what torch.compile, DataParallel, FSDP and activation checkpointing put in."""
+    """Return a name without what torch.compile, DataParallel, FSDP and activation checkpointing put
+    in."""
     wrappers = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
     return re.sub(r"^module(\.|$)", "", re.sub(wrappers, "", name).removeprefix("."))
-
-
-def split_of(name: str, model: nn.Module, fused: Fused) -> int | tuple[int, int]:
-    """Return how a matrix is fused along its outputs: parts, or (blocks, parts) when parts alternate in blocks."""
-    split = next((s for pattern, s in fused.items() if fnmatch.fnmatchcase(name, pattern)), 1)
-    config: Any = getattr(model, "config", None)
-    return (int(config.num_attention_heads), 3) if split == "heads" else split
 
 
 def stack_of(model: nn.Module) -> tuple[str, int]:
@@ -240,7 +263,8 @@ def stack_of(model: nn.Module) -> tuple[str, int]:
     lists = [(name, m) for name, m in modules if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise ValueError(
-            f"{type(model).__name__} has no nn.ModuleList of residual blocks; put the blocks into one, so that depth can be read"
+            f"{type(model).__name__} has no nn.ModuleList of residual blocks; put the blocks into "
+            "one, so that depth can be read"
         )
     name, stack = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return plain(name), len(stack)
@@ -254,24 +278,67 @@ def tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
-def partner(name: str, base: Mapping[str, Tensor], stack: str, base_depth: int) -> Tensor:
-    """Return the base model's tensor for a parameter; block i stands beside block i modulo the base's depth."""
-    inside = re.match(re.escape(stack) + r"\.(\d+)\.(.*)", name)
-    there = f"{stack}.{int(inside[1]) % base_depth}.{inside[2]}" if inside else name
-    if there not in base:
+def compare(
+    model: nn.Module,
+    base: nn.Module | None,
+    r_n: float | None,
+    r_L: float | None,
+    roles: Mapping[str, str],
+) -> tuple[Layout, dict[str, tuple[Tensor, Tensor]], float, float]:
+    """Return the model's layout, name → (tensor, the base model's), and the ratios of width and
+    depth.
+
+    Tied tensors stand under each of their names. Block i stands beside block i modulo the base's
+    depth. Without a base model a tensor is its own partner.
+    """
+    if (base is None) == (r_n is None and r_L is None):
         raise ValueError(
-            f"the base model has no {there!r}, which {name!r} should be compared with: another architecture?"
+            "give either base=, a model of the same architecture, or the ratios r_n= and r_L="
         )
-    return base[there]
+    stack, depth = stack_of(model)
+    every = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    names = [plain(name) for name, _ in model.named_parameters()]
+    modules = {plain(name): m for name, m in model.named_modules()}
+    config = getattr(model, "config", None)
+    if base is None:
+        wide, deep = (1.0 if r is None else float(r) for r in (r_n, r_L))
+        Scale().at(wide, deep)  # refuses what is no ratio
+        pairs: dict[str, tuple[Tensor, Tensor]] = {name: (p, p) for name, p in every.items()}
+        return Layout(modules, names, stack, False, roles, config), pairs, wide, deep
+    base_stack, base_depth = stack_of(base)
+    if stack != base_stack:
+        raise ValueError(
+            f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model"
+        )
+    there = {plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
+    pairs = {}
+    for name, p in every.items():
+        inside = re.match(re.escape(stack) + r"\.(\d+)\.(.*)", name)
+        twin = f"{stack}.{int(inside[1]) % base_depth}.{inside[2]}" if inside else name
+        if twin not in there:
+            raise ValueError(
+                f"the base model has no {twin!r}, which {name!r} should be compared with: another "
+                "architecture?"
+            )
+        pairs[name] = p, there[twin]
+    wide = _width_ratio({name: pairs[name] for name in names})
+    return (
+        Layout(modules, names, stack, wide != 1.0, roles, config),
+        pairs,
+        wide,
+        depth / base_depth,
+    )
 
 
-def width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    """Return the one ratio by which sides grow, from name → (tensor, the base model's); 1 when none does."""
+def _width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Return the one ratio by which sides grow, from name → (tensor, the base model's); 1 when none
+    does."""
     ratios: dict[float, str] = {}
     for name, (p, q) in pairs.items():
         if p.ndim != q.ndim:
             raise ValueError(
-                f"{name!r} has {p.ndim} axes here and {q.ndim} in the base model: another architecture?"
+                f"{name!r} has {p.ndim} axes here and {q.ndim} in the base model: another "
+                "architecture?"
             )
         for a, b in zip(p.shape, q.shape, strict=True):
             if a != b:
@@ -279,6 +346,7 @@ def width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
     if len(ratios) > 1:
         (first, one), (second, two) = list(ratios.items())[:2]
         raise ValueError(
-            f"the layers do not grow alike: {one!r} by {first:g} and {two!r} by {second:g}; scale all widths by one ratio"
+            f"the layers do not grow alike: {one!r} by {first:g} and {two!r} by {second:g}; scale "
+            "all widths by one ratio"
         )
     return next(iter(ratios), 1.0)

@@ -1,8 +1,10 @@
-"""How multipliers, initial variances, learning rates, weight decay and ε scale with width and depth, for each optimizer.
+"""How multipliers, initial variances, learning rates, weight decay and ε scale with width and
+depth, for each optimizer.
 
-`RULES` is the table, as data. `derive` makes the same table from the spectral condition and the size of the optimizer's update,
-so that neither is believed on the other's word. With r_n = n/n_base and r_L = L/L_base, a hyperparameter is its base value
-times `Scale.at(r_n, r_L)`. Source: 2603.00541, condition 3.1, B.1–B.3, tables 1–6.
+`RULES` is the table, as data. `derive` makes the same table from the spectral condition and the
+size of the optimizer's update, so that neither is believed on the other's word. With r_n = n/n_base
+and r_L = L/L_base, a hyperparameter is its base value times `Scale.at(r_n, r_L)`. Source:
+2603.00541, condition 3.1, B.1–B.3, tables 1–6.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ __all__ = [
 
 
 class _Rules(Mapping[tuple[str, int], dict[Role, Rule]]):
-    """The tables of all rows, read when they are asked for: a row that is added later is there too."""
+    """The tables of all rows, read when they are asked for: a row that is added later is there
+    too."""
 
     def __getitem__(self, key: tuple[str, int]) -> dict[Role, Rule]:
         return OPTIMIZERS[key[0]].rules[key[1]]
@@ -45,11 +48,13 @@ class _Rules(Mapping[tuple[str, int], dict[Role, Rule]]):
 
 
 RULES = _Rules()
-"""(optimizer, k) → role → rule; k = 2 for residual blocks of two or more layers (tables 1–6), k = 1 for one (condition B.1)."""
+"""(optimizer, k) → role → rule; k = 2 for residual blocks of two or more layers (tables 1–6), k = 1
+for one (condition B.1)."""
 
 
 def rule(optimizer: str, role: str, k: int = 2) -> Rule:
-    """Return the rule of one role; k is the number of layers in a residual block. A matrix optimizer has none for a bias."""
+    """Return the rule of one role; k is the number of layers in a residual block. A matrix
+    optimizer has none for a bias."""
     table = row(optimizer).rules
     if role not in ROLES:
         raise ValueError(f"no role {role!r}; there are {', '.join(ROLES)}")
@@ -57,12 +62,14 @@ def rule(optimizer: str, role: str, k: int = 2) -> Rule:
         raise ValueError(f"a residual block has at least one layer, got k = {k}")
     if role not in table[min(k, 2)]:
         raise ValueError(
-            f"{optimizer} takes matrices only: give the {role} parameters to a vector optimizer, e.g. other='adamw'"
+            f"{optimizer} takes matrices only: give the {role} parameters to a vector optimizer, "
+            "e.g. other='adamw'"
         )
     return table[min(k, 2)][role]
 
 
-# --- The same table again, from the condition -------------------------------------------------------------------------
+# --- The same table again, from the condition
+# -------------------------------------------------------------------------
 
 _SIZES: dict[str, tuple[Scale, Scale]] = {
     "input": (scale(1), ONE),
@@ -86,16 +93,19 @@ def _rms(role: str, spectral: Scale) -> Scale:
 
 
 def weight_norm(role: str, variance: Scale) -> Scale:
-    """Return how ‖W‖_R of independent entries scales: σ (√n_in + √n_out) √(n_in/n_out), and σ for a bias."""
+    """Return how ‖W‖_R of independent entries scales: σ (√n_in + √n_out) √(n_in/n_out), and σ for a
+    bias."""
     if role not in MATRICES:
         return variance**HALF
     return _rms(role, variance**HALF * larger(*_SIZES[role]) ** HALF)
 
 
 def gradient_norm(role: str, k: int) -> Scale:
-    """Return how ‖∇W‖₂ (Frobenius and spectral norm alike: one sample, rank one) scales when ∂ℓ/∂f and features are Θ(1).
+    """Return how ‖∇W‖₂ (Frobenius and spectral norm alike: one sample, rank one) scales when ∂ℓ/∂f
+    and features are Θ(1).
 
-    h has norm √n; what comes back to the residual stream is α_out W_outᵀ ∂ℓ/∂f, of norm n^-1 · √n; a block adds its α.
+    h has norm √n; what comes back to the residual stream is α_out W_outᵀ ∂ℓ/∂f, of norm n^-1 · √n;
+    a block adds its α.
     """
     alpha = INITIAL["hidden"][0 if k >= 2 else 1]
     features, back = scale("1/2"), scale(-1) * scale("1/2")
@@ -110,7 +120,8 @@ def gradient_norm(role: str, k: int) -> Scale:
 
 
 def update_norm(optimizer: str, role: str, k: int = 2) -> Scale:
-    """Return how ‖A‖_R of the first update ΔW = −η A scales, at η = 1. Source: 2603.00541, equations (11)–(14), (25), (31), (35)."""
+    """Return how ‖A‖_R of the first update ΔW = −η A scales, at η = 1. Source: 2603.00541,
+    equations (11)–(14), (25), (31), (35)."""
     known, (out, into) = row(optimizer), _SIZES[role]
     if known.kind == "gradient":
         return _rms(role, gradient_norm(role, k))
@@ -124,10 +135,12 @@ def update_norm(optimizer: str, role: str, k: int = 2) -> Scale:
 def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
     """Return the rules of one optimizer from the spectral condition: what `RULES` must agree with.
 
-    Input and output: α ‖W‖_R = α ‖ΔW‖_R = Θ(1) (C1.1, C2.1). A block of k ≥ 2 layers: α ∏ ‖W‖_R = Θ(1/L) with every subset of the factors
-    replaced by its update (C1.2, C2.2, C2.3, B.2), so ‖ΔW‖_R = ‖W‖_R = Θ(1) and α = 1/L. One layer: α ‖W‖_R = Θ(1/√L), the largest
-    that B.1 allows, and α ‖ΔW‖_R = Θ(1/L). Biases: ‖b‖_R = Θ(1), and updates like those of the block (B.3). Decay: λ ‖W‖_R = ‖A‖_R
-    (Δ2). ε: the size of what it is added to. ρ: what keeps m/(ρh) fixed, when the curvature h is of the size of a squared gradient.
+    Input and output: α ‖W‖_R = α ‖ΔW‖_R = Θ(1) (C1.1, C2.1). A block of k ≥ 2 layers: α ∏ ‖W‖_R =
+    Θ(1/L) with every subset of the factors replaced by its update (C1.2, C2.2, C2.3, B.2), so
+    ‖ΔW‖_R = ‖W‖_R = Θ(1) and α = 1/L. One layer: α ‖W‖_R = Θ(1/√L), the largest that B.1 allows,
+    and α ‖ΔW‖_R = Θ(1/L). Biases: ‖b‖_R = Θ(1), and updates like those of the block (B.3). Decay: λ
+    ‖W‖_R = ‖A‖_R (Δ2). ε: the size of what it is added to. ρ: what keeps m/(ρh) fixed, when the
+    curvature h is of the size of a squared gradient.
     """
     known = row(optimizer)
     derived: dict[Role, Rule] = {}

@@ -1,9 +1,11 @@
 """Learning-rate schedules that keep the ratios between the groups of a plan.
 
-A plan sets η group by group, in ratios that are the point of it. A schedule must multiply every group by one factor: `LambdaLR` and
-everything that multiplies does. Two of torch's schedulers take absolute rates, and with one number for all groups they erase the ratios:
-`OneCycleLR(max_lr=...)` (give it `relative(optimizer, peak)`) and `CosineAnnealingLR(eta_min=...)` (use `LambdaLR` with `cosine`). `base_lr` reads
-the rate of the base model back and refuses an optimizer whose groups have lost their ratios.
+A plan sets η group by group, in ratios that are the point of it. A schedule must multiply every
+group by one factor: `LambdaLR` and everything that multiplies does. Two of torch's schedulers take
+absolute rates, and with one number for all groups they erase the ratios: `OneCycleLR(max_lr=...)`
+(give it `relative(optimizer, peak)`) and `CosineAnnealingLR(eta_min=...)` (use `LambdaLR` with
+`cosine`). `base_lr` reads the rate of the base model back and refuses an optimizer whose groups
+have lost their ratios.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ __all__ = ["base_lr", "cosine", "relative"]
 def relative(optimizer: Optimizer, lr: float) -> list[float]:
     """Return the rate of every group for the base rate `lr`: what `OneCycleLR` wants as ``max_lr``.
 
-    Momentum is not part of a plan: `OneCycleLR` needs ``cycle_momentum=False`` with several optimizers combined.
+    Momentum is not part of a plan: `OneCycleLR` needs ``cycle_momentum=False`` with several
+    optimizers combined.
 
     Raises
     ------
@@ -30,7 +33,8 @@ def relative(optimizer: Optimizer, lr: float) -> list[float]:
 
 
 def base_lr(optimizer: Optimizer) -> float:
-    """Return the base model's rate that the groups' rates stand for; NaN when a schedule has set every group to 0.
+    """Return the base model's rate that the groups' rates stand for; NaN when a schedule has set
+    every group to 0.
 
     Raises
     ------
@@ -42,14 +46,17 @@ def base_lr(optimizer: Optimizer) -> float:
     if high - low > 1e-9 * high:  # a schedule multiplies and divides some thousand times
         worst = optimizer.param_groups[rates.index(high)]
         raise ValueError(
-            f"the groups' learning rates stand for base rates between {low:.3g} and {high:.3g} (role {worst['role']!r}): a schedule set "
-            "them to absolute values; use LambdaLR with grsd.mup.schedules.cosine, or OneCycleLR with relative(optimizer, max_lr)"
+            f"the groups' learning rates stand for base rates between {low:.3g} and {high:.3g} "
+            f"(role {worst['role']!r}): a schedule set "
+            "them to absolute values; use LambdaLR with grsd.mup.schedules.cosine, or OneCycleLR "
+            "with relative(optimizer, max_lr)"
         )
     return float(high) if high > 0 else math.nan
 
 
 def cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> Callable[[int], float]:
-    """Return step → factor for `LambdaLR`: linear from 1/warmup to 1, then half a cosine to `floor`, which it keeps after `steps`.
+    """Return step → factor for `LambdaLR`: linear from 1/warmup to 1, then half a cosine to
+    `floor`, which it keeps after `steps`.
 
     Parameters
     ----------
@@ -73,6 +80,7 @@ def cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> Callable[[int]
 def _factors(optimizer: Optimizer) -> list[float]:
     if any("mup_lr" not in g for g in optimizer.param_groups):
         raise ValueError(
-            "a parameter group has no 'mup_lr': make the optimizer with Plan.make_optimizer or Plan.param_groups"
+            "a parameter group has no 'mup_lr': make the optimizer with Plan.make_optimizer or "
+            "Plan.param_groups"
         )
     return [float(g["mup_lr"]) for g in optimizer.param_groups]

@@ -1,6 +1,8 @@
-"""Sweeps of learning rate and weight decay over sizes and seeds: runs that are kept one by one, so that a killed sweep goes on.
+"""Sweeps of learning rate and weight decay over sizes and seeds: runs that are kept one by one, so
+that a killed sweep goes on.
 
-What is read off them (`optimum`, `drift`, `regret`) is in `grsd.mup.optima` and takes arrays, so that it reads a published table as well.
+What is read off them (`optimum`, `drift`, `regret`) is in `grsd.mup.optima` and takes arrays, so
+that it reads a published table as well.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class Sweep:
     sizes : (width, depth) of each.
     log2_lr : (G,), sorted base rates.
     weight_decays : base values.
-    losses : masked array (sizes, weight decays, seeds, G). NaN is a run that diverged; masked is a run that was not made.
+    losses : masked array (sizes, weight decays, seeds, G). NaN is a run that diverged; masked is a
+        run that was not made.
     """
 
     sizes: tuple[Size, ...]
@@ -58,12 +61,14 @@ class Sweep:
     losses: Any
 
     def curve(self, size: Size, weight_decay: float | None = None) -> Any:
-        """Return the losses (seeds, G) of one size; with several weight decays, of the one that is asked for."""
+        """Return the losses (seeds, G) of one size; with several weight decays, of the one that is
+        asked for."""
         if weight_decay is None and len(self.weight_decays) == 1:
             (weight_decay,) = self.weight_decays
         if size not in self.sizes or weight_decay not in self.weight_decays:
             raise ValueError(
-                f"the sweep has sizes {self.sizes} and weight decays {self.weight_decays}, not {size}, {weight_decay}"
+                f"the sweep has sizes {self.sizes} and weight decays {self.weight_decays}, not "
+                f"{size}, {weight_decay}"
             )
         return self.losses[self.sizes.index(size), self.weight_decays.index(weight_decay)]
 
@@ -75,16 +80,19 @@ class Sweep:
     def drift(
         self, axis: Literal["width", "depth"], weight_decay: float | None = None, **more: Any
     ) -> Drift:
-        """Return the drift along one axis; the sizes must agree on the other. Further arguments as `optimum`."""
+        """Return the drift along one axis; the sizes must agree on the other. Further arguments as
+        `optimum`."""
         if len({size[axis == "width"] for size in self.sizes}) > 1:
             raise ValueError(
-                f"the sizes {self.sizes} differ along both axes; a drift along {axis} needs the other fixed"
+                f"the sizes {self.sizes} differ along both axes; a drift along {axis} needs the "
+                "other fixed"
             )
         sizes = [size[axis == "depth"] for size in self.sizes]
         return drift(sizes, self.optima(weight_decay, **more))
 
     def regret(self, weight_decay: float | None = None, **more: Any) -> Regret:
-        """Return what every size pays for the best rate of the first; further arguments as `grsd.mup.optima.regret`."""
+        """Return what every size pays for the best rate of the first; further arguments as
+        `grsd.mup.optima.regret`."""
         curves = np.ma.stack([self.curve(size, weight_decay) for size in self.sizes])
         return regret(self.log2_lr, curves, **more)
 
@@ -112,15 +120,16 @@ def train(
     clip: float | None = None,
     **options: Any,
 ) -> tuple[float, int]:
-    """Draw the weights, train under a plan, and return (loss, steps made); NaN and fewer steps when the run left the numbers.
+    """Draw the weights, train under a plan, and return (loss, steps made); NaN and fewer steps when
+    the run left the numbers.
 
     Parameters
     ----------
     model : changed in place
     loss : (model, seed, step) → scalar. The same seed and step must give the same batch.
     schedule : step → factor on all rates, such as `grsd.mup.schedules.cosine`
-    score : model → number to be compared, called once at the end without gradients; by default the mean training loss of the last
-        quarter of the steps
+    score : model → number to be compared, called once at the end without gradients; by default the
+        mean training loss of the last quarter of the steps
     clip : largest norm of the gradient
     options : further arguments of `Plan.make_optimizer` (eps, options)
 
@@ -156,7 +165,8 @@ def train(
                 with torch.no_grad():
                     value = float(score(model))
             return (value if math.isfinite(value) else math.nan), steps
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a decomposition met infinite entries
+        # a decomposition met infinite entries
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return math.nan, len(seen)
         finally:
             for handle in handles:
@@ -190,13 +200,16 @@ def sweep(
     factory : (width, depth) → model, as in `coord_check`
     loss, steps, and `more` : as `train`
     base : the size whose hyperparameters `lrs` and `weight_decays` are
-    parametrization : "mup", or "sp": the base's standard deviations and one rate for all (`unscaled`), the paper's SP
+    parametrization : "mup", or "sp": the base's standard deviations and one rate for all
+        (`unscaled`), the paper's SP
     make_plan : (model, base model) → Plan, in place of both: for a rule of your own
-    near : run the seeds after the first only up to so many grid steps from the best rate of the seeds before, further where a seed's own
-        best rate would else stand at the end of what it ran. None runs all.
-    store : a folder. Every finished run is kept there at once (`grsd.pieces`), and runs found there are not made again, so that a sweep
-        that was killed goes on where it was. A run is known by its plan, its settings and the code of this module; what `loss`, `score`
-        and `schedule` do cannot be seen: take a new folder when they change.
+    near : run the seeds after the first only up to so many grid steps from the best rate of the
+        seeds before, further where a seed's own best rate would else stand at the end of what it
+        ran. None runs all.
+    store : a folder. Every finished run is kept there at once (`grsd.pieces`), and runs found there
+        are not made again, so that a sweep that was killed goes on where it was. A run is known by
+        its plan, its settings and the code of this module; what `loss`, `score` and `schedule` do
+        cannot be seen: take a new folder when they change.
     progress : called with a description of every run that was made
 
     Notes
@@ -264,7 +277,8 @@ def sweep(
 
 
 def _built(factory: Callable[[int, int], nn.Module], size: Size) -> nn.Module:
-    """Return a model; what its constructor draws is the same in every process (the base's standard deviations are read off it)."""
+    """Return a model; what its constructor draws is the same in every process (the base's standard
+    deviations are read off it)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return factory(*size)
@@ -277,7 +291,8 @@ def _digest(made: Plan, more: dict[str, Any]) -> str:
 
 
 def _wanted(losses: Any, seed: int, near: int | None) -> list[int]:
-    """Return the rates at which a seed is still to be run: all of the first seed, then what is near the best, then what brackets its own."""
+    """Return the rates at which a seed is still to be run: all of the first seed, then what is near
+    the best, then what brackets its own."""
     missing = [int(g) for g in np.flatnonzero(np.ma.getmaskarray(losses)[seed])]
     if near is None or seed == 0:
         return missing

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from grsd.cli import main
+from grsd.lab.data import help_text
 from grsd.lab.nets import stock
 from grsd.mup import coord_check
 
@@ -70,7 +71,7 @@ def test_json_holds_what_the_library_finds() -> None:
     data = json.loads(found.stdout)
     direct = coord_check(
         stock.factory(stock.configuration("llama"), positions=16),
-        stock.next_byte(2, 16),
+        help_text.next_byte(2, 16),
         widths=(32, 64, 128),
         depths=(2, 4),
         base=(32, 2),
@@ -144,7 +145,7 @@ def test_a_folder_with_a_configuration_is_a_model(tmp_path: Path) -> None:
         ({"seeds": 0}, "--seeds 0 must be positive"),
         ({"length": 0}, "--length 0"),
         ({"batch_size": -1}, "--batch-size -1"),
-        ({"lr": 0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": 0}, "lr is 0.0; it must be positive and finite"),
         ({"optimizer": "adam"}, "no rule for the optimizer 'adam'"),
         ({"layers": 0}, "at least one layer, got k = 0"),
     ],

@@ -278,14 +278,14 @@ def test_bad_input_is_refused() -> None:
         mup.plan(nn.Linear(3, 3), base=nn.Linear(3, 3), optimizer="sgd")
     with pytest.raises(ValueError, match="no end of a residual branch"):
         mup.plan(Residual(32, 2), base=base, optimizer="sgd", branch_ends=["*.nothing"])
-    with pytest.raises(ValueError, match="wd_rule must be"):
+    with pytest.raises(ValueError, match="wd_rule is 'none'; expected one of paper, unscaled"):
         mup.plan(base, base=base, optimizer="sgd", wd_rule="none")  # type: ignore[arg-type]
     plan = mup.plan(Residual(32, 2), base=base, optimizer="sgd")
     with pytest.raises(ValueError, match=r"has shape \(16, 5\); the plan was made for \(32, 5\)"):
         plan.param_groups(base, lr=0.1)
     with pytest.raises(ValueError, match="made for another model"):
         plan.attach(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="lr must be positive and finite, got 0"):
+    with pytest.raises(ValueError, match="lr is 0; it must be positive and finite"):
         plan.param_groups(Residual(32, 2), lr=0)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-__all__ = ["VOCABULARY", "Text", "text"]
+__all__ = ["VOCABULARY", "Text", "next_byte", "text"]
 
 VOCABULARY = 128  # bytes of ASCII
 BLOCK = 2048
@@ -54,3 +56,13 @@ def text() -> Text:
     blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
     held = torch.arange(len(blocks)) % 10 == 9
     return Text(blocks[~held].flatten(), blocks[held].flatten(), hashlib.sha256(raw).hexdigest())
+
+
+def next_byte(batch_size: int, length: int, seed: int = 0) -> Callable[[nn.Module], Tensor]:
+    """Return model → mean cross-entropy of the next byte on one fixed batch of Python's help text."""
+    inputs, targets = text().batch(seed, 0, batch_size, length)
+
+    def loss(model: nn.Module) -> Tensor:
+        return cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+
+    return loss

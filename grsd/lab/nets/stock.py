@@ -1,7 +1,9 @@
-"""One transformers architecture at many widths and depths, for coordinate checks and sweeps of a model that is not ours.
+"""One transformers architecture at many widths and depths, for coordinate checks and sweeps of a
+model that is not ours.
 
-A configuration is read from a folder, a hub name or a family of `grsd.mup.roles.FAMILIES`, and scaled: the dimension of a head, the
-number of heads per width, the ratio of feedforward to model width, and the ratio of query to key heads stay as they are.
+A configuration is read from a folder, a hub name or a family of `grsd.mup.roles.FAMILIES`, and
+scaled: the dimension of a head, the number of heads per width, the ratio of feedforward to model
+width, and the ratio of query to key heads stay as they are.
 """
 
 from __future__ import annotations
@@ -13,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from grsd.lab.data.help_text import text
 from grsd.lab.nets.models import quiet
 from grsd.mup.roles import FAMILIES
 
-__all__ = ["FAMILIES", "configuration", "factory", "next_byte"]
+__all__ = ["FAMILIES", "configuration", "factory"]
 
-BYTES = 128  # the vocabulary of `grsd.lab.data.help_text.text`
+BYTES = 128  # the vocabulary of `grsd.lab.data.help_text`
 SMALL = {
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -54,14 +54,16 @@ def configuration(model: str) -> Any:
             return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no configuration {model!r}: expected {', '.join(FAMILIES)}, a folder or a name on the hub; {error}"
+            f"no configuration {model!r}: expected {', '.join(FAMILIES)}, a folder or a name on "
+            f"the hub; {error}"
         ) from None
 
 
 def factory(
     config: Any, *, vocabulary: int = BYTES, positions: int = 128
 ) -> Callable[[int, int], nn.Module]:
-    """Return (width, depth) → a model of this architecture, float32, without dropout, initial weights from seed 0.
+    """Return (width, depth) → a model of this architecture, float32, without dropout, initial
+    weights from seed 0.
 
     Parameters
     ----------
@@ -71,7 +73,8 @@ def factory(
     Raises
     ------
     ValueError
-        From the factory: a width at which the number of key heads is not whole, or not positive sizes.
+        From the factory: a width at which the number of key heads is not whole, or not positive
+        sizes.
     """
     heads, width = config.num_attention_heads, config.hidden_size
     head = int(getattr(config, "head_dim", None) or width // heads)
@@ -84,7 +87,8 @@ def factory(
 
         if n < 1 or layers < 1 or n % unit:
             raise ValueError(
-                f"width {n} and depth {layers}: sizes are positive, and the width is a multiple of {unit} "
+                f"width {n} and depth {layers}: sizes are positive, and the width is a multiple "
+                f"of {unit} "
                 f"(heads of dimension {head}, {heads // keys} query heads to a key head)"
             )
         scaled = copy.deepcopy(config)
@@ -111,13 +115,3 @@ def factory(
         return model
 
     return build
-
-
-def next_byte(batch_size: int, length: int, seed: int = 0) -> Callable[[nn.Module], Tensor]:
-    """Return model → mean cross-entropy of the next byte on one fixed batch of Python's help text."""
-    inputs, targets = text().batch(seed, 0, batch_size, length)
-
-    def loss(model: nn.Module) -> Tensor:
-        return functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
-
-    return loss

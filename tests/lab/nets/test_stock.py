@@ -131,7 +131,7 @@ def test_initial_weights_are_those_of_seed_zero_and_the_generator_is_left_alone(
 
 def test_the_loss_is_the_cross_entropy_of_the_next_byte() -> None:
     model: Any = stock.factory(stock.configuration("llama"), positions=20)(32, 2)
-    loss = stock.next_byte(3, 20, seed=4)
+    loss = help_text.next_byte(3, 20, seed=4)
     inputs, targets = help_text.text().batch(4, 0, 3, 20)
     with torch.no_grad():
         value = float(loss(model))
@@ -144,4 +144,4 @@ def test_the_loss_is_the_cross_entropy_of_the_next_byte() -> None:
     assert value == pytest.approx(each.mean(), rel=1e-5)  # float32
     assert shifted == pytest.approx(each[:, :-1].mean(), rel=1e-5)
     with torch.no_grad():
-        assert float(loss(model)) == value != float(stock.next_byte(3, 20, seed=5)(model))
+        assert float(loss(model)) == value != float(help_text.next_byte(3, 20, seed=5)(model))

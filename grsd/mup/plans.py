@@ -1,0 +1,341 @@
+"""A plan: the role of every parameter with its multiplier, variance, η, λ and ε, and what a model
+does with it.
+
+Nothing of the plan lives on tensors: it is a table of names and numbers, so that saving, compiling
+and wrapping the model leave it alone. `grsd.mup.planning` makes it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from grsd import checks
+from grsd.mup.registry import assemble, row
+from grsd.mup.roles import Multiplier, plain
+from grsd.mup.rules import ROLES, Rule, Scale
+
+__all__ = ["Entry", "Plan", "numbers", "unscaled"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter's line of the plan. Every number is a factor on the base value.
+
+    Attributes
+    ----------
+    name : the parameter (tied ones under their first name).
+    role : one of `grsd.mup.rules.ROLES`.
+    optimizer : the optimizer that gets it.
+    rule : the exponents of (r_n, r_L).
+    multiplier, std, lr, weight_decay, eps, clip : the rule at this model's ratios; the last two
+        None without a rule.
+    split : how a matrix is fused along its outputs: parts, or (blocks, parts) when parts alternate
+        in blocks.
+    transposed : stored (n_in, n_out).
+    std_base : standard deviation of the base model's values; None for a plan without a base model.
+    mean_base : their mean (1 for a norm's gain).
+    block : the residual block that holds it; None outside the stack.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    optimizer: str
+    rule: Rule
+    multiplier: float
+    std: float
+    lr: float
+    weight_decay: float
+    eps: float | None
+    std_base: float | None
+    mean_base: float
+    split: int | tuple[int, int] = 1
+    transposed: bool = False
+    clip: float | None = None
+    block: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with a model so that the base model's hyperparameters hold for it.
+
+    Attributes
+    ----------
+    entries : in the order of `model.named_parameters()`.
+    multipliers : one for each head and each end of a residual branch.
+    r_n, r_L : width and depth ratio to the base model.
+    k : layers per residual block, 1 or 2 (2 stands for more).
+    tied : groups of names that share one tensor.
+    notes : what the plan leaves to the reader.
+    """
+
+    entries: tuple[Entry, ...]
+    multipliers: tuple[Multiplier, ...]
+    r_n: float
+    r_L: float
+    k: int
+    tied: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise KeyError(f"the plan has no parameter {name!r}")
+
+    def table(self) -> str:
+        """Return the plan laid out as the paper's tables: a row for every hyperparameter, a column
+        for every role and optimizer.
+
+        A cell is the factor on the base value, as a formula and, where it is not 1, as a number.
+        """
+        seen: dict[tuple[str, str], list[Entry]] = {}
+        for entry in sorted(self.entries, key=lambda e: ROLES.index(e.role)):
+            seen.setdefault((entry.role, entry.optimizer), []).append(entry)
+        columns = [["", "optimizer", "tensors", *_ROWS]]
+        for (role, optimizer), group in seen.items():
+            e = group[0]
+            head = role.replace("_bias", " biases") if role.endswith("bias") else f"{role} weights"
+            values = (e.multiplier, e.std**2, e.lr, e.weight_decay, e.eps, e.clip)
+            # the fields of a rule stand in the order of the rows
+            formulas = (getattr(e.rule, one.name) for one in fields(e.rule))
+            cells = map(_cell, formulas, values)
+            columns.append([head, optimizer, str(len(group)), *cells])
+        rows = [cells for cells in zip(*columns, strict=True) if set(cells[1:]) != {"–"}]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        k = "k = 1" if self.k == 1 else "k ≥ 2"
+        title = f"width ratio r_n = {self.r_n:g}, depth ratio r_L = {self.r_L:g}, {k}"
+        body = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
+        return "\n".join([title, *body, *self.notes])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def initialize_(
+        self, model: nn.Module, *, seed: int, std: Mapping[str, float] | None = None
+    ) -> None:
+        """Draw the weights again: normal with the base model's standard deviation times √(variance
+        factor), at the base's mean.
+
+        Tensors that are constant in the base model (zero biases, gains of one) are set to that
+        constant. `std` (role → σ_b) takes the place of the base model's; a plan without a base
+        model needs it for every role.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        given = std or {}
+        for entry in self.entries:
+            if entry.std_base is None and entry.role not in given:
+                raise ValueError(
+                    "the plan was made from ratios and does not know the base's initial values "
+                    f"of {entry.name!r}: "
+                    f"give std={{{entry.role!r}: …}}, or make the plan with base="
+                )
+        with torch.no_grad():
+            for parameter, entry in self.matched(model):
+                size = given.get(entry.role, entry.std_base or 0.0)
+                parameter.fill_(entry.mean_base)
+                if size > 0:
+                    noise = torch.randn(entry.shape, generator=generator, dtype=torch.float32)
+                    parameter.add_((size * entry.std * noise).to(parameter))
+
+    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+        """Multiply by forward hooks; return their handles (`handle.remove()` takes one off).
+
+        `torch.compile` by default reuses a graph for a model of the same class whose hooks differ,
+        and would so give it the multipliers of another plan; this method makes it look at hooks
+        (`torch._dynamo.config.skip_nnmodule_hook_guards = False`).
+        """
+        tracer: Any = importlib.import_module("torch._dynamo.config")
+        tracer.skip_nnmodule_hook_guards = False
+        self.matched(model)
+        modules = {plain(name): module for name, module in model.named_modules()}
+        for name, module in modules.items():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any(isinstance(hook, _Multiply) for hook in hooks):
+                raise ValueError(
+                    f"{name!r} already carries a multiplier; remove the hooks of the earlier plan "
+                    "first"
+                )
+        handles = []
+        for name, factor, side in self.multipliers:
+            module = modules[name]
+            after = side == "output"
+            register = module.register_forward_hook if after else module.register_forward_pre_hook
+            handles.append(register(_Multiply(factor)))
+        return handles
+
+    def fold_(self, model: nn.Module) -> Plan:
+        """Multiply the multipliers into the weights instead, and return the plan whose η, λ and ε
+        make the same training.
+
+        With W' = αW: a normalised update needs η' = αη and λ' = λ/α (AdamW: ε' = ε/α), a gradient
+        step η' = α²η, λ' = λ/α².
+
+        Raises
+        ------
+        ValueError
+            A weight that is used elsewhere too (tied embeddings): it would be scaled there as well.
+            A branch that does not end in a linear layer of its own (a container,
+            `nn.MultiheadAttention`): there is no weight to fold into.
+        """
+        matched = {entry.name: parameter for parameter, entry in self.matched(model)}
+        shared = {name for group in self.tied for name in group}
+        modules = {plain(name): module for name, module in model.named_modules()}
+        # which parameters take which factor; nothing is changed before all of them are known
+        factors: dict[str, float] = {}
+        for module, factor, side in self.multipliers:
+            end = modules[module]
+            if any(end.children()) or not hasattr(end, "weight"):
+                raise ValueError(
+                    f"{module!r} is a {type(end).__name__} and no linear layer, so its factor "
+                    f"{factor:g} cannot be folded into one "
+                    "weight; name the branch's last linear layer in branch_ends, or use attach()"
+                )
+            for local, p in end.named_parameters(recurse=False):
+                name = f"{module}.{local}"
+                if side == "input" and p.ndim < 2:
+                    continue
+                if name in shared:
+                    raise ValueError(
+                        f"{name!r} shares its tensor with another layer, which folding would "
+                        "scale too; use attach()"
+                    )
+                factors[name] = factor
+        with torch.no_grad():
+            for name, factor in factors.items():
+                matched[name].mul_(factor)
+        entries = tuple(_folded(e, factors[e.name]) if e.name in factors else e for e in self)
+        return replace(self, entries=entries, multipliers=())
+
+    def param_groups(
+        self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, eps: float | None = None
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return optimizer name → parameter groups with `lr`, `weight_decay`, `eps` of this model
+        from the base values.
+
+        Groups carry `role` and `mup_lr`, the factor on η, so that a scheduler that scales every
+        group's `lr` keeps their ratios.
+        """
+        checks.positive("lr", lr)
+        checks.at_least("weight_decay", weight_decay, 0)
+        groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+        for parameter, e in self.matched(model):
+            if not parameter.requires_grad:
+                continue
+            key = (e.role, e.lr, e.weight_decay, e.eps, e.clip, e.split, e.transposed)
+            group = groups.setdefault(e.optimizer, {}).setdefault(key, {"params": []})
+            group["params"].append(parameter)
+            group |= {"role": e.role, "mup_lr": e.lr, "lr": lr * e.lr}
+            group["weight_decay"] = weight_decay * e.weight_decay
+            if row(e.optimizer).matrices_only:
+                group |= {"split": e.split, "transposed": e.transposed}
+            if e.clip is not None:
+                group["mup_clip"] = e.clip
+            if eps is not None:
+                group["eps"] = eps * (1.0 if e.eps is None else e.eps)
+        return {name: list(by_key.values()) for name, by_key in groups.items()}
+
+    def make_optimizer(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        eps: float | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> torch.optim.Optimizer:
+        """Return one optimizer for the model; several are combined, and a scheduler drives all of
+        their groups.
+
+        Lion, SOAP and Sophia need `pytorch_optimizer`.
+
+        Parameters
+        ----------
+        lr, weight_decay, eps : base values, those of the base model.
+        options : optimizer name → further arguments, e.g. ``{"adamw": {"betas": (0.9, 0.95)}}``.
+        """
+        groups = self.param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps)
+        return assemble(groups, lr, options)
+
+    def matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
+        """Return (parameter, entry) pairs; wrappers that prefix names (compile, DDP, FSDP) are seen
+        through."""
+        parameters = {plain(name): parameter for name, parameter in model.named_parameters()}
+        if strangers := sorted(parameters.keys() ^ {e.name for e in self.entries}):
+            raise ValueError(
+                f"the plan was made for another model: {strangers[0]!r} and {len(strangers) - 1} "
+                "more do not match"
+            )
+        for e in self.entries:
+            shape = tuple(parameters[e.name].shape)
+            if shape != e.shape:
+                raise ValueError(f"{e.name!r} has shape {shape}; the plan was made for {e.shape}")
+        return [(parameters[e.name], e) for e in self.entries]
+
+
+def unscaled(made: Plan) -> Plan:
+    """Return the plan of standard parametrization: the base's variance, multiplier and rate at
+    every size."""
+    entries = tuple(replace(e, **numbers(e.rule, 1.0, 1.0)) for e in made)
+    return replace(made, entries=entries, multipliers=())
+
+
+def numbers(rule: Rule, r_n: float, r_L: float) -> dict[str, Any]:
+    """Return the numbers of an entry: its rule at the ratios, and √ of the variance's factor."""
+    scales = {one.name: getattr(rule, one.name) for one in fields(rule)}
+    numbers: dict[str, Any] = {n: None if s is None else s.at(r_n, r_L) for n, s in scales.items()}
+    return numbers | {"std": math.sqrt(numbers.pop("variance"))}
+
+
+def _folded(e: Entry, factor: float) -> Entry:
+    """Return the entry of a weight that its multiplier was multiplied into."""
+    power = factor**2 if row(e.optimizer).kind == "gradient" else factor
+    return replace(
+        e,
+        multiplier=1.0,
+        std=e.std * factor,
+        mean_base=e.mean_base * factor,
+        lr=e.lr * power,
+        weight_decay=e.weight_decay / power,
+        eps=None if e.eps is None else e.eps / factor,
+    )
+
+
+class _Multiply:
+    """A forward hook (on outputs) or pre-hook (on inputs) that multiplies tensors by a factor."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any = None) -> Any:
+        value = inputs if output is None else output
+        if isinstance(value, tuple):
+            return (value[0] * self.factor, *value[1:])
+        return value * self.factor
+
+
+_ROWS = (  # of a table, in the order of a rule's fields
+    "block multiplier α",
+    "initial variance σ²",
+    "learning rate η",
+    "weight decay λ",
+    "stabilizer ε",
+    "clipping ρ",
+)
+
+
+def _cell(scale: Scale | None, value: float | None) -> str:
+    if scale is None or value is None:
+        return "–"
+    return str(scale) if str(scale) == "1" else f"{scale} = {value:.4g}"
