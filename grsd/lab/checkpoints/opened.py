@@ -125,17 +125,20 @@ class Model:
 
     def checkpoint(self, revision: str | None = None) -> Checkpoint:
         """One checkpoint, downloaded if it must be; by default the last one, or the hub's ``main``."""
-        if self.root is None:
-            asked = revision or "main"
-            return Checkpoint(self.name, asked, hub.download(self.name, asked))
-        have, single = revisions_in(self.root), (self.root / "config.json").is_file()
+        if self.root is not None:
+            return self._in_folder(self.root, revision)
+        asked = revision or "main"
+        return Checkpoint(self.name, asked, hub.download(self.name, asked))
+
+    def _in_folder(self, root: Path, revision: str | None) -> Checkpoint:
+        have, single = revisions_in(root), (root / "config.json").is_file()
         if revision is not None and revision in have:
-            return Checkpoint(self.name, revision, self.root / revision)
+            return Checkpoint(self.name, revision, root / revision)
         if single and revision in (None, "main"):
-            return Checkpoint(self.name, "main", self.root)
+            return Checkpoint(self.name, "main", root)
         if have and revision is None:
             last = ([name for name in have if name.startswith("step")] or have)[-1]
-            return Checkpoint(self.name, last, self.root / last)
+            return Checkpoint(self.name, last, root / last)
 
         # nothing fits: say what there is
         if have:

@@ -88,17 +88,18 @@ class Corpus:
         ValueError
             At the call: sizes below one, an unknown split, or a split too short for one batch.
         """
-        at_least("batch_size", batch_size, 1)
-        at_least("length", length, 1)
-        at_least("count", count, 0)
-        available = self.windows(length, split)
+        tokens = self.part(split)
+        if min(batch_size, length) < 1 or count < 0:
+            sizes = f"{count} batches of {batch_size} x {length} tokens"
+            raise ValueError(f"{sizes}: batch size and length must be at least 1, the count 0")
+        available = windows.count_windows(tokens, length)
         if available < batch_size:
             raise ValueError(
-                f"corpus {self.name!r} is too short: its {split!r} part has {len(self.part(split))} "
+                f"corpus {self.name!r} is too short: its {split!r} part has {len(tokens)} "
                 f"tokens, {available} windows of {length}, and one batch needs {batch_size}; "
                 "take a smaller batch size or length, another split, or more text"
             )
-        return windows.batches(self.part(split), count, batch_size, length, seed)
+        return windows.batches(tokens, count, batch_size, length, seed)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError when a token does not exist in a model with ``vocab_size`` entries."""

@@ -171,7 +171,7 @@ class RunResult:
     ----------
     spec : RunSpec
     root : Path
-        Folder of the per-batch files.
+        Folder of the per-batch files, of this run and of all others.
     results : dict of str to tuple of BatchResult
         Revision to its batches, in order.
     group : Group or None

@@ -123,7 +123,6 @@ class _Job:
     def __init__(
         self, spec: RunSpec, model: Model | None, corpus: Corpus | None, cache: Path | str | None
     ) -> None:
-        hub.check_device(spec.device)
         model = model or open_model(spec.model, cache=cache)
         # unknown revisions fail here, before any work
         self.checkpoints = [model.checkpoint(name) for name in spec.revisions or (None,)]
@@ -134,19 +133,24 @@ class _Job:
         self.batches: list[Batch] = [(k, *pair) for k, pair in enumerate(cut)]
         self.spec, self.corpus = spec, corpus
 
-        shape = [spec.batch_size, spec.length]
-        measurement = {"format": _FORMAT, "dtype": spec.dtype, "shape": shape}
-        measurement |= asdict(spec.measurement) | {"device": torch.device(spec.device).type}
-        self._measurement, code = measurement, pieces.code(spectra, hub)
         base = Path(cache) if cache is not None else results.cache_dir()
-        self.store = pieces.Store(base / "runs" / pieces.key(measurement, code), code)
+        self.store = pieces.Store(base / "runs", pieces.code(spectra, hub))
 
     def _inputs(self, at: int, index: int) -> dict[str, Any]:
         """What determines the numbers of one piece."""
         _, inputs, targets = self.batches[index]
         tokens = hashlib.sha256(inputs.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()
-        weights = self.checkpoints[at].fingerprint
-        return self._measurement | {"weights": weights, "batch": index, "tokens": tokens}
+        device = torch.device(self.spec.device).type
+        return {
+            "format": _FORMAT,
+            **asdict(self.spec.measurement),
+            "device": device,
+            "dtype": self.spec.dtype,
+            "weights": self.checkpoints[at].fingerprint,
+            "batch": index,
+            "tokens": tokens,
+            "shape": list(inputs.shape),
+        }
 
     def read(self, at: int, index: int) -> BatchResult | None:
         record = self.store.read(self._inputs(at, index))

@@ -142,44 +142,42 @@ def measure(measurement: Measurement, model: nn.Module, batches: Sequence[Batch]
 
 
 def _measure(measurement: Measurement, model: nn.Module, ready: Sequence[Batch]) -> list[Spectra]:
-    if len(ready) == 1:
-        return [_one(measurement, model, ready[0])]
     try:
         return _together(measurement, model, ready)
-    except ValueError:  # what is wrong with a batch of its own is said by the batch of its own
-        return [_one(measurement, model, batch) for batch in ready]
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not is_memory(error):
+    except ValueError:
+        if len(ready) == 1:
             raise
-    half = len(ready) // 2
-    halves = ready[:half], ready[half:]
-    return [spectra for part in halves for spectra in _measure(measurement, model, part)]
-
-
-def _one(measurement: Measurement, model: nn.Module, batch: Batch) -> Spectra:
-    index, inputs, targets = batch
-    M = measurement.operator(NTK, model, inputs, targets)
-    error = M.error.detach()
-    vectors = measurement.vectors(index, error)
-    spectra = {start: lanczos(M, vector, measurement.steps) for start, vector in vectors.items()}
-    return float(error.double().mean()), int(M.shape[0]), spectra
+        # what is wrong with a batch of its own is said by the batch of its own
+        parts = [[batch] for batch in ready]
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if len(ready) == 1 or not is_memory(error):
+            raise
+        half = len(ready) // 2
+        parts = [list(ready[:half]), list(ready[half:])]
+    return [spectra for part in parts for spectra in _measure(measurement, model, part)]
 
 
 def _together(
     measurement: Measurement, model: nn.Module, batches: Sequence[Batch]
 ) -> list[Spectra]:
+    """Spectra of batches in lock-step; one alone needs no model that keeps batches apart."""
     x, y = (torch.cat(parts) for parts in ([b[1] for b in batches], [b[2] for b in batches]))
-    M = measurement.operator(NTKBatches, model, x, y, batches=len(batches))
-    errors = M.error.detach()  # (batches, T)
+    alone, steps = len(batches) == 1, measurement.steps
+    options = {} if alone else {"batches": len(batches)}
+    M = measurement.operator(NTK if alone else NTKBatches, model, x, y, **options)
+    errors = M.error.detach().reshape(len(batches), -1)  # (batches, T)
     vectors = [measurement.vectors(b[0], error) for b, error in zip(batches, errors, strict=True)]
-    spectra = {
-        start: lanczos_batches(M, torch.stack([v[start] for v in vectors]), measurement.steps)
-        for start in measurement.starts
-    }
-    losses, rows = errors.double().mean(1).tolist(), int(M.shape[1])
+    spectra = {}
+    for start in measurement.starts:
+        v = torch.stack([each[start] for each in vectors])
+        spectra[start] = [lanczos(M, v[0], steps)] if alone else lanczos_batches(M, v, steps)
     return [
-        (losses[g], rows, {start: matrices[g] for start, matrices in spectra.items()})
-        for g in range(len(batches))
+        (
+            float(error.double().mean()),
+            error.numel(),
+            {start: spectra[start][g] for start in spectra},
+        )
+        for g, error in enumerate(errors)
     ]
 
 

@@ -119,7 +119,7 @@ def test_what_does_not_fit_goes_in_halves(monkeypatch: pytest.MonkeyPatch) -> No
     whole = measure(task, neox(), batches(5))
     monkeypatch.setattr(spectra, "_together", full)
     found = measure(task, neox(), batches(5))
-    assert sizes == [5, 2, 3, 2]
+    assert sizes == [5, 2, 3, 1, 2]
     assert [loss for loss, _, _ in found] == pytest.approx(
         [loss for loss, _, _ in whole], rel=1e-13
     )
