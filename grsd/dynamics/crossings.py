@@ -99,22 +99,18 @@ def moving(
 ) -> Motion:
     """Follow gradient flow from time 0 to `stop`, and return times ↦ (M, Ṁ, e), dense in time.
 
-    It starts at `start`, by default `problem.theta`. The tolerances are those of SciPy's DOP853;
-    what the path lacks in accuracy appears in the residual of the balance. Networks with kinks are
-    refused. Many times in one call are much cheaper than many calls: the Jacobians are batched, 64
-    at a time.
+    From `start`, by default `problem.theta`, with the tolerances of SciPy's DOP853: what the path
+    lacks in accuracy appears in the residual of the balance. Many times in one call are much cheaper
+    than many calls, for the Jacobians are batched.
     """
     _refuse_kinks(problem)
     first = (problem.theta if start is None else torch.as_tensor(start)).detach().cpu().numpy()
-    done = solve_ivp(
-        lambda _, theta: problem.velocity(theta).cpu().numpy(),
-        (0.0, float(stop)),
-        first,
-        method="DOP853",
-        dense_output=True,
-        rtol=rtol,
-        atol=atol,
-    )
+
+    def rate(_: float, theta: Array) -> Array:
+        return problem.velocity(theta).cpu().numpy()
+
+    span, accuracy = (0.0, float(stop)), {"rtol": rtol, "atol": atol}
+    done = solve_ivp(rate, span, first, method="DOP853", dense_output=True, **accuracy)
     if not done.success:
         raise ValueError(f"the flow stopped at t = {done.t[-1]:.4g}: {done.message}")
     return lambda times: instants(problem, done.sol(times).T)
@@ -123,8 +119,8 @@ def moving(
 def _refuse_kinks(problem: Problem) -> None:
     if problem.kinks:
         raise ValueError(
-            f"this network uses {', '.join(problem.kinks)}: M(t) jumps, and no balance with Ṁ "
-            "integrates over a jump. Use a smooth activation"
+            f"this network uses {', '.join(problem.kinks)}: M(t) jumps, and no balance with Ṁ holds "
+            "over a jump. Use a smooth activation"
         )
 
 
@@ -166,9 +162,8 @@ def integrated_balance(
 
     Notes
     -----
-    Between two crossings equation (2) holds; at a crossing E_α jumps by ½ g_u². Cost: one `motion`
-    and one dense eigenproblem per time, per step of a root search, and per node of the quadrature
-    (21 a piece).
+    Cost: one `motion` and one dense eigenproblem per time, per step of a root search, and per node
+    of the quadrature (21 a piece).
     """
     grid = checks.ascending("times", times, 2, "expected two or more numbers in ascending order")
 
@@ -182,10 +177,7 @@ def integrated_balance(
     looks = at(grid)
     ranks = {int(look.in_kernel.sum()) for look in looks}
     if len(ranks) > 1:
-        raise ValueError(
-            f"the kernel of M has {sorted(ranks)} dimensions at different times; start or stop "
-            "elsewhere"
-        )
+        raise ValueError(f"the kernel of M has {sorted(ranks)} dimensions at different times")
     crossings = _crossings(at, looks, grid, shells)
     inside = [[c.time] for c in crossings if grid[0] < c.time < grid[-1]]
     total = cubature(

@@ -2,9 +2,8 @@
 
 Energy crosses an edge of the λ axis in two ways. An eigenvalue carries its own energy with it
 (advective), and eigenvectors turn, which moves energy between eigenvalues (Kato). `edge_flux`
-measures both at one instant; `Drift` holds them along a path and reduces them to c = t v/λ. The
-balance of shells, which needs the same fluxes, is in `grsd.dynamics.balance`; the continuum in which
-c is a constant is in `grsd.dynamics.transport`.
+measures both at one instant; `Drift` holds them along a path and reduces them to c = t v/λ, which is
+a constant in the continuum of `grsd.dynamics.transport`.
 """
 
 from __future__ import annotations

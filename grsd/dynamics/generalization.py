@@ -90,7 +90,7 @@ class FixedFeatures:
         ours, theirs = self.train_features.shape[1], self.test_features.shape[1]
         if ours != theirs:
             raise ValueError(
-                f"{ours} features on the training samples and {theirs} on the test samples; they "
+                f"{ours} features on the training samples and {theirs} on the test samples: these "
                 "must be the same functions"
             )
         if not self.train_features.any():

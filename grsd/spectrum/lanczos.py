@@ -56,32 +56,16 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
 
 
 def lanczos_batches(M: NTKBatches, starts: Tensor, steps: int) -> list[Tridiagonal]:
-    """Run Lanczos with full reorthogonalisation on every batch at once; return one `Tridiagonal` a batch.
+    """Run Lanczos with full reorthogonalisation on every batch at once, from `starts` (G, T).
 
-    Parameters
-    ----------
-    M
-        The operators.
-    starts
-        (G, T), one start vector a batch, none of them zero.
-    steps
-        m, between 1 and T.
-
-    Raises
-    ------
-    ValueError
-        A start vector that is zero, not finite or does not fit; steps outside [1, T]; a product that is not finite.
-
-    Notes
-    -----
-    Cost: m products, 8 m² T operations a batch and G m T numbers. No step waits for the device: a batch whose Krylov space is
-    exhausted goes on with rounding noise, which is cut off afterwards, as in `lanczos`.
+    One `Tridiagonal` a batch, as `lanczos` would give it. Cost: m products, 8 m² T operations a batch
+    and G m T numbers.
     """
     groups, size, _ = M.shape
     if starts.shape != (groups, size) or starts.dtype != M.dtype or starts.device != M.device:
         raise ValueError(
-            f"the start vectors must be {(groups, size)}, {M.dtype} on {M.device}; got {tuple(starts.shape)}, "
-            f"{starts.dtype} on {starts.device}"
+            f"the start vectors must be {(groups, size)}, {M.dtype} on {M.device}; got "
+            f"{tuple(starts.shape)}, {starts.dtype} on {starts.device}"
         )
     if not 1 <= steps <= size:
         raise ValueError(f"steps must be between 1 and T = {size}, got {steps}")
