@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from grsd import checks
-from grsd.dynamics.flow import Path
 from grsd.dynamics.problem import Problem, Vector
 
-__all__ = ["Modes", "Tracked", "as_array", "divided", "in_float64", "instant", "modes", "track"]
+__all__ = ["Modes", "as_array", "divided", "in_float64", "instant", "modes"]
 
 Array = Tensor | np.ndarray
 
@@ -154,36 +151,3 @@ def divided(
     middle = derivative((x[:, None] + x[None, :]) / 2)
     near = np.abs(gaps) <= 1e-5 * np.maximum(np.abs(x[:, None]), np.abs(x[None, :])) + at.floor
     return np.where(near, middle, rise / np.where(near, 1.0, gaps)) * at.matrix
-
-
-class Tracked(NamedTuple):
-    """Modes named and signed by continuity; no longer ascending after a crossing."""
-
-    eigenvalues: np.ndarray  # (K, n)
-    vectors: np.ndarray  # (K, n, n), columns
-    coefficients: np.ndarray  # (K, n)
-
-
-def track(path: Path, to: Modes | None = None) -> Tracked:
-    """Follow every mode along a path: order and sign are those of the largest overlap.
-
-    An instant is compared with the one before, or with `to` (e.g. the middle of a stencil), and no
-    eigenvector may turn by 45° or more; inside ker M nothing can be followed. Neither Ṁ nor Kato's
-    formulas enter. Cost: a Jacobian, an eigenproblem and an assignment per time.
-    """
-    problem, n = path.problem, path.problem.samples
-    values, vectors, coefficients = [], [], []
-    last = None if to is None else to.vectors
-    for theta in path.thetas:
-        x, columns = np.linalg.eigh(problem.kernel(theta).cpu().numpy())
-        columns = columns * np.sqrt(n)
-        if last is not None:
-            overlap = last.T @ columns / n
-            _, order = linear_sum_assignment(-np.abs(overlap))
-            x, columns = x[order], columns[:, order] * np.sign(overlap[np.arange(n), order])
-        if to is None:
-            last = columns
-        values.append(x)
-        vectors.append(columns)
-        coefficients.append(columns.T @ problem.error(theta).cpu().numpy() / n)
-    return Tracked(np.array(values), np.array(vectors), np.array(coefficients))

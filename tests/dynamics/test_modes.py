@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from grsd.dynamics.flow import around, central, integrate
-from grsd.dynamics.modes import Modes, divided, instant, modes, track
+from grsd.dynamics.modes import Modes, divided, instant, modes
 from grsd.dynamics.problem import Problem
 from grsd.lab.nets.models import mlp
+from tests.book.chapter_code import definitions
+
+track = definitions("dynamics/modes.md", "Tracked", "track").track
 
 
 def problem(n: int = 12, widths: tuple[int, ...] = (3, 10, 1), seed: int = 0) -> Problem:
