@@ -17,7 +17,16 @@ from grsd import checks, statistics
 from grsd.dynamics import drift, flow, modes, transport
 from grsd.dynamics.problem import Problem
 from grsd.dynamics.transport_solvers import fitted_exponent
-from grsd.experiments.engine import Data, Experiment, Piece, Rows, grouped, rounded, shared
+from grsd.experiments.engine import (
+    Data,
+    Experiment,
+    Piece,
+    Rows,
+    grouped,
+    intervals,
+    rounded,
+    shared,
+)
 from grsd.experiments.two_layer_forms import TwoLayerProblem
 from grsd.lab.data.functions import TARGETS, data
 from grsd.lab.nets import models
@@ -74,10 +83,7 @@ def problem(
     gain: float = 1.0,
     device: str = "cpu",
 ) -> TwoLayerProblem:
-    """Return a two-layer net of width h (by default n) on one of the `TARGETS`.
-
-    γ is that of `models.two_layer`.
-    """
+    """Return a two-layer net of width h, by default n, on one of the `TARGETS`."""
     x, y = data(target, samples, seed if data_seed is None else data_seed, inputs)
     net = models.two_layer(inputs, width or samples, gamma, activation, seed=seed, gain=gain)
     return TwoLayerProblem(net.to(device), x.to(device), y.to(device))
@@ -86,10 +92,7 @@ def problem(
 def follow(
     at: Problem, until: float = 1000.0, points: int = 25, rtol: float = 1e-7
 ) -> tuple[flow.Path, list[modes.Modes]]:
-    """Integrate gradient flow and return the path at 0 and at times even in log t from 0.1.
-
-    With it the modes at `path.times[1:]`: time 0 is left out.
-    """
+    """Integrate gradient flow: the path at 0 and times even in log t from 0.1; modes at these."""
     times = np.append(0.0, np.geomspace(0.1, until, points))
     path = flow.integrate(at, times, rtol=rtol, atol=1e-2 * rtol, estimate=False)
     return path, [modes.modes(*modes.instant(at, theta)) for theta in path.thetas[1:]]
@@ -205,16 +208,9 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
         runs.append({"n": piece["n"], "h": piece["h"], "seed": piece["seed"], **kept})
     late = [t for t in measured[0]["times"] if t >= p.after * ROUNDING]
     axis = "n" if len({g["n"] for g in groups}) > 1 else "h"
-    return rounded(
-        {
-            "edges": EDGES,
-            "times": late[::2],  # of the fields
-            "axis": axis,
-            "runs": runs,
-            "groups": groups,
-            "trends": _trends(axis, runs, deviations) if len(groups) > 1 else {},
-        }
-    )
+    trends = _trends(axis, runs, deviations) if len(groups) > 1 else {}
+    fields = {"edges": EDGES, "times": late[::2]}  # as far as they are kept
+    return rounded({**fields, "axis": axis, "runs": runs, "groups": groups, "trends": trends})
 
 
 def _group(members: list[Data]) -> tuple[Data, list[dict[str, float]]]:
@@ -231,19 +227,16 @@ def _group(members: list[Data]) -> tuple[Data, list[dict[str, float]]]:
             row[part] = float(distance)
         centre = float((w * mean).sum())
         group[part] = {
-            "mean": statistics.mean([one[part]["mean"] for one in soft]),
-            "spread": statistics.mean([one[part]["spread"] for one in soft]),
+            **intervals([one[part] for one in soft], "mean", "spread"),
             "seed_sd": float(np.sqrt((w * fields.var(axis=0, ddof=1)).sum())),
             "field_sd": float(np.sqrt((w * (mean - centre) ** 2).sum())),
             "field": mean[::2],
         }
     group["cancelled"] = statistics.mean([_cancelled(one) for one in members])
-    group["negative"] = statistics.mean([one["total"]["negative"] for one in soft])
-    group["correlation"] = statistics.mean([one["correlation"] for one in members])
-    group["exponents"] = {
-        name: statistics.mean([one["exponents"][name] for one in members])
-        for name in members[0]["exponents"]
-    }
+    group |= intervals([one["total"] for one in soft], "negative")
+    group |= intervals(members, "correlation")
+    fitted = [one["exponents"] for one in members]
+    group["exponents"] = intervals(fitted, *fitted[0])
     return group, off
 
 
@@ -271,22 +264,14 @@ def table(result: Data) -> Rows:
     columns = ["n", "h", "γ", "c_adv", "c_Kato", "c_tot", "spread", "seed sd", "cancelled"]
     rows: list[list[object]] = []
     for g in result["groups"]:
-        row: list[object] = [g["n"], g["h"], f"{g['gamma']:.3g}"]
-        row += [str(statistics.Interval(*g[part]["mean"])) for part in PARTS]
-        row += [f"{g['total']['spread'][0]:.2f}", f"{g['total']['seed_sd']:.2f}"]
-        row += [str(statistics.Interval(*g["cancelled"]))]
-        row += [f"{g['exponents'][name][0]:.2f}" for name in ("measured", "frozen")]
-        rows.append(row)
+        c = [str(statistics.Interval(*g[part]["mean"])) for part in PARTS]
+        spreads = [f"{g['total']['spread'][0]:.2f}", f"{g['total']['seed_sd']:.2f}"]
+        cancelled = str(statistics.Interval(*g["cancelled"]))
+        fitted = [f"{g['exponents'][name][0]:.2f}" for name in ("measured", "frozen")]
+        rows.append([g["n"], g["h"], f"{g['gamma']:.3g}", *c, *spreads, cancelled, *fitted])
     return [*columns, "exponent", "frozen"], rows
 
 
-EXPERIMENT = Experiment(
-    "drift",
-    "fluxes of error energy in two-layer nets, and how their spread changes with size",
-    Parameters,
-    pieces,
-    measure,
-    reduce,
-    table,
-    gpu={"sizes": (2048, 4096, 8192), "seeds": 10, "points": 13, "device": "cuda"},
-)
+GPU = {"sizes": (2048, 4096, 8192), "seeds": 10, "points": 13, "device": "cuda"}
+
+EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)

@@ -6,13 +6,15 @@ measured before by the same code are read from the store, and every new one is k
 all. `grsd experiment NAME` is this function on the command line; `grsd results recompute` makes its
 stored results again.
 
-To add one, write a module of this folder with a constant `EXPERIMENT`, and its name in `NAMES`.
+To add one, write a module of this folder with a constant `EXPERIMENT`, and its name in `NAMES`. The
+first paragraph of its docstring, after a colon, is its summary.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grsd import checks, results
+from grsd import checks, results, statistics
 from grsd.pieces import Store, code
 from grsd.scale import cache_dir, pick
 
@@ -39,8 +41,6 @@ class Experiment:
 
     Attributes
     ----------
-    name, summary : str
-        One of `NAMES`, and one line for a list.
     parameters : type
         A frozen dataclass in the experiment's module, with a default for every field; fields are
         int, float, str or tuples of one of them. `seeds` says that seeds 0, 1, … are used.
@@ -57,14 +57,23 @@ class Experiment:
         Parameters that replace the defaults when GRSD_SCALE is gpu: sizes, never methods.
     """
 
-    name: str
-    summary: str
     parameters: type[Any]
     pieces: Callable[[Any], list[Piece]]
     measure: Callable[[Piece], Data]
     reduce: Callable[[Any, list[Piece], list[Data]], Data]
     table: Callable[[Data], Rows]
     gpu: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The module's name, one of `NAMES`."""
+        return self.parameters.__module__.rpartition(".")[2].replace("_", "-")
+
+    @property
+    def summary(self) -> str:
+        """What the first paragraph of the module's docstring says after its colon."""
+        paragraph = (sys.modules[self.parameters.__module__].__doc__ or "").partition("\n\n")[0]
+        return " ".join(paragraph.split()).partition(": ")[2].rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,11 @@ def grouped(
     for piece, one in zip(pieces, data, strict=True):
         groups.setdefault(tuple(piece[name] for name in names), []).append(one)
     return groups
+
+
+def intervals(members: Sequence[Data], *names: str) -> Data:
+    """Return the means over members (seeds) of the numbers named, with 95 % intervals."""
+    return {name: statistics.mean([one[name] for one in members]) for name in names}
 
 
 def rounded(value: Any, digits: int = 5) -> Any:

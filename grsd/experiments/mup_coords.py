@@ -253,19 +253,12 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
     return ["optimizer", "parametrization", "width", "depth", "diverged"], rows
 
 
-EXPERIMENT = Experiment(
-    name="mup-coords",
-    summary="coordinate checks of every optimizer, μP and SP, over width and depth",
-    parameters=Parameters,
-    pieces=pieces,
-    measure=measure,
-    reduce=reduce,
-    table=table,
-    gpu={
-        "widths": (128, 256, 512, 1024, 2048),
-        "depths": (4, 8, 16, 32, 64),
-        "slow_width": 1024,
-        "seeds": 8,
-        "device": "cuda",
-    },
-)
+GPU = {
+    "widths": (128, 256, 512, 1024, 2048),
+    "depths": (4, 8, 16, 32, 64),
+    "slow_width": 1024,
+    "seeds": 8,
+    "device": "cuda",
+}
+
+EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)

@@ -207,18 +207,11 @@ def table(data: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
     return columns, rows
 
 
-EXPERIMENT = Experiment(
-    name="mup-norms",
-    summary="sizes of weights, gradients and first updates of residual MLPs against width and depth, for every optimizer",
-    parameters=Parameters,
-    pieces=pieces,
-    measure=measure,
-    reduce=reduce,
-    table=table,
-    gpu={
-        "widths": (64, 256, 1024, 4096),
-        "depths": (4, 16, 64, 256),
-        "slow_width": 1024,
-        "device": "cuda",
-    },
-)
+GPU = {
+    "widths": (64, 256, 1024, 4096),
+    "depths": (4, 16, 64, 256),
+    "slow_width": 1024,
+    "device": "cuda",
+}
+
+EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)

@@ -69,10 +69,7 @@ def pieces(p: Parameters) -> list[Piece]:
 
 
 def central_gap(s: np.ndarray, t: float) -> float:
-    """n · spacing/2t in the middle third of an ascending spectrum.
-
-    In the limit it is 1/(2t · density at 0); it is 1 for equal Lyapunov spacing.
-    """
+    """n · spacing/2t in the middle third of an ascending spectrum; 1 for equal Lyapunov spacing."""
     low, high = len(s) // 3, len(s) - len(s) // 3 - 1
     return float((s[high] - s[low]) / (high - low)) * len(s) / (2 * t)
 
@@ -100,10 +97,8 @@ def _training(piece: Piece, law: Ensemble, generator: torch.Generator) -> Data:
 
 
 def _position(s: np.ndarray, x: np.ndarray, window: tuple[float, float]) -> dict[str, float]:
-    """Slope and rms of log E X̃² against position.
-
-    The eigenvectors are those of P, so that no λ in float64 is too small: floor 0.
-    """
+    """Slope and rms of log E X̃² against position."""
+    # the eigenvectors are those of P, so that no λ in float64 is too small: floor 0
     shift = couplings.shift_invariance(np.exp(s), x, window=window, floor=0.0)
     return {"slope": shift.slope, "rms": shift.rms, "span": shift.span}
 
@@ -166,13 +161,6 @@ def table(result: Data) -> Rows:
     return columns, rows
 
 
-EXPERIMENT = Experiment(
-    "products",
-    "singular values of products of near-identity matrices, and the couplings of their training",
-    Parameters,
-    pieces,
-    measure,
-    reduce,
-    table,
-    gpu={"sizes": (256, 512, 1024), "widths": (256, 512), "seeds": 32, "device": "cuda"},
-)
+GPU = {"sizes": (256, 512, 1024), "widths": (256, 512), "seeds": 32, "device": "cuda"}
+
+EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)

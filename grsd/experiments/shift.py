@@ -82,10 +82,7 @@ def step_size(epsilon: float, scaling: str, depth: int) -> float:
 
 
 def network(piece: Piece) -> TanhStack:
-    """Return the network of a piece on its data.
-
-    tanh, weights N(0, 1/fan-in), no bias, inputs standard normal.
-    """
+    """Return the tanh network of a piece, with weights N(0, 1/fan-in) and no bias, on its data."""
     x, y = functions.data(piece["target"], piece["samples"], piece["seed"], piece["inputs"])
     x, y = x.to(piece["device"]), y.to(piece["device"])
     sizes = {name: piece[name] for name in ("width", "depth", "seed")}
@@ -141,13 +138,7 @@ def measure(piece: Piece) -> Data:
     return {**data, "spectrum": spectrum}
 
 
-def crossing(
-    places: Sequence[float] | np.ndarray,
-    slopes: Sequence[Sequence[float]],
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> Data:
+def crossing(places: Sequence[float] | np.ndarray, slopes: Sequence[Sequence[float]]) -> Data:
     """Where the mean slope passes zero upwards, with a bootstrap over networks.
 
     The means are made monotone (isotonic regression with the inverse variances as weights) and
@@ -180,7 +171,7 @@ def crossing(
             return math.nan
         return float(np.exp(x[k - 1] + (x[k] - x[k - 1]) * -y[k - 1] / (y[k] - y[k - 1])))
 
-    found, drawn = statistics.bootstrap(root, *groups, draws=draws, seed=seed)
+    found, drawn = statistics.bootstrap(root, *groups)
     values = {"place": found.value, "low": found.low, "high": found.high}
     crossed = {name: v if math.isfinite(v) else None for name, v in values.items()}
     return {**crossed, "share": float(np.isfinite(drawn).mean())}
@@ -219,10 +210,7 @@ def _group(members: list[Data]) -> Data:
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
-    """Groups by depth, and where the slope crosses zero.
-
-    The place is ε²L of residual networks, the depth of plain ones.
-    """
+    """Groups by depth, and where the slope crosses zero: in ε²L, or the depth of plain nets."""
     groups = []
     for (depth, epsilon), members in grouped(listed, measured, "depth", "epsilon").items():
         place = depth * epsilon**2 if p.family == "residual" else float(depth)
@@ -254,13 +242,6 @@ def table(result: Data) -> Rows:
     return [*columns, "tilted .3", "bump rms"], rows
 
 
-EXPERIMENT = Experiment(
-    "shift",
-    "log-shift invariance of the couplings against the depth of residual and plain networks",
-    Parameters,
-    pieces,
-    measure,
-    reduce,
-    table,
-    gpu={"samples": 2048, "width": 256, "depths": (16, 64, 256), "seeds": 32, "device": "cuda"},
-)
+GPU = {"samples": 2048, "width": 256, "depths": (16, 64, 256), "seeds": 32, "device": "cuda"}
+
+EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)

@@ -21,7 +21,16 @@ from grsd import checks, statistics
 from grsd.dynamics import flow
 from grsd.dynamics.modes import Modes, instant, modes
 from grsd.dynamics.problem import Problem
-from grsd.experiments.engine import Data, Experiment, Piece, Rows, grouped, rounded, shared
+from grsd.experiments.engine import (
+    Data,
+    Experiment,
+    Piece,
+    Rows,
+    grouped,
+    intervals,
+    rounded,
+    shared,
+)
 from grsd.lab.data import images
 from grsd.lab.nets import architectures, models
 from grsd.renorm.diagnostics import collapse, conditions, couplings, splitting
@@ -108,10 +117,7 @@ def model(family: str, width: int = 12, depth: int = 3, *, seed: int) -> nn.Modu
 
 
 def data(samples: int, *, seed: int, cifar: str = "") -> images.Images:
-    """Return even against odd digits, (n, 1, 8, 8).
-
-    Or airplane against automobile of CIFAR-10, grey and as means of 4 × 4 pixels.
-    """
+    """Return even against odd digits, (n, 1, 8, 8), or two classes of CIFAR-10 made as small."""
     if not cifar:
         return images.digits(CLASSES, samples, seed=seed)
     x, y = images.cifar(cifar, (0, 1), samples, seed=seed)
@@ -119,12 +125,12 @@ def data(samples: int, *, seed: int, cifar: str = "") -> images.Images:
     return images.Images((small - small.mean()) / small.std(correction=0), y)
 
 
-def relax(problem: Problem, level: float, rtol: float = 1e-5, steps: int = STEPS) -> flow.Path:
+def relax(problem: Problem, level: float, rtol: float = 1e-5) -> flow.Path:
     """Follow gradient flow until the loss has fallen to `level` of its first value.
 
     The path that is returned ends at the first of the times λ_max(0)⁻¹ 2^(k/4)/32 with a loss at or
-    below `level`, t∗; its others are 0 and t∗/2, t∗/4, … as far as `steps` goes. `Path.identity` is
-    the largest over its pieces. A ValueError says so if the loss is not there after `OCTAVES`
+    below `level`, t∗; its others are 0 and t∗/2, t∗/4, …, `STEPS` of them. `Path.identity` is the
+    largest over its pieces. A ValueError says so if the loss is not there after `OCTAVES`
     doublings of the time.
     """
     start = 1 / float(torch.linalg.eigvalsh(problem.kernel(problem.theta))[-1]) / 32
@@ -144,7 +150,7 @@ def relax(problem: Problem, level: float, rtol: float = 1e-5, steps: int = STEPS
         if len(below):
             # every fourth time before the last is a halving
             last = int(below[0])
-            chosen = [0, *[k for k in range(last - 4 * steps, last + 1, 4) if k > 0]]
+            chosen = [0, *[k for k in range(last - 4 * STEPS, last + 1, 4) if k > 0]]
             t, theta, loss = (np.array(values)[chosen] for values in (times, thetas, losses))
             return flow.Path(t, theta, loss, math.nan, problem, worst)
     reached = losses[-1] / losses[0]
@@ -306,19 +312,14 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
     return rounded({"edges": SHELLS.edges, "groups": groups}, 3)
 
 
-def _over(members: list[Data], *names: str) -> dict[str, statistics.Interval]:
-    """Means over seeds with 95 % intervals."""
-    return {name: statistics.mean([one[name] for one in members]) for name in names}
-
-
 def _group(members: list[Data]) -> Data:
     first, along = members[0], [one["along"] for one in members]
     group: Data = {k: first[k] for k in ("parameters", "blocks")}
     group["notes"] = sorted({note for one in members for note in one["notes"]})[:4]
-    group |= _over(members, "loss", "time")
+    group |= intervals(members, "loss", "time")
     group["identity"] = max(one["identity"] for one in members)
     if "collapse" in along[0]:
-        group |= _over(along, "collapse", "collapse_null")
+        group |= intervals(along, "collapse", "collapse_null")
         # sup ‖J‖ along the path over ‖J(0)‖
         group["growth"] = statistics.mean([max(a["jacobian"]) / a["jacobian"][0] for a in along])
         tracks = ("losses", "jacobian", "slope", "ranks")
@@ -327,13 +328,13 @@ def _group(members: list[Data]) -> Data:
         if end in first["profiles"]:
             at = [one["ends"][place] for one in members]
             group[end] = {
-                **_over(at, *SCALARS),
+                **intervals(at, *SCALARS),
                 "unlocal": np.mean([one["unlocal"] for one in at], axis=0),
                 "slopes": [one["slope"] for one in at],
                 "profiles": _profiles([one["profiles"][end] for one in members]),
             }
             for name in ("tails", "coherence"):
-                columns = zip(*(one[name] for one in at), strict=True)
+                columns = np.array([one[name] for one in at]).T
                 group[end][name] = [statistics.mean(column) for column in columns]
     return group
 
@@ -353,22 +354,12 @@ def _profiles(members: list[Data]) -> Data:
 
 
 def averaged(mean: np.ndarray, sem: np.ndarray, count: int) -> shells.AveragedProfile:
-    """Return a mean profile over seeds on `SHELLS` as `shells.statistics` takes it.
-
-    Its intervals are two standard errors.
-    """
+    """Return a mean profile on `SHELLS` with intervals of two standard errors."""
     mean, sem = np.asarray(mean, dtype=np.float64), np.asarray(sem, dtype=np.float64)
+    ends: Any = {"lower": np.maximum(mean - 2 * sem, 0.0), "upper": mean + 2 * sem}
+    outside: Any = dict.fromkeys(("below", "above", "kernel", "floor"), 0.0)
     return shells.AveragedProfile(
-        shells=SHELLS,
-        energies=mean,
-        lower=np.maximum(mean - 2 * sem, 0.0),
-        upper=mean + 2 * sem,
-        below=0.0,
-        above=0.0,
-        kernel=0.0,
-        floor=0.0,
-        sem=sem,
-        batches=count,
+        shells=SHELLS, energies=mean, **ends, **outside, sem=sem, batches=count
     )
 
 
@@ -392,13 +383,6 @@ def table(result: Data) -> Rows:
     return columns, rows
 
 
-EXPERIMENT = Experiment(
-    "tour",
-    "D1 to D6 and shell profiles of seven families of networks, before and after training",
-    Parameters,
-    pieces,
-    measure,
-    reduce,
-    table,
-    gpu={"widths": (64, 128), "depth": 16, "samples": 512, "seeds": 32, "device": "cuda"},
-)
+GPU = {"widths": (64, 128), "depth": 16, "samples": 512, "seeds": 32, "device": "cuda"}
+
+EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)

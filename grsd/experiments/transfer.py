@@ -205,10 +205,7 @@ def losses(data: Data, scheme: str) -> tuple[list[int], list[float], Any]:
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
-    """All runs; per scheme the best rate of every size, its drift per doubling and the regret.
-
-    The regret is that of carrying the base's rate over.
-    """
+    """All runs; per scheme the best rates, their drift, and the regret of keeping the base's."""
     curves = [
         {"scheme": piece["scheme"], "size": piece[p.axis], "runs": one["runs"]}
         for piece, one in zip(listed, measured, strict=True)
@@ -242,9 +239,8 @@ def table(result: Data) -> Rows:
     rows: list[list[object]] = []
     for scheme, one in result["schemes"].items():
         for k, (size, best) in enumerate(zip(one["sizes"], one["optima"], strict=True)):
-            value, low, high, loss = (
-                best.get(name, math.nan) for name in ("value", "low", "high", "loss")
-            )
+            names = ("value", "low", "high", "loss")
+            value, low, high, loss = (best.get(name, math.nan) for name in names)
             cost = one["regret"][k]
             row = [scheme, size, f"{best['bound']} {value:.2f}".strip(), f"{low:.2f} to {high:.2f}"]
             row += [f"{loss:.3f}", "diverged" if cost is None else f"{cost:.3f}"]
@@ -257,23 +253,7 @@ def _shown(drift: Data) -> str:
     return f"{drift['bound']} {value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-EXPERIMENT = Experiment(
-    "transfer",
-    "U-curves of small GPTs over width and depth, standard against μ parametrization",
-    Parameters,
-    pieces,
-    measure,
-    reduce,
-    table,
-    gpu={
-        "sizes": (128, 256, 512, 1024),
-        "base_width": 128,
-        "base_depth": 4,
-        "head": 64,
-        "steps": 300,
-        "batch": 64,
-        "length": 256,
-        "std": 0.02,
-        "device": "cuda",
-    },
-)
+GPU = {"sizes": (128, 256, 512, 1024), "base_width": 128, "base_depth": 4, "head": 64}
+GPU |= {"steps": 300, "batch": 64, "length": 256, "std": 0.02, "device": "cuda"}
+
+EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)

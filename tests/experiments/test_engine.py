@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from grsd.dynamics.modes import instant, modes
 from grsd.experiments import drift, engine
 from grsd.experiments.two_layer_forms import TwoLayerProblem
 from grsd.lab.nets.models import two_layer
+from grsd.pieces import imported
 
 SMALL = ["sizes=12,16", "seeds=2", "points=12", "until=60"]
 EXPERIMENT = engine.find("drift")
@@ -118,6 +119,31 @@ def test_targets_have_mean_square_one(target: str) -> None:
 
 
 # --- The registry -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", engine.NAMES)
+def test_an_experiment_is_a_module_with_one_constant(name: str) -> None:
+    """Its name is the module's, its summary the docstring's, its key that of what it imports."""
+    found = engine.find(name)
+    assert found.name == name and 20 < len(found.summary) < 120 and not found.summary.endswith(".")
+    asked = found.parameters()
+    assert set(found.gpu) <= {field.name for field in fields(asked)} and asked.seeds > 0
+    assert json.loads(json.dumps(found.pieces(asked)[0]))
+    modules = {engine.find(other).parameters.__module__ for other in engine.NAMES}
+    assert imported(found.parameters.__module__) & modules == {found.parameters.__module__}
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("drift", "dynamics.problem dynamics.transport_solvers"),
+        ("tour", "dynamics.problem dynamics.modes renorm.diagnostics.splitting spectrum.nulls"),
+        ("transfer", "mup.schedules mup.registry"),
+    ],
+)
+def test_a_change_of_what_an_experiment_imports_changes_its_keys(name: str, needed: str) -> None:
+    seen = imported(engine.find(name).parameters.__module__)
+    assert {f"grsd.{module}" for module in needed.split()} <= seen
 
 
 def test_options_are_read_by_the_type_of_their_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
