@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from grsd import checks
 from grsd.experiments.engine import Experiment, Piece
 from grsd.lab.nets import architectures
 from grsd.mup.coordcheck import coord_check, fit_slope
@@ -58,12 +59,11 @@ class Parameters:
     samples: int = 32
     slow: tuple[str, ...] = field(default_factory=slow)  # widths up to slow_width
     slow_width: int = 256
-    trained: str = "all"  # or "hidden": the hidden matrices alone, by the rule and by the wrong one of their rows
+    trained: str = "all"  # or "hidden": these matrices alone, by the rule and by the row's mistake
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.trained not in SCHEMES:
-            raise ValueError(f"trained is {self.trained!r}; it can be {' or '.join(SCHEMES)}")
+        checks.one_of("trained", self.trained, SCHEMES)
         unknown = [name for name in self.optimizers if name not in checked()]
         sizes = (*self.widths, *self.depths, self.base_width, self.base_depth)
         if unknown or min(*sizes, self.seeds, self.steps) < 1:
@@ -79,15 +79,9 @@ def factory(width: int, depth: int) -> nn.Module:
     With α_b = 1 a stack of four blocks is far from its limit of depth: its features grow tenfold,
     and those of a stack of 32 with α = ⅛ do not.
     """
+    how: dict[str, Any] = {"activation": "relu", "epsilon": 0.25, "bias": True, "seed": 0}
     return architectures.res_mlp(
-        inputs=INPUTS,
-        width=width,
-        depth=depth,
-        activation="relu",
-        epsilon=0.25,
-        bias=True,
-        seed=0,
-        dtype=torch.float32,
+        inputs=INPUTS, width=width, depth=depth, dtype=torch.float32, **how
     )
 
 
@@ -100,12 +94,8 @@ def hidden_alone(
     def make(model: nn.Module, base: nn.Module) -> Plan:
         right = plan(model, base=base, optimizer=optimizer)
         factor = float(right.r_n**width * right.r_L**depth)
-        return replace(
-            right,
-            entries=tuple(
-                replace(e, lr=e.lr * factor if e.role == "hidden" else 0.0) for e in right
-            ),
-        )
+        rates = ((e, e.lr * factor if e.role == "hidden" else 0.0) for e in right)
+        return replace(right, entries=tuple(replace(e, lr=rate) for e, rate in rates))
 
     return make
 
@@ -118,120 +108,114 @@ def batch(samples: int, seed: int = 0, device: str = "cpu") -> Callable[[nn.Modu
     y = torch.randn(samples, generator=generator).sign().to(device)
 
     def loss(model: nn.Module) -> Tensor:
-        found: Tensor = functional.softplus(-model(x).reshape(-1) * y).mean()
-        return found
+        return functional.softplus(-model(x).reshape(-1) * y).mean()
 
     return loss
 
 
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per optimizer, parametrization, size and seed."""
-    found: list[Piece] = []
+    listed: list[Piece] = []
     for name in p.optimizers:
+        known = row(name)
         widths = [w for w in p.widths if name not in p.slow or w <= p.slow_width]
         sizes = [*((w, p.base_depth) for w in widths), *((p.base_width, d) for d in p.depths)]
         for parametrization in SCHEMES[p.trained]:
-            if parametrization == "sp" and OPTIMIZERS[name].variant_of is not None:
+            if parametrization == "sp" and known.variant_of is not None:
                 continue  # it differs from the other in its rule alone
-            if parametrization == "wrong" and OPTIMIZERS[name].mistake is None:
+            if parametrization == "wrong" and known.mistake is None:
                 continue
-            for width, depth in dict.fromkeys(sizes):
-                found += [
-                    {
-                        "optimizer": name,
-                        "parametrization": parametrization,
-                        "size": [width, depth],
-                        "base": [p.base_width, p.base_depth],
-                        "seed": seed,
-                        "steps": p.steps,
-                        "samples": p.samples,
-                        "lr": OPTIMIZERS[name].rate,
-                        "trained": p.trained,
-                        "device": p.device,
-                    }
-                    for seed in range(p.seeds)
-                ]
-    return found
+            listed += [
+                {
+                    "optimizer": name,
+                    "parametrization": parametrization,
+                    "size": list(size),
+                    "base": [p.base_width, p.base_depth],
+                    "seed": seed,
+                    "steps": p.steps,
+                    "samples": p.samples,
+                    "lr": known.rate,
+                    "trained": p.trained,
+                    "device": p.device,
+                }
+                for size in dict.fromkeys(sizes)
+                for seed in range(p.seeds)
+            ]
+    return listed
+
+
+def _off(optimizer: str, parametrization: str) -> tuple[float, float]:
+    """Return the exponents by which the hidden rate is wrong."""
+    return (row(optimizer).mistake if parametrization == "wrong" else None) or (0.0, 0.0)
 
 
 def measure(piece: Piece) -> dict[str, Any]:
     """Train one model; an entry that is not finite is stored as null."""
-    width, depth = piece["size"]
-    base = tuple(piece["base"])
-    optimizer, parametrization, device = (
-        piece["optimizer"],
-        piece["parametrization"],
-        piece["device"],
-    )
-    known = row(optimizer)
-    off = (known.mistake if parametrization == "wrong" else None) or (0.0, 0.0)
-    found = coord_check(
-        lambda n, blocks: factory(n, blocks).to(device),
-        batch(piece["samples"], device=device),
+    optimizer, parametrization = piece["optimizer"], piece["parametrization"]
+    (width, depth), base = piece["size"], (piece["base"][0], piece["base"][1])
+    off = _off(optimizer, parametrization)
+    check = coord_check(
+        lambda n, blocks: factory(n, blocks).to(piece["device"]),
+        batch(piece["samples"], device=piece["device"]),
         widths=(width,) if depth == base[1] else (),
         depths=(depth,) if depth != base[1] else (),
-        base=(base[0], base[1]),
+        base=base,
         optimizer=optimizer,
         lr=piece["lr"],
         steps=piece["steps"],
         seeds=(piece["seed"],),
         parametrization="sp" if parametrization == "sp" else "mup",
-        options={optimizer: known.options},
+        options={optimizer: row(optimizer).options},
         make_plan=hidden_alone(optimizer, *off) if piece["trained"] == "hidden" else None,
     )
-    run = next(r for r in found.runs if (r.width, r.depth) == (width, depth))
+    run = next(r for r in check.runs if (r.width, r.depth) == (width, depth))
+    series = {"features": run.features, "losses": run.losses}
     return {
-        "features": [float(f"{v:.4g}") if math.isfinite(v) else None for v in run.features],
-        "losses": [float(f"{v:.4g}") if math.isfinite(v) else None for v in run.losses],
+        name: [float(f"{v:.4g}") if math.isfinite(v) else None for v in values]
+        for name, values in series.items()
     }
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Slopes of log ‖Δh_L‖_R against log size after every step, and how many runs left the
-    numbers."""
-    checks = []
-    for name in p.optimizers:
-        for parametrization in SCHEMES[p.trained]:
-            runs = [
-                (piece["size"], data["features"])
-                for piece, data in zip(listed, measured, strict=True)
-                if (piece["optimizer"], piece["parametrization"]) == (name, parametrization)
-            ]
-            if not runs:
-                continue
-            slopes: dict[str, list[list[float] | None]] = {}
-            for place, axis, other in ((0, "width", p.base_depth), (1, "depth", p.base_width)):
-                slopes[axis] = []
-                for step in range(1, p.steps + 1):
-                    points = [
-                        (float(size[place]), math.nan if f[step] is None else f[step])
-                        for size, f in runs
-                        if size[1 - place] == other
+    """Slopes of log ‖Δh_L‖_R against log size after every step, and how many runs left the numbers."""
+    groups: dict[tuple[str, str], list[tuple[list[int], list[float | None]]]] = {}
+    for piece, one in zip(listed, measured, strict=True):
+        key = (piece["optimizer"], piece["parametrization"])
+        groups.setdefault(key, []).append((piece["size"], one["features"]))
+    base = [p.base_width, p.base_depth]
+    results = []
+    for (name, parametrization), runs in groups.items():
+        # the runs along each axis: those of the base's size on the other
+        along = [[run for run in runs if run[0][1 - place] == base[1 - place]] for place in (0, 1)]
+        results.append(
+            {
+                "optimizer": name,
+                "parametrization": parametrization,
+                "lr": row(name).rate,
+                "off": list(_off(name, parametrization)),
+                "widths": sorted({size[0] for size, _ in along[0]}),
+                "depths": sorted({size[1] for size, _ in along[1]}),
+                "slopes": {
+                    axis: [
+                        _slope([(size[place], f[step]) for size, f in along[place]])
+                        for step in range(1, p.steps + 1)
                     ]
-                    fit = fit_slope(points)
-                    slopes[axis].append(
-                        None
-                        if fit is None or not math.isfinite(fit.high)
-                        else [round(v, 4) for v in (fit.value, fit.low, fit.high)]
-                    )
-            base = [f[-1] for size, f in runs if size == [p.base_width, p.base_depth]]
-            checks.append(
-                {
-                    "optimizer": name,
-                    "parametrization": parametrization,
-                    "lr": OPTIMIZERS[name].rate,
-                    "off": list(OPTIMIZERS[name].mistake or ())
-                    if parametrization == "wrong"
-                    else [0.0, 0.0],
-                    "widths": sorted({size[0] for size, _ in runs if size[1] == p.base_depth}),
-                    "depths": sorted({size[1] for size, _ in runs if size[0] == p.base_width}),
-                    "slopes": slopes,
-                    "base change": base,
-                    "diverged": sum(None in f for _, f in runs),
-                    "runs": len(runs),
-                }
-            )
-    return {"steps": p.steps, "trained": p.trained, "checks": checks}
+                    for place, axis in enumerate(("width", "depth"))
+                },
+                "base change": [f[-1] for size, f in runs if size == base],
+                "diverged": sum(None in f for _, f in runs),
+                "runs": len(runs),
+            }
+        )
+    return {"steps": p.steps, "trained": p.trained, "checks": results}
+
+
+def _slope(points: list[tuple[int, float | None]]) -> list[float] | None:
+    """Return slope, low and high end; None without an interval."""
+    fit = fit_slope([(n, math.nan if y is None else y) for n, y in points])
+    if fit is None or not math.isfinite(fit.high):
+        return None
+    return [round(v, 4) for v in (fit.value, fit.low, fit.high)]
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[object]]]:

@@ -79,84 +79,68 @@ def network(
 
 
 def one_sample(model: nn.Module) -> Tensor:
-    """Return −f(x) at one fixed x, on the model's device: a loss whose ∂ℓ/∂f is −1 at every
-    size."""
+    """Return −f(x) at one fixed x, on the model's device: ∂ℓ/∂f is −1 at every size."""
     x = torch.randn(1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    out: Tensor = -model(x.to(next(model.parameters()).device)).sum()
-    return out
+    return -model(x.to(next(model.parameters()).device)).sum()
 
 
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per k, size and seed."""
-    found: list[Piece] = []
-    sizes = dict.fromkeys(
-        [*((n, p.base_depth) for n in p.widths), *((p.base_width, d) for d in p.depths)]
-    )
+    listed: list[Piece] = []
+    widths, depths = ((n, p.base_depth) for n in p.widths), ((p.base_width, d) for d in p.depths)
+    cases = dict.fromkeys([*widths, *depths])
+    settings = {
+        "base": [p.base_width, p.base_depth],
+        "blocks": p.blocks,
+        "activation": p.activation,
+        "device": p.device,
+    }
     for k in p.layers:
-        for n, depth in sizes:
-            slow = n > p.slow_width
-            chosen = [name for name in p.optimizers if not (slow and row(name).slow == 2)]
-            for seed in range(min(p.seeds, p.slow_seeds) if slow else p.seeds):
-                settings = {
-                    "base": [p.base_width, p.base_depth],
-                    "blocks": p.blocks,
-                    "activation": p.activation,
-                    "device": p.device,
-                }
-                found.append(
-                    {"k": k, "n": n, "L": depth, "seed": seed, "optimizers": chosen, **settings}
-                )
-    return found
+        for n, depth in cases:
+            wide = n > p.slow_width
+            chosen = [name for name in p.optimizers if not (wide and row(name).slow == 2)]
+            listed += [
+                {"k": k, "n": n, "L": depth, "seed": seed, "optimizers": chosen, **settings}
+                for seed in range(min(p.seeds, p.slow_seeds) if wide else p.seeds)
+            ]
+    return listed
 
 
 def measure(piece: Piece) -> dict[str, Any]:
     """Return the sizes of one net."""
     make = network(piece["k"], piece["activation"], piece["base"][1])
-    found = audits.measure_sizes(
+    norms = audits.measure_sizes(
         lambda width, depth: make(width, depth).to(piece["device"]),
         one_sample,
         width=piece["n"],
         depth=piece["L"],
-        seed=piece["seed"],
         base=tuple(piece["base"]),
-        optimizers=piece["optimizers"],
-        k=piece["k"],
-        blocks=piece["blocks"],
+        **{name: piece[name] for name in ("seed", "optimizers", "k", "blocks")},
     )
-    return {"weights": found.weights, "gradients": found.gradients, "updates": found.updates}
+    return {"weights": norms.weights, "gradients": norms.gradients, "updates": norms.updates}
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Lay the sizes out as series over the pieces of one k; what was not measured in a piece is
-    −1."""
-    found: dict[str, Any] = {
-        "base": [p.base_width, p.base_depth],
-        "optimizers": list(p.optimizers),
-        "k": {},
-    }
+    """Lay the sizes out as series over the pieces of one k; what a piece has not is −1."""
+    by_k: dict[str, Any] = {}
     for k in p.layers:
-        rows = [
-            (piece, one) for piece, one in zip(listed, measured, strict=True) if piece["k"] == k
-        ]
-        flat = [_flat(one) for _, one in rows]
-        names = dict.fromkeys(name for one in flat for name in one if "output_bias" not in name)
-        series = {name: rounded([one.get(name, -1.0) for one in flat], 4) for name in names}
-        found["k"][str(k)] = {
+        rows = [(a, _flat(b)) for a, b in zip(listed, measured, strict=True) if a["k"] == k]
+        names = dict.fromkeys(name for _, one in rows for name in one if "output_bias" not in name)
+        by_k[str(k)] = {
             "pieces": [[piece["n"], piece["L"], piece["seed"]] for piece, _ in rows],
-            "series": series,
+            "series": {
+                name: rounded([one.get(name, -1.0) for _, one in rows], 4) for name in names
+            },
         }
-    return found
+    base = [p.base_width, p.base_depth]
+    return {"base": base, "optimizers": list(p.optimizers), "k": by_k}
 
 
 def _flat(one: dict[str, Any]) -> dict[str, float]:
-    found = {
-        f"{kind}/{role}": value
-        for kind in ("weights", "gradients")
-        for role, value in one[kind].items()
-    }
-    return found | {
-        f"updates/{name}/{role}": v for name, of in one["updates"].items() for role, v in of.items()
-    }
+    """Return "weights/hidden", "updates/sgd/hidden" and so on → size."""
+    kinds = {"weights": one["weights"], "gradients": one["gradients"]}
+    kinds |= {f"updates/{name}": by_role for name, by_role in one["updates"].items()}
+    return {f"{kind}/{role}": v for kind, by_role in kinds.items() for role, v in by_role.items()}
 
 
 def sizes(data: dict[str, Any], k: int) -> list[Sizes]:
@@ -164,24 +148,22 @@ def sizes(data: dict[str, Any], k: int) -> list[Sizes]:
     if str(k) not in data["k"]:
         raise ValueError(f"the result has no k = {k}; it has {', '.join(data['k'])}")
     held = data["k"][str(k)]
-    found = []
+    nets = []
     for i, (n, depth, seed) in enumerate(held["pieces"]):
-        made = Sizes(n, depth, seed, {}, {}, {name: {} for name in data["optimizers"]})
+        net = Sizes(n, depth, seed, {}, {}, {name: {} for name in data["optimizers"]})
         for name, values in held["series"].items():
-            kind, *rest = name.split("/")
-            place: dict[str, Any] = getattr(made, kind)
+            kind, *optimizer, role = name.split("/")
+            by_role = net.updates[optimizer[0]] if optimizer else getattr(net, kind)
             if values[i] > 0:
-                (place[rest[0]] if len(rest) == 2 else place)[rest[-1]] = values[i]
-        found.append(made)
-    return found
+                by_role[role] = values[i]
+        nets.append(net)
+    return nets
 
 
 def audit(data: dict[str, Any], k: int = 2, **more: Any) -> UpdateAudit:
-    """Return the exponents of a stored result; further arguments are those of
-    `grsd.mup.audit.summarize`."""
-    return audits.summarize(
-        sizes(data, k), base=tuple(data["base"]), optimizers=data["optimizers"], k=k, **more
-    )
+    """Return the exponents of a stored result; `more` as in `grsd.mup.audit.summarize`."""
+    how = {"base": tuple(data["base"]), "optimizers": data["optimizers"], "k": k}
+    return audits.summarize(sizes(data, k), **how, **more)
 
 
 def table(data: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
@@ -189,21 +171,12 @@ def table(data: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
     columns = ["k", "optimizer", "role", "width", "predicted", "depth", "predicted"]
     rows: list[list[object]] = []
     for k in map(int, data["k"]):
-        found = audit(data, k)
-        for e in found.exponents:
+        exponents = audit(data, k)
+        for e in exponents.exponents:
             if e.quantity == "update" and e.axis == "width" and e.role != "output_bias":
-                other = found[e.optimizer, e.role, "update", "depth"]
-                rows.append(
-                    [
-                        k,
-                        e.optimizer,
-                        e.role,
-                        str(e.measured),
-                        e.wanted,
-                        str(other.measured),
-                        other.wanted,
-                    ]
-                )
+                both = (e, exponents[e.optimizer, e.role, "update", "depth"])
+                ends = [end for x in both for end in (str(x.measured), x.wanted)]
+                rows.append([k, e.optimizer, e.role, *ends])
     return columns, rows
 
 

@@ -183,7 +183,7 @@ def test_hidden_alone_has_a_wrong_rule_for_every_optimizer_but_soap() -> None:
         mup_coords.checked()
     ) - {"soap"}
     assert {p["parametrization"] for p in pieces} == {"mup", "wrong"}
-    with pytest.raises(ValueError, match=r"trained is 'none'; it can be all or hidden"):
+    with pytest.raises(ValueError, match=r"trained is 'none'; expected one of all, hidden"):
         asked("adamw", trained="none")
 
 
