@@ -138,10 +138,10 @@ class Optimizer:
         return self.rules[2]["hidden"].clip is not None
 
 
-# --- Builders of what is not built by its class
-# ----------------------------------------------------------------------
+# --- Builders of what is not built by its class ---------------------------------------------------
 
 RHO = 1e-2  # SophiaH's own default
+_EXACT = {"exact": True}
 
 
 def _sgd(groups: Groups, lr: float, **options: Any) -> torch.optim.Optimizer:
@@ -211,7 +211,6 @@ def _radius(out: Scale, into: Scale) -> Scale:
 
 
 # --- The rows -------------------------------------------------------------------------------------
-# --------------------
 
 #      input    hidden   hidden, k=1   output   | biases: input, hidden, hidden, k=1, output
 _SIGN = """
@@ -226,126 +225,85 @@ _KIMI = """
     η  1        n^-1/2   n^-1/2L^-1/2  1
     λ  1        n^1/2    n^1/2         1
 """
-# With statistics of full rank SOAP turns a matrix of ±1, whose spectral norm is about √max(n_in,
-# n_out): Kimi's factor.
-_SOAP = partial(
-    Optimizer,
-    build=_library("SOAP"),
-    kind="orthogonal",
-    rate=2.0**-10,
-    exact={"weight_decay": 0.0},
-    first=_soap_first,
-    slow=2,
-)
+# updates of one kind have one table, and mistakes that are each other's rules
+_sign = partial(Optimizer, kind="sign", table=_SIGN, rate=2.0**-11, mistake=(1.0, -0.5))
+_orthogonal = partial(Optimizer, kind="orthogonal", rate=2.0**-9)
+_bare = partial(_orthogonal, table=_BARE, mistake=(-0.5, -0.5))
+_kimis = partial(_orthogonal, table=_KIMI, factor=_kimi, mistake=(0.5, -0.5))
+_SOAP = {"rate": 2.0**-10, "exact": {"weight_decay": 0.0}, "first": _soap_first, "slow": 2}
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": Optimizer(
         "SGD",
         _sgd,
-        "gradient",
-        """
+        kind="gradient",
+        table="""
     η  n        L        1             n          n       nL          n            1
     λ  n^-1     L^-1     L^-1/2        n^-1       n^-1    n^-1L^-1    n^-1L^-1/2   1
 """,
         rate=2.0**-3,
         mistake=(1.0, -1.0),  # the rate of input weights; Table 4 without r_L
     ),
-    "adamw": Optimizer(
+    "adamw": _sign(  # the mistake: no factor of width
         "AdamW",
         torch.optim.AdamW,
-        "sign",
-        _SIGN + "ε  n^-1     n^-1L^-1 n^-1L^-1/2    n^-1       n^-1    n^-1L^-1    n^-1L^-1/2   1",
+        table=_SIGN
+        + "ε  n^-1     n^-1L^-1 n^-1L^-1/2    n^-1       n^-1    n^-1L^-1    n^-1L^-1/2   1",
         eps="entry",
-        rate=2.0**-11,
-        mistake=(1.0, -0.5),  # no factor of width
         exact={"eps": 1e-30},  # not 0: dead units have gradients of exactly 0
     ),
-    "lion": Optimizer(
-        "Lion",
-        _library("Lion"),
-        "sign",
-        _SIGN,
-        rate=2.0**-11,
-        mistake=(1.0, -0.5),
-        exact={"betas": (0.9, 0.99)},
-    ),
-    "sophia": Optimizer(
-        "Sophia with a fixed ρ, where it drifts to a sign",
+    "lion": _sign("Lion", _library("Lion"), exact={"betas": (0.9, 0.99)}),
+    "sophia": _sign("Sophia, ρ fixed, where it drifts to a sign", _sophia, first=_sophia_first),
+    "sophia_rho": _sign(
+        "Sophia, ρ in proportion to r_n r_L",
         _sophia,
-        "sign",
-        _SIGN,
-        rate=2.0**-11,
-        mistake=(1.0, -0.5),
-        first=_sophia_first,
-    ),
-    "sophia_rho": Optimizer(
-        "Sophia with ρ in proportion to r_n r_L",
-        _sophia,
-        "sign",
-        _SIGN + "ρ  n        nL       nL^1/2        n          n       nL          nL^1/2       1",
+        table=_SIGN
+        + "ρ  n        nL       nL^1/2        n          n       nL          nL^1/2   1",
+        rate=None,
+        mistake=None,
         variant_of="sophia",
         first=_sophia_first,
     ),
-    "muon": Optimizer(
-        "Muon with bare U Vᵀ, the paper's",
-        partial(Muon, scaling="bare"),
-        "orthogonal",
-        _BARE,
-        rate=2.0**-9,
-        mistake=(-0.5, -0.5),  # Muon-Kimi's rule for the bare update
-        exact={"exact": True},
-    ),
-    "muon_keller": Optimizer(
-        "Muon with Jordan's factor, torch's default",
+    "muon": _bare("Muon, bare U Vᵀ: the paper's", partial(Muon, scaling="bare"), exact=_EXACT),
+    "muon_keller": _orthogonal(
+        "Muon, Jordan's factor: torch's default",
         partial(Muon, scaling="keller"),
-        "orthogonal",
-        """
+        table="""
     η  1        1        L^-1/2        n^1/2
     λ  1        1        1             n^-1/2
 """,
         factor=_keller,
-        exact={"exact": True},
+        rate=None,
+        exact=_EXACT,
     ),
-    "muon_kimi": Optimizer(
-        "Muon with Kimi's factor, torch's match_rms_adamw",
-        partial(Muon, scaling="kimi"),
-        "orthogonal",
-        _KIMI,
-        factor=_kimi,
-        rate=2.0**-9,
-        mistake=(0.5, -0.5),  # the rule of bare Muon
-        exact={"exact": True},
+    "muon_kimi": _kimis(
+        "Muon, Kimi's factor: torch's match_rms_adamw", partial(Muon, scaling="kimi"), exact=_EXACT
     ),
-    "shampoo": Optimizer(
+    "shampoo": _bare(
         "Shampoo",
         Shampoo,
-        "orthogonal",
-        _BARE + "ε  n^-1     L^-2     L^-1          n^-1",
+        table=_BARE + "ε  n^-1     L^-2     L^-1          n^-1",
         eps="square",
-        rate=2.0**-9,
-        mistake=(-0.5, -0.5),
         exact={"eps": 0.0},
         slow=1,
     ),
-    "soap": _SOAP(
+    "soap": _bare(  # no mistake: in width its own rule is `soap_sqrt`'s
         "SOAP at its first step",
-        table=_BARE,
+        _library("SOAP"),
+        mistake=None,
         caution="soap: the paper's rule (η of hidden matrices not scaled) holds for the first step. "
         "Once the averaged statistics have full rank, updates grow like √r_n beside it; "
         "'soap_sqrt' scales η for that.",
+        **_SOAP,
     ),
-    "soap_sqrt": _SOAP(
-        "SOAP with statistics of full rank",
-        table=_KIMI,
-        factor=_kimi,
-        variant_of="soap",
-        mistake=(0.5, -0.5),  # the printed rule of SOAP
+    # it turns a matrix of ±1, whose spectral norm is about √max(n_in, n_out): Kimi's factor
+    "soap_sqrt": _kimis(
+        "SOAP, statistics of full rank", _library("SOAP"), variant_of="soap", **_SOAP
     ),
-    "sso": Optimizer(
+    "sso": _orthogonal(
         "SSO, on the spectral sphere",
         _sso,
-        "orthogonal",
-        """
+        table="""
     η  1        1        L^-1/2        n
     λ  1        1        1             n^-1
 """,
@@ -353,16 +311,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
         rate=2.0**-8,
         mistake=(-0.5, -0.5),
         # the sphere where Gaussian weights of infinite width start: at width n their norm is below
-        # it by a share of order n^(−2/3),
-        # and the first step of a check ends in a small jump onto the sphere
+        # it by a share of order n^(−2/3), and the first step ends in a small jump onto the sphere
         options={"radius": 2.0},
         exact={"exact": True, "bisections": 8, "retract": True},  # the norm does not depend on μ
         first_lr=1e-3,  # the retraction is not linear in η
         slow=2,
     ),
 }
-"""Nine optimizers, some in variants. `soap` has no mistake: in width its own rule is
-`soap_sqrt`'s."""
+"""Nine optimizers, some in variants."""
 
 
 def row(optimizer: str) -> Optimizer:

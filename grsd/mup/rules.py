@@ -68,8 +68,7 @@ def rule(optimizer: str, role: str, k: int = 2) -> Rule:
     return table[min(k, 2)][role]
 
 
-# --- The same table again, from the condition
-# -------------------------------------------------------------------------
+# --- The same table again, from the condition -----------------------------------------------------
 
 _SIZES: dict[str, tuple[Scale, Scale]] = {
     "input": (scale(1), ONE),
