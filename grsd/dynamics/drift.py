@@ -103,7 +103,7 @@ def _sharp_flux(at: Modes, a: np.ndarray) -> EdgeFlux:
 class Drift:
     """Energy and fluxes, as in `EdgeFlux`, on a grid of times (K,) and edges (A,) along one path.
 
-    Methods that average take a window of times, `after` to `until`, ends included.
+    Methods that average do so over the times from `after` on.
     """
 
     times: np.ndarray
@@ -144,57 +144,42 @@ class Drift:
         """Return |v|/2λ², (K, A): transport against dissipation, free of the unit of time."""
         return np.abs(self.c(part)) / (2 * self.edges * self.times[:, None])
 
-    def weights(self, after: float = 0.0, until: float = math.inf) -> np.ndarray:
-        """Return the share of energy at each edge, (K, A), all times in the window alike; sums to 1."""
-        # a grid in log t rounds
-        inside = (self.times >= after * (1 - 1e-9)) & (self.times <= until * (1 + 1e-9))
+    def weights(self, after: float = 0.0) -> np.ndarray:
+        """Return the share of energy at each edge, (K, A), all times alike; sums to 1."""
+        inside = self.times >= after * (1 - 1e-9)  # a grid in log t rounds
         if not inside.any():
-            raise ValueError(
-                f"no time lies in [{after}, {until}]; the times are {self.times[0]:.3g} … "
-                f"{self.times[-1]:.3g}"
-            )
+            raise ValueError(f"no time lies in [{after}, ∞): they end at {self.times[-1]:.3g}")
         total = self.energy.sum(axis=1, keepdims=True)
         share = np.where(inside[:, None], self.energy / np.where(total > 0, total, 1.0), 0.0)
         return share / share.sum()
 
-    def summary(
-        self, part: Part = "total", after: float = 0.0, until: float = math.inf
-    ) -> dict[str, float]:
+    def summary(self, part: Part = "total", after: float = 0.0) -> dict[str, float]:
         """Return the weighted mean and spread (standard deviation) of c, and the weight of c < 0."""
-        w, c = self.weights(after, until), self.c(part)
+        w, c = self.weights(after), self.c(part)
         mean = float((w * c).sum())
         spread = math.sqrt(max(float((w * (c - mean) ** 2).sum()), 0.0))
         return {"mean": mean, "spread": spread, "negative": float(w[c < 0].sum())}
 
-    def correlation(self, after: float = 0.0, until: float = math.inf) -> float:
+    def correlation(self, after: float = 0.0) -> float:
         """Return the weighted correlation of the two parts of c over λ and t; −1 when they cancel."""
-        w, a, b = self.weights(after, until), self.c("advective"), self.c("kato")
+        w, a, b = self.weights(after), self.c("advective"), self.c("kato")
         a, b = a - (w * a).sum(), b - (w * b).sum()
         scale = math.sqrt(float((w * a * a).sum()) * float((w * b * b).sum()))
         return float((w * a * b).sum()) / scale if scale > 0 else 0.0
 
-    def power_law(
-        self,
-        part: Part = "advective",
-        after: float = 0.0,
-        until: float = math.inf,
-        least: float = 1e-3,
-    ) -> PowerLaw:
+    def power_law(self, part: Part = "advective", after: float = 0.0) -> PowerLaw:
         """Fit log |v| = a log λ + b log t + const. over cells with v > 0.
 
-        The cells hold at least `least` of their time's energy; six or more are needed. Cells with
-        v ≤ 0 cannot enter; `selected` says how much of the weight was left in.
+        The cells hold at least a thousandth of their time's energy; six or more are needed. Cells
+        with v ≤ 0 cannot enter; `selected` says how much of the weight was left in.
         """
-        w, v = self.weights(after, until), self.c(part) * self.edges / self.times[:, None]
+        w, v = self.weights(after), self.c(part) * self.edges / self.times[:, None]
         share = self.energy / np.maximum(self.energy.sum(axis=1, keepdims=True), TINY)
-        chosen = (w > 0) & (share >= least) & (v > 0)
-        if chosen.sum() < 6:
-            raise ValueError(
-                f"only {int(chosen.sum())} cells have v > 0 and energy; widen the window or lower "
-                "`least`"
-            )
+        chosen = (w > 0) & (share >= 1e-3) & (v > 0)
+        if (cells := int(chosen.sum())) < 6:
+            raise ValueError(f"only {cells} cells have v > 0 and energy; widen the window")
         t, lam = np.meshgrid(np.log(self.times), np.log(self.edges), indexing="ij")
-        design = np.stack([lam[chosen], t[chosen], np.ones(chosen.sum())], axis=1)
+        design = np.stack([lam[chosen], t[chosen], np.ones(cells)], axis=1)
         goal = np.log(v[chosen])
         solution = np.linalg.lstsq(design, goal, rcond=None)[0]
         rest = goal - design @ solution

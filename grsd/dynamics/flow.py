@@ -28,15 +28,11 @@ class Path:
 
     Attributes
     ----------
-    times : (K,) float64, time of the flow; for gradient descent the effective time τ = Σ η.
-    thetas : (K, P) float64.
-    losses : (K,) float64, L = ½⟨e, e⟩.
-    error : float. For the flow: estimated global error, the largest ‖θ − θ′‖₂ over `times` against a
-        second run with a hundredfold looser tolerance (so it bounds the looser run); nan if that run
-        was not asked for. For descent: 0, the iterates are what they are.
+    times, thetas, losses : (K,), (K, P) and (K,) float64; the times of gradient descent are Σ η.
+    error : float, for the flow the largest ‖θ − θ′‖₂ over `times` against a second run with a
+        hundredfold looser tolerance, which it bounds; nan without that run, and 0 for descent.
     problem : Problem
-    identity : float. For the flow: the largest |L(t) − L(0) + ∫‖θ̇‖²|/L(0), which would be 0; nan for
-        descent.
+    identity : float, for the flow the largest |L(t) − L(0) + ∫‖θ̇‖²|/L(0), which would be 0, or nan.
     """
 
     times: np.ndarray
@@ -66,8 +62,8 @@ def integrate(
     ----------
     times : (K,)
         Ascending, or descending for the flow run backwards; the path starts at `times[0]`.
-    rtol, atol : float
-        Local tolerances of SciPy's `solve_ivp`, per parameter.
+    rtol, atol, method
+        Local tolerances per parameter, and any explicit method, of SciPy's `solve_ivp`.
     start : (P,), optional
         θ at `times[0]`; by default `problem.theta`.
     schedule : callable, optional
@@ -75,15 +71,11 @@ def integrate(
     step : float
         Follow `problem.velocity(theta, step)` instead: the flow nearest to gradient descent of that
         step. `Path.identity` then belongs to the modified loss and is nan.
-    method : str
-        Any explicit method of `solve_ivp`.
     estimate : bool
-        Run again with a hundredfold looser tolerance (about half the cost of the first run) for
-        `Path.error`.
+        Run again, at about half the cost, for `Path.error`.
     limit : int
         Evaluations of the velocity, after which the run is given up: the flow is too stiff for an
-        explicit method (about 2 λ_max t are needed), or it slides along a kink of a network that is
-        not smooth.
+        explicit method (about 2 λ_max t are needed), or slides along a kink.
     """
     grid = np.asarray(times, dtype=np.float64)
     sign = -1.0 if grid[-1:] < grid[:1] else 1.0
@@ -128,13 +120,10 @@ def integrate(
 
 def _why_stuck(problem: Problem) -> str:
     if not problem.kinks:
-        return (
-            "an explicit method needs about 2 λ_max t of them; take shorter times, or raise limit"
-        )
+        return "explicit methods need about 2 λ_max t of them; take shorter times, or raise limit"
     return (
         f"every sample that crosses a kink ({', '.join(problem.kinks)}) costs many small steps, and "
-        "a flow that slides along one has no solution; loosen rtol and atol, or use a smooth "
-        "activation"
+        "along one there is no solution; loosen rtol and atol, or use a smooth activation"
     )
 
 
@@ -153,20 +142,14 @@ def descend(
     Parameters
     ----------
     rate : float
-        η > 0, in units of time.
+        η > 0, in units of time. A loss that diverges is refused with the ηλ_max at the start.
     momentum : float
-        μ in [0, 1): heavy ball. Its clock runs faster, at late times 1/(1 − μ) times; `times` does
-        not contain this factor.
+        μ in [0, 1): heavy ball. Its clock runs faster, at late times 1/(1 − μ) times; the `times` of
+        the path, τ_k = Σ_{j<k} η_j, do not contain this factor.
     schedule : callable, optional
         Factor of step k = 0, 1, ...
     every : int
         Keep every so many steps (the first and the last always).
-
-    Returns
-    -------
-    Path
-        `times` are the effective times τ_k = Σ_{j<k} η_j. A loss that diverges is refused with the
-        ηλ_max at the start.
     """
     if not rate > 0 or steps < 1 or every < 1 or not 0 <= momentum < 1:
         raise ValueError(
@@ -210,8 +193,7 @@ def effective_time(schedule: Schedule, t: np.ndarray | float) -> np.ndarray:
 def around(problem: Problem, theta: Vector, h: float) -> Path:
     """Return the flow through θ at the nine times −4h, …, 4h, for `central`: rtol 1e-13.
 
-    Cost: two short integrations. Against stiff directions the backward half grows like
-    exp(4 h λ_max): keep h λ_max < 1.
+    Against stiff directions the backward half grows like exp(4 h λ_max): keep h λ_max < 1.
     """
     grid = h * np.arange(5.0)
     behind, ahead = (

@@ -215,9 +215,8 @@ class Problem:
     def _jacobian_rate(self, theta: Tensor, along: Tensor) -> Tensor:
         """d/ds J(θ + s·along) at s = 0, (n, P): row i is ∇(∇f_i · along), reverse mode twice.
 
-        Forward mode over reverse mode would cost less, and is wrong for layer and batch
-        normalisation: PyTorch's second forward derivative of both drops the motion of the
-        statistics (its issues 196699 and 196700).
+        Forward over reverse mode would cost less, and is wrong for layer and batch normalisation:
+        PyTorch's drops the motion of their statistics (its issues 196699 and 196700).
         """
         if not self._rowwise:
 
@@ -294,11 +293,6 @@ class _Linearized(Problem):
         if step != 0:  # L + (η/4)‖∇L‖² has the gradient −Jᵀ(1 + (η/2)M)e/n
             e = e + step / 2 * self._j0 @ (self._j0.T @ e) / self.samples
         return self._j0.T @ e / self.samples
-
-    def kernel_rate(
-        self, theta: Vector, direction: Vector | None = None, *, piecewise: bool = False
-    ) -> Tensor:
-        return self._j0.new_zeros(self.samples, self.samples)
 
     def on(self, inputs: Tensor, targets: Tensor) -> Problem:
         return _Linearized(self._parent.on(inputs, targets), self.theta)

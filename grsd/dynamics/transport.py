@@ -47,18 +47,14 @@ def loss_exponent(c0: float, p: float) -> LossExponent:
 
     Refused are c0 ≤ −1 and p ≤ −1: then the loss is no power of t. See `loss` for what it is.
     """
-    checks.finite("c0", c0)
-    checks.finite("p", p)
+    c0, p = checks.finite("c0", c0), checks.finite("p", p)
     if c0 <= -1.0:
         what = "falls like (log t)^(−p−1)" if c0 == -1.0 else "tends to a positive constant"
         raise ValueError(
             f"c0 = {c0}: the loss {what}, so it has no exponent in t; a power law needs c0 > −1"
         )
     if p <= -1.0:
-        raise ValueError(
-            f"p = {p}: the energy lies at λ → 0, where nothing dissipates, and the loss has no "
-            "exponent; use p > −1"
-        )
+        raise ValueError(f"p = {p}: the energy lies at λ → 0 and never dissipates; use p > −1")
     return LossExponent((1.0 + c0) * (p + 1.0), (1.0 + c0) * p + 1.0)
 
 
@@ -88,8 +84,7 @@ class PowerSpectrum:
             )
         if self.p <= -1.0 and not (self.low > 0.0 and self.high < math.inf):
             raise ValueError(
-                f"p = {self.p} has infinite energy on [{self.low}, {self.high}]: give a finite "
-                "window with low > 0"
+                f"p = {self.p} has infinite energy on [{self.low}, {self.high}]: give 0 < low, high < ∞"
             )
 
     def __call__(self, u: ArrayLike) -> Array:
@@ -101,8 +96,7 @@ class PowerSpectrum:
     def laplace(self, rate: ArrayLike, low: ArrayLike = 0.0, high: ArrayLike = math.inf) -> Array:
         """Return ∫ ε0(u) exp(−u·rate) du over [low, high] and the window, at rates ≥ 0; all broadcast.
 
-        By differences of incomplete Γ functions; for p ≤ −1 by `quadrature`. Without any cutoff and
-        at rate 0 it is infinite.
+        By differences of incomplete Γ functions; for p ≤ −1 by `quadrature`.
         """
         a, lo, hi = np.broadcast_arrays(
             np.asarray(rate, float) + 1.0 / self.soft,
@@ -141,8 +135,7 @@ def quadrature(
 ) -> float:
     """Return ∫ function(λ) dλ over [low, high] by Gauss–Legendre on equal panels of log λ.
 
-    For integrands that are smooth in log λ over many decades. Cost: panels × order evaluations in
-    one call.
+    For integrands that are smooth in log λ over many decades; one call of panels × order points.
     """
     if not 0.0 < low < high < math.inf:
         raise ValueError(f"[{low}, {high}] is no window in log λ; give 0 < low < high < ∞")

@@ -85,9 +85,9 @@ def particles(
 ) -> Particles:
     """Move lumps of energy by v and let each decay at the rate 2λ; nothing else.
 
-    One lump is drawn at random from each of `count` equal strata of log λ and carries the energy of
-    its stratum, ε0(u) u Δlog u. The Jacobian of the flow is never computed: where lumps spread out,
-    the density falls. Fourth-order Runge–Kutta with `step` in log t.
+    One lump is drawn at random from each of `count` equal strata of log λ and carries its energy,
+    ε0(u) u Δlog u. The Jacobian of the flow is never computed: where lumps spread out, the density
+    falls. Fourth-order Runge–Kutta with `step` in log t.
     """
     rule, when = _drift(drift), _instants(times)
     low, high = _bounds(window)
@@ -193,10 +193,8 @@ def fitted_exponent(times: ArrayLike, loss: ArrayLike, *, after: float = 0.0) ->
     t, L = np.asarray(times, float), np.asarray(loss, float)
     chosen = t > after
     if t.shape != L.shape or np.count_nonzero(chosen) < 3 or np.any(L[chosen] <= 0.0):
-        raise ValueError(
-            f"{np.count_nonzero(chosen)} points after t = {after}; expected three or more with "
-            "positive loss"
-        )
+        count = np.count_nonzero(chosen)
+        raise ValueError(f"{count} points after t = {after}; expected three or more, positive loss")
     return -float(np.polyfit(np.log(t[chosen]), np.log(L[chosen]), 1)[0])
 
 
