@@ -2,8 +2,7 @@
 
 A subclass of :class:`grsd.spectrum.operator.factors.Use` stands for one call in which one parameter changes the output s. It has
 
-- a **reader** (one or more), under ``@reads(torch function)``: it knows the call, carries it out with the detached
-  parameter and notes the use;
+- a **reader** (one or more), under ``@reads(torch function)``: from the arguments of a call to the uses of its parameters;
 - ``gradient``: the parameter's share of Jᵀu from δ = ∂(Σ u f)/∂s, and ``change``: what s becomes when the parameter changes;
 - ``flops`` of one of each.
 
@@ -18,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -36,8 +36,11 @@ from grsd.spectrum.operator.factors import (
     matrix,
 )
 from grsd.spectrum.operator.own_positions import Share
-from grsd.spectrum.operator.trace import Trace, reads
+from grsd.spectrum.operator.trace import reads
 from grsd.spectrum.programs.program import Rows
+
+Call = SimpleNamespace
+Uses = Sequence[Use] | None
 
 
 @dataclass(eq=False)
@@ -86,39 +89,29 @@ class Linear(Use):
         share.inputs.append(rows.pick(self.tensor))
         return True
 
-    @reads(functional.linear)
+    @reads(functional.linear, form=lambda input, weight, bias=None: ...)
     @staticmethod
-    def _linear(
-        trace: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor | None:
-        if not trace.has(weight, bias) or trace.has(input):
-            return None
-        out = functional.linear(input, trace.free(weight), trace.free(bias))
-        return trace.note(out, Linear(weight, input), Shift.of(bias))
+    def _linear(call: Call) -> Uses:
+        return Linear(call.weight, call.input), Shift.of(call.bias)
 
-    @reads(torch.addmm)
+    @reads(torch.addmm, form=lambda input, mat1, mat2, *, beta=1, alpha=1: ...)
     @staticmethod
-    def _addmm(
-        trace: Trace,
-        input: Tensor,
-        mat1: Tensor,
-        mat2: Tensor,
-        *,
-        beta: float = 1,
-        alpha: float = 1,
-    ) -> Tensor | None:
-        if not trace.has(input, mat2) or trace.has(mat1) or beta != 1 or alpha != 1:
+    def _addmm(call: Call) -> Uses:
+        if call.beta != 1 or call.alpha != 1:
             return None
-        out = torch.addmm(trace.free(input), mat1, trace.free(mat2))
-        return trace.note(out, Linear(mat2, mat1, transposed=True), Shift.of(input))
+        return Linear(call.mat2, call.mat1, transposed=True), Shift.of(call.input)
 
-    @reads(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+    @reads(torch.mm, Tensor.mm, form=lambda input, mat2: ...)
     @staticmethod
-    def _matmul(trace: Trace, input: Tensor, other: Tensor) -> Tensor | None:
-        if not trace.has(other) or trace.has(input) or other.ndim != 2:
+    def _mm(call: Call) -> Uses:
+        return (Linear(call.mat2, call.input, transposed=True),)
+
+    @reads(torch.matmul, Tensor.matmul, Tensor.__matmul__, form=lambda input, other: ...)
+    @staticmethod
+    def _matmul(call: Call) -> Uses:
+        if call.other.ndim != 2:
             return None
-        out = torch.matmul(input, trace.free(other))
-        return trace.note(out, Linear(other, input, transposed=True))
+        return (Linear(call.other, call.input, transposed=True),)
 
 
 @dataclass(eq=False)
@@ -163,21 +156,12 @@ class Embedding(Use):
 
     @reads(functional.embedding)
     @staticmethod
-    def _embedding(
-        trace: Trace,
-        input: Tensor,
-        weight: Tensor,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-    ) -> Tensor | None:
-        if not trace.has(weight) or max_norm is not None or scale_grad_by_freq:
+    def _embedding(call: Call) -> Uses:
+        if call.max_norm is not None or call.scale_grad_by_freq:
             return None
-        padding = None if padding_idx is None else padding_idx % weight.shape[0]
-        out = functional.embedding(input, trace.free(weight))
-        return trace.note(out, Embedding(weight, input, padding=padding))
+        padding = call.padding_idx
+        padding = None if padding is None else padding % len(call.weight)
+        return (Embedding(call.weight, call.input, padding=padding),)
 
 
 @dataclass(eq=False)
@@ -230,14 +214,10 @@ class Scale(Broadcast):
         form = Form("x̂ Σ x̂ δ + b Σ δ", 4 * at.delta.numel(), held)
         return Gain(at.slot, plain, len(uses) - 1), form
 
-    @reads(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+    @reads(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, form=lambda input, other: ...)
     @staticmethod
-    def _mul(trace: Trace, input: Any, other: Any) -> Tensor | None:
-        weight, x = (input, other) if trace.has(input) else (other, input)
-        if not trace.has(weight) or trace.has(x) or not isinstance(x, Tensor):
-            return None
-        out = torch.mul(x, trace.free(weight))
-        return trace.note(out, Scale.of(weight, x)) if out.shape == x.shape else None
+    def _mul(call: Call) -> Uses:
+        return [Scale.of(w, x) for x, w in _one_of_two(call)]
 
 
 @dataclass(eq=False)
@@ -256,14 +236,16 @@ class Shift(Broadcast):
         share.ones += self.spread == rest
         return self.spread == rest
 
-    @reads(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+    @reads(
+        torch.add,
+        Tensor.add,
+        Tensor.__add__,
+        Tensor.__radd__,
+        form=lambda input, other, *, alpha=1: ...,
+    )
     @staticmethod
-    def _add(trace: Trace, input: Any, other: Any, *, alpha: float = 1) -> Tensor | None:
-        bias, x = (input, other) if trace.has(input) else (other, input)
-        if not trace.has(bias) or trace.has(x) or not isinstance(x, Tensor) or alpha != 1:
-            return None
-        out = torch.add(x, trace.free(bias))
-        return trace.note(out, Shift.of(bias)) if out.shape == x.shape else None
+    def _add(call: Call) -> Uses:
+        return [Shift.of(b) for _, b in _one_of_two(call)] if call.alpha == 1 else None
 
 
 @dataclass(eq=False)
@@ -285,43 +267,43 @@ class Convolution(Use):
     def flops(self) -> int:
         return 4 * self.shape.numel() * self.parameter[0].numel()
 
+    @staticmethod
+    def _read(call: Call) -> Uses:
+        dimensions = call.weight.ndim - 2
 
-def _convolution(dimensions: int, call: Any) -> None:
-    """Register the reader of F.conv1d, F.conv2d or F.conv3d."""
+        def each(value: Any) -> tuple[int, ...]:
+            given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+            return given * (dimensions // len(given))
 
-    def each(value: Any) -> tuple[int, ...]:
-        given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        return given * (dimensions // len(given))
-
-    @reads(call)
-    def _conv(
-        trace: Trace,
-        input: Tensor,
-        weight: Tensor,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Tensor | None:
-        if not trace.has(weight, bias) or trace.has(input) or input.ndim != dimensions + 2:
+        if call.input.ndim != dimensions + 2:
             return None
-        steps, holes = each(stride), each(dilation)
-        if padding == "same":
-            spans = [h * (k - 1) for h, k in zip(holes, weight.shape[2:], strict=True)]
+        steps, holes, pads = each(call.stride), each(call.dilation), call.padding
+        if pads == "same":
+            spans = [h * (k - 1) for h, k in zip(holes, call.weight.shape[2:], strict=True)]
             if any(span % 2 for span in spans):
                 return None  # it pads one side more than the other
             pads = tuple(span // 2 for span in spans)
-        else:
-            pads = each(0 if padding == "valid" else padding)
-        out = call(input, trace.free(weight), trace.free(bias), steps, pads, holes, groups)
-        settings = (steps, pads, holes, False, [0] * dimensions, groups)
-        shift = Shift.of(bias, None, (weight.shape[0], *[1] * dimensions))
-        return trace.note(out, Convolution(weight, input, settings=settings), shift)
+        pads = each(0 if pads == "valid" else pads)
+        settings = (steps, pads, holes, False, [0] * dimensions, call.groups)
+        shift = Shift.of(call.bias, None, (call.weight.shape[0], *[1] * dimensions))
+        return Convolution(call.weight, call.input, settings=settings), shift
 
 
-for _dimensions, _call in ((1, functional.conv1d), (2, functional.conv2d), (3, functional.conv3d)):
-    _convolution(_dimensions, _call)
+reads(
+    functional.conv1d,
+    functional.conv2d,
+    functional.conv3d,
+    form=lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: ...,
+)(Convolution._read)
+
+
+def _one_of_two(call: Call) -> list[tuple[Tensor, Tensor]]:
+    """Return (x, parameter) of input ∘ other in both orders in which the parameter is broadcast to x."""
+    a, b = call.input, call.other
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a is b:
+        return []
+    whole = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    return [(x, w) for x, w in ((a, b), (b, a)) if x.shape == whole]
 
 
 def _is_bias(use: Use, width: int) -> bool:

@@ -8,8 +8,9 @@ look at one model. A parameter that enters in any other way stays in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from inspect import Signature, signature
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from grsd.spectrum.operator.factors import Use
 from grsd.spectrum.programs.record import Unrecordable
 
 Place = Tensor | GradientEdge
-Reader = Callable[..., Tensor | None]
+# From a call (its arguments by name, and the function as `func`): the uses of parameters in it, or the result of a call that
+# has none; None where it does not know the call, whose parameters then stay in the graph.
+Reader = Callable[[SimpleNamespace], Sequence[Use] | Tensor | None]
 
 IN_PLACE = frozenset(
     name
@@ -31,18 +34,21 @@ IN_PLACE = frozenset(
     or name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
 )
 DERIVATIVES = frozenset({torch.autograd.grad, Tensor.backward})
-READERS: dict[Any, tuple[Reader, Signature]] = {}
+READERS: dict[Any, tuple[Reader, Signature, bool]] = {}
 
 
-def reads(*functions: Any) -> Callable[[Reader], Reader]:
+def reads(
+    *functions: Any, form: Callable[..., Any] | None = None, always: bool = False
+) -> Callable[[Reader], Reader]:
     """Register the reader of calls of `functions`.
 
-    A reader has the parameters of the function, by the same names, after the trace. It returns what `Trace.note` does, or
-    None where it does not know the call; the call is then left alone, and its parameters stay in the graph.
+    `form` has their parameters, where Python cannot tell them. A reader sees calls with a trainable parameter among their
+    arguments, or all of them where `always` is set.
     """
 
     def register(reader: Reader) -> Reader:
-        READERS.update(dict.fromkeys(functions, (reader, signature(reader))))
+        for function in functions:
+            READERS[function] = (reader, signature(form or function), always)
         return reader
 
     return register
@@ -74,26 +80,34 @@ class Trace(TorchFunctionMode):
         if func in DERIVATIVES and kwargs.get("create_graph") and not _transformed():
             # it would see the detached values
             raise Unrecordable("the forward pass differentiates on its own, with create_graph=True")
-        if func not in READERS or not torch.is_grad_enabled() or _transformed():
+        reader, form, always = READERS.get(func, (None, None, False))
+        watched = always or self._trainable((*args, *kwargs.values()))
+        if not reader or not form or not watched or not torch.is_grad_enabled() or _transformed():
             return func(*args, **kwargs)
-        reader, form = READERS[func]
         try:
-            form.bind(self, *args, **kwargs)
+            bound = form.bind(*args, **kwargs)
         except TypeError:  # arguments that the reader does not know
             return func(*args, **kwargs)
-        result = reader(self, *args, **kwargs)
-        return func(*args, **kwargs) if result is None else result
+        bound.apply_defaults()
+        found = reader(SimpleNamespace(func=func, **bound.arguments))
+        if found is None or isinstance(found, Tensor):
+            return func(*args, **kwargs) if found is None else found
+        uses = [use for use in found if self.has(use.parameter)]
+        if len(uses) != len(self._trainable(bound.arguments.values())):
+            return func(*args, **kwargs)  # a parameter has another part in the call
+        args = [x.detach() if self.has(x) else x for x in args]
+        kwargs = {name: x.detach() if self.has(x) else x for name, x in kwargs.items()}
+        return self._note(func(*args, **kwargs), uses)
 
-    def has(self, *tensors: Any) -> bool:
-        """Say whether any of these is a trainable parameter."""
-        return any(id(x) in self._numbers for x in tensors)
+    def has(self, x: Any) -> bool:
+        """Say whether this is a trainable parameter."""
+        return id(x) in self._numbers
 
-    def free(self, x: Any) -> Any:
-        """Return the detached value of a trainable parameter, and anything else as it is."""
-        return x.detach() if self.has(x) else x
+    def _trainable(self, values: Iterable[Any]) -> list[Any]:
+        return [x for x in values if id(x) in self._numbers]
 
-    def note(self, out: Tensor, *uses: Use) -> Tensor:
-        """Record those uses whose parameter is trainable, with the call's output, and return the output."""
+    def _note(self, out: Tensor, uses: Sequence[Use]) -> Tensor:
+        """Record the uses with the call's output, and return the output."""
         place: Place
         if out.requires_grad:
             place = get_gradient_edge(out)
@@ -101,8 +115,6 @@ class Trace(TorchFunctionMode):
             place = out.detach().requires_grad_()
             out = place.clone()
         for use in uses:
-            if not self.has(use.parameter):
-                continue
             if use.data is not None:
                 self._kept.append((use.data, use.data._version))
                 use.data = use.data.detach()
