@@ -7,7 +7,8 @@ micro-batches, and those of tied weights, are in the sum. Where all rows fit, :m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -33,13 +34,11 @@ class NTKShards(NTKBase):
 
     Parameters
     ----------
-    model
-        As for `NTK`; with several processes, each has a copy with the same parameters.
+    model, normalize
+        As for `NTK`, with n the samples of all processes, each of which has a copy with the same parameters.
     parts
         This process's micro-batches, (inputs, observable) each; `micro_batches` makes them from one batch. Processes may
         have different numbers of rows.
-    normalize
-        As for `NTK`, with n the samples of all processes.
     hold
         True: the recorded passes of every micro-batch are kept, and with them its activations. False: they are made anew in
         both sweeps of every product, so that the memory is that of one micro-batch.
@@ -50,7 +49,7 @@ class NTKShards(NTKBase):
     Attributes
     ----------
     shape : (T, T), rows of all processes in the order of their ranks.
-    outputs : Tensor, (T,), f at all rows; every process has all of them.
+    outputs : (T,), f at all rows; every process has all of them.
     samples, inner_weight, eps : as for `NTK`.
     local : slice, the rows of this process.
 
@@ -59,21 +58,17 @@ class NTKShards(NTKBase):
     ValueError
         What `NTK` raises; batch statistics in training mode, which a micro-batch does not share with the others; no parts.
     RuntimeError
-        `torch.distributed` is not initialised; another process failed, or has other parameters; a product after the
-        parameters were changed.
+        `torch.distributed` is not initialised; another process failed, does not arrive within the timeout of the group, or
+        has other parameters; a product after the parameters were changed.
 
     Notes
     -----
     Vectors are global: every process passes the same u, (T,), and gets the same M u, so that `lanczos` runs unchanged in all
-    of them (its own work is repeated by each). Cost of a product: two activation-only passes and two products per weight
-    matrix, about 4/3 of a forward and backward pass, one all-reduce of the gradients in use and one gather of T numbers. With
-    hold=False, a forward and backward pass for the first half and the set-up of an operator for the second are added.
-    `plan` has the numbers. Measured for h = 256, 4 layers, V = 2048, T = 1024 on two cores, in units of a forward and backward
-    pass, with the peak of memory beyond the weights (17 MB): `NTK` 0.80, 351 MB; four micro-batches held 1.3, 165 MB;
-    made anew 3.9, 113 MB.
-
-    A process that dies, or does not arrive within the timeout given to `torch.distributed.init_process_group`, makes the
-    others fail; they do not wait for ever.
+    of them. Cost of a product: two activation-only passes and two products per weight matrix, about 4/3 of a forward and
+    backward pass, one all-reduce of the gradients in use and one gather of T numbers. With hold=False, a forward and backward
+    pass for the first half and the set-up of an operator for the second are added. Measured for h = 256, 4 layers, V = 2048,
+    T = 1024 on two cores, in units of a forward and backward pass, with the peak of memory beyond the weights (17 MB): `NTK`
+    0.80, 351 MB; four micro-batches held 1.3, 165 MB; made anew 3.9, 113 MB.
     """
 
     def __init__(
@@ -85,38 +80,29 @@ class NTKShards(NTKBase):
         hold: bool = True,
         processes: bool | distributed.ProcessGroup = False,
     ) -> None:
-        self._group = _group(processes)
+        self._processes = Processes(processes)
         self._hold, self._parts = hold, list(parts)
         self._halves: list[Halves | RetainedHalves] = []
         self._plan: list[PlanRow] = []
         local: dict[str, Any] = {"failure": None}
         try:
             super().__init__(model, normalize)
-            several = len(self._parts) > 1 or (
-                self._group is not None and distributed.get_world_size(self._group) > 1
-            )
-            _refuse_batch_statistics(model, several)
+            if len(self._parts) > 1 or self._processes.size > 1:
+                _refuse_batch_statistics(model)
             local |= self._build()
         except Exception as error:
-            if self._group is None:
+            if self._processes.group is None:
                 raise
             local["failure"] = f"{type(error).__name__}: {error}"
-        everyone: list[dict[str, Any]] = [local]
-        rank = 0
-        if self._group is not None:
-            rank, everyone = (
-                distributed.get_rank(self._group),
-                [{}] * distributed.get_world_size(self._group),
-            )
-            _sure(lambda: distributed.all_gather_object(everyone, local, group=self._group))
-            _agreed(everyone)
+        everyone = self._processes.everyone(local)
+        _refuse_disagreement(everyone)
         self._counts: list[int] = [one["rows"] for one in everyone]
-        start = sum(self._counts[:rank])
-        self.local = slice(start, start + self._counts[rank])
+        start = sum(self._counts[: self._processes.rank])
+        self.local = slice(start, start + self._counts[self._processes.rank])
         self._used = sorted({k for one in everyone for k in one["used"]})
         self.samples: int = sum(one["samples"] for one in everyone)
         self.inner_weight = 1.0 / self.samples if normalize == "mean" else 1.0
-        self.outputs = self._gather(self._outputs)
+        self.outputs = self._processes.gather(self._outputs, self._counts)
 
     def _build(self) -> dict[str, Any]:
         """Make the halves of all micro-batches, and return what the other processes must know."""
@@ -135,18 +121,16 @@ class NTKShards(NTKBase):
             if self._hold:
                 self._halves.append(halves)
         self._outputs, self._sizes = torch.cat(outputs), [rows.numel() for rows in outputs]
-        marks = [
-            (name, tuple(p.shape)) for name, p in zip(self._names, self._parameters, strict=True)
-        ]
-        norms = torch.stack(
-            [torch.linalg.vector_norm(p.detach().double()) for p in self._parameters]
-        ).tolist()
         return {
             "rows": self._outputs.numel(),
             "samples": samples,
             "used": used,
-            "marks": marks,
-            "norms": norms,
+            "marks": [
+                (name, p.shape) for name, p in zip(self._names, self._parameters, strict=True)
+            ],
+            "norms": [
+                float(torch.linalg.vector_norm(p.detach().double())) for p in self._parameters
+            ],
         }
 
     def _halves_of(
@@ -164,17 +148,11 @@ class NTKShards(NTKBase):
             return rows.detach(), RetainedHalves(rows, self._parameters)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return (sum(self._counts), sum(self._counts))
-
-    @property
     def error(self) -> Tensor:
         """The error vector of all rows, (T,); every process must ask for it. Cost: one gather."""
-        found, start = [], 0
-        for (_, observable), size in zip(self._parts, self._sizes, strict=True):
-            found.append(observable.error(self._outputs[start : start + size]))
-            start += size
-        return self._gather(torch.cat(found))
+        pieces = zip(self._parts, torch.split(self._outputs, self._sizes), strict=True)
+        errors = [observable.error(rows) for (_, observable), rows in pieces]
+        return self._processes.gather(torch.cat(errors), self._counts)
 
     def plan(self) -> Plan:
         """Return what this process does in a product, with FLOPs and bytes; prints as a table."""
@@ -185,25 +163,17 @@ class NTKShards(NTKBase):
             total[1] = total[1] + row.bytes if self._hold else max(total[1], row.bytes)
         rows = [PlanRow(*key, *total) for key, total in merged.items()]
         if any(isinstance(h, RetainedHalves) for h in self._halves) or not rows:
-            rows.append(
-                PlanRow("all parameters", "cannot be recorded", "VJP, then JVP; not counted", 0, 0)
-            )
+            how = ("cannot be recorded", "VJP, then JVP; not counted")
+            rows.append(PlanRow("all parameters", *how, 0, 0))
         gradients = sum(self._parameters[k].numel() for k in self._used)
-        size = gradients * self._outputs.element_size()
         what = f"summed over {len(self._parts)} micro-batches"
-        if self._group is not None:
-            what += f", all-reduced over {len(self._counts)} processes"
-        rows.append(PlanRow("(Jᵀu)", "gradient", what, gradients * len(self._parts), size))
+        if self._processes.group is not None:
+            what += f", all-reduced over {self._processes.size} processes"
+        costs = (gradients * len(self._parts), gradients * self._outputs.element_size())
+        rows.append(PlanRow("(Jᵀu)", "gradient", what, *costs))
         if not self._hold:
-            rows.append(
-                PlanRow(
-                    "(both sweeps)",
-                    "pass",
-                    "every micro-batch is run and recorded anew; not counted",
-                    0,
-                    0,
-                )
-            )
+            anew = "every micro-batch is run and recorded anew; not counted"
+            rows.append(PlanRow("(both sweeps)", "pass", anew, 0, 0))
         return Plan("two sweeps", tuple(rows))
 
     def __matmul__(self, u: Tensor) -> Tensor:
@@ -211,13 +181,12 @@ class NTKShards(NTKBase):
         if u.ndim == 2:
             self._check(u, (self.shape[0], u.shape[1]))
             return torch.stack([self @ column for column in u.unbind(1)], dim=1)
-        self._check(u, (self.shape[0],))
+        self._check(u, self.shape[:1])
         self._same_parameters()
         pieces = torch.split(u[self.local], self._sizes)
         total: dict[int, Tensor] = {}
-        held = {
-            u.untyped_storage().data_ptr()
-        }  # what may not be written to: u, and a gradient that is also another's
+        # what may not be written to: u, and a gradient that is also another's
+        held = {u.untyped_storage().data_ptr()}
         for k, piece in enumerate(pieces):
             for at, g in enumerate(self._vjp(k, piece)):
                 if g is None:
@@ -228,12 +197,15 @@ class NTKShards(NTKBase):
                 pointer = g.untyped_storage().data_ptr()
                 total[at] = g.clone() if pointer in held else g
                 held.add(pointer)
-        self._reduce(total)
+        if self._processes.group is not None:
+            for k in self._used:
+                if k not in total:  # it has no effect in this process
+                    total[k] = torch.zeros_like(self._parameters[k], dtype=self.dtype)
+                total[k] = total[k].contiguous()  # an expanded one is not
+            self._processes.sum_up([total[k] for k in self._used])
         gradients: Gradients = [total.get(k) for k in range(len(self._parameters))]
-        return (
-            self._gather(torch.cat([self._jvp(k, gradients) for k in range(len(pieces))]))
-            * self.inner_weight
-        )
+        changes = torch.cat([self._jvp(k, gradients) for k in range(len(pieces))])
+        return self._processes.gather(changes, self._counts) * self.inner_weight
 
     def to_dense(self) -> Tensor:
         """Return M as a (T, T) matrix by T products."""
@@ -250,41 +222,11 @@ class NTKShards(NTKBase):
         if self._hold:
             return self._halves[k].vjp(u)
         rows = self._rows(*self._parts[k])
-        found: Gradients = [*torch.autograd.grad(rows, self._parameters, u, allow_unused=True)]
-        return found
+        return [*torch.autograd.grad(rows, self._parameters, u, allow_unused=True)]
 
     def _jvp(self, k: int, gradients: Gradients) -> Tensor:
         halves = self._halves[k] if self._hold else self._halves_of(*self._parts[k])[1]
         return halves.jvp(gradients)
-
-    def _reduce(self, total: dict[int, Tensor]) -> None:
-        """Sum the gradients over all processes; one that has no effect in this process is zero."""
-        if self._group is None:
-            return
-        for k in self._used:
-            if k not in total:
-                total[k] = torch.zeros_like(self._parameters[k], dtype=self.dtype)
-            total[k] = total[k].contiguous()  # an expanded one is not
-
-        def reduce() -> None:
-            pending = [
-                distributed.all_reduce(total[k], group=self._group, async_op=True)
-                for k in self._used
-            ]
-            for work in pending:
-                work.wait()
-
-        _sure(reduce)
-
-    def _gather(self, x: Tensor) -> Tensor:
-        """Return the pieces of all processes, one after another; x is the one of this process."""
-        if self._group is None:
-            return x
-        padded = x.new_zeros(max(self._counts))
-        padded[: x.numel()] = x
-        found = [torch.empty_like(padded) for _ in self._counts]
-        _sure(lambda: distributed.all_gather(found, padded, group=self._group))
-        return torch.cat([piece[:count] for piece, count in zip(found, self._counts, strict=True)])
 
 
 def micro_batches(inputs: Inputs, observable: Observable, count: int) -> list[Part]:
@@ -295,94 +237,118 @@ def micro_batches(inputs: Inputs, observable: Observable, count: int) -> list[Pa
     ValueError
         A count that the batch does not have; inputs without a tensor; an observable that is not a dataclass with targets.
     """
-    leaves = (
-        [inputs]
-        if isinstance(inputs, Tensor)
-        else [*(inputs.values() if isinstance(inputs, Mapping) else inputs)]
-    )
-    tensors = [x for x in leaves if isinstance(x, Tensor) and x.ndim]
-    if not tensors:
+    given: Any = inputs
+    whole: dict[Any, Any] = dict(given) if isinstance(given, Mapping) else {}
+    if not isinstance(given, Mapping):
+        whole = dict(enumerate((given,) if isinstance(given, Tensor) else given))
+    sizes = [len(x) for x in whole.values() if isinstance(x, Tensor) and x.ndim]
+    if not sizes:
         raise ValueError(
             "the inputs hold no tensor with a batch axis, so there is nothing to split"
         )
-    size = tensors[0].shape[0]
-    if not 1 <= count <= size:
-        raise ValueError(f"a batch of {size} cannot be split into {count} micro-batches")
+    if not 1 <= count <= sizes[0]:
+        raise ValueError(f"a batch of {sizes[0]} cannot be split into {count} micro-batches")
     kind: Any = observable
     if "targets" not in ({f.name for f in fields(kind)} if is_dataclass(kind) else ()):
         raise ValueError(
-            f"{type(observable).__name__} has no targets to split; make the (inputs, observable) pairs yourself"
+            f"{type(observable).__name__} has no targets to split; make the (inputs, observable) "
+            "pairs yourself"
         )
-    targets: Tensor | None = kind.targets
-    bounds = [k * size // count for k in range(count + 1)]
 
     def cut(x: Any, at: slice) -> Any:
-        return x[at] if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else x
+        return x[at] if isinstance(x, Tensor) and x.ndim and len(x) == sizes[0] else x
 
-    found: list[Part] = []
-    for start, stop in pairwise(bounds):
+    parts: list[Part] = []
+    for start, stop in pairwise(k * sizes[0] // count for k in range(count + 1)):
         at = slice(start, stop)
-        part: Any
-        if isinstance(inputs, Tensor):
-            part = cut(inputs, at)
-        elif isinstance(inputs, Mapping):
-            part = {key: cut(x, at) for key, x in inputs.items()}
-        else:
-            part = tuple(cut(x, at) for x in inputs)
-        found.append((part, observable if targets is None else replace(kind, targets=targets[at])))
-    return found
+        part = {key: cut(x, at) for key, x in whole.items()}
+        if not isinstance(given, Mapping):
+            part = part[0] if isinstance(given, Tensor) else tuple(part.values())  # type: ignore[assignment]
+        targets = None if kind.targets is None else kind.targets[at]
+        parts.append((part, replace(kind, targets=targets)))
+    return parts
 
 
-def _group(processes: bool | distributed.ProcessGroup) -> distributed.ProcessGroup | None:
-    if processes is False:
-        return None
-    if not distributed.is_available() or not distributed.is_initialized():
-        raise RuntimeError(
-            "torch.distributed is not initialised: start the program with torchrun and call "
-            "torch.distributed.init_process_group first, or leave out processes="
-        )
-    return distributed.group.WORLD if processes is True else processes
+class Processes:
+    """What is exchanged with the other processes of a group; alone, nothing is."""
 
-
-def _agreed(everyone: Sequence[Mapping[str, Any]]) -> None:
-    """Raise RuntimeError, in all processes alike, when one of them failed or has another model."""
-    failures = [
-        f"process {k}: {one['failure']}"
-        for k, one in enumerate(everyone)
-        if one["failure"] is not None
-    ]
-    if failures:
-        raise RuntimeError(
-            f"the operator could not be made in {len(failures)} of {len(everyone)} processes; {failures[0]}"
-        )
-    first = everyone[0]
-    for k, one in enumerate(everyone):
-        same = one["marks"] == first["marks"] and all(
-            abs(a - b) <= 1e-6 * abs(a) for a, b in zip(first["norms"], one["norms"], strict=True)
-        )
-        if not same:
+    def __init__(self, asked: bool | distributed.ProcessGroup) -> None:
+        self.group: distributed.ProcessGroup | None = None
+        self.rank, self.size = 0, 1
+        if asked is False:
+            return
+        if not distributed.is_available() or not distributed.is_initialized():
             raise RuntimeError(
-                f"process {k} has other parameters than process 0; load the same checkpoint in all of them (random weights "
-                "need one seed)"
+                "torch.distributed is not initialised: start the program with torchrun and call "
+                "torch.distributed.init_process_group first, or leave out processes="
             )
+        self.group = distributed.group.WORLD if asked is True else asked
+        self.rank = distributed.get_rank(self.group)
+        self.size = distributed.get_world_size(self.group)
+
+    def everyone(self, local: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what every process says, in the order of their ranks."""
+        said: list[dict[str, Any]] = [local] * self.size
+        if self.group is not None:
+            with _in_time():
+                distributed.all_gather_object(said, local, group=self.group)
+        return said
+
+    def sum_up(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each of the tensors over all processes, in place."""
+        with _in_time():
+            pending = [distributed.all_reduce(x, group=self.group, async_op=True) for x in tensors]
+            for work in pending:
+                work.wait()
+
+    def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the pieces of all processes, one after another; x is the one of this process."""
+        if self.group is None:
+            return x
+        padded = x.new_zeros(max(counts))
+        padded[: x.numel()] = x
+        pieces = [torch.empty_like(padded) for _ in counts]
+        with _in_time():
+            distributed.all_gather(pieces, padded, group=self.group)
+        return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
 
 
-def _sure(exchange: Callable[[], object]) -> None:
+@contextmanager
+def _in_time() -> Iterator[None]:
     try:
-        exchange()
+        yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"another process failed, or did not take part in this call in time ({str(error).splitlines()[0]})"
+            "another process failed, or did not take part in this call in time "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
-def _refuse_batch_statistics(model: nn.Module, several: bool) -> None:
+def _refuse_disagreement(everyone: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RuntimeError, in all processes alike, when one of them failed or has another model."""
+    failed = [(k, one["failure"]) for k, one in enumerate(everyone) if one["failure"] is not None]
+    if failed:
+        raise RuntimeError(
+            f"the operator could not be made in {len(failed)} of {len(everyone)} processes; "
+            f"process {failed[0][0]}: {failed[0][1]}"
+        )
+    first = everyone[0]
+    for k, one in enumerate(everyone):
+        norms = zip(first["norms"], one["norms"], strict=one["marks"] == first["marks"])
+        if one["marks"] != first["marks"] or any(not abs(a - b) <= 1e-6 * abs(a) for a, b in norms):
+            raise RuntimeError(
+                f"process {k} has other parameters than process 0; load the same checkpoint in all of "
+                "them (random weights need one seed)"
+            )
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        normalises = several and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if normalises and (module.training or module.running_mean is None):
             raise ValueError(
-                f"{name!r} normalises by the statistics of the batch, which a micro-batch does not share with the others: "
-                "call model.eval(), or use NTK on the whole batch"
+                f"{name!r} normalises by the statistics of the batch, which a micro-batch does not "
+                "share with the others: call model.eval(), or use NTK on the whole batch"
             )
 
 
