@@ -8,7 +8,6 @@ claim that `missing` still lists fails the build.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from grsd import __version__
+from grsd import __version__, checks
 from grsd.results import atomic_write, dumps
 from grsd.scale import evidence_dir, scale
 
@@ -233,18 +232,15 @@ def _value(value: Any, where: str) -> Value:
     """A number or text that can settle a claim."""
     if hasattr(value, "item"):
         value = value.item()  # a numpy or torch scalar
-    if isinstance(value, int):
-        return int(value)
-    if not isinstance(value, float | str):
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"{where} is empty text")
+        return value
+    if not isinstance(value, int | float):
         wanted = "a number, a text or a dict of them"
         raise TypeError(f"{where} is a {type(value).__name__}; expected {wanted}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(
-            f"{where} is {value!r}; a claim is not settled by a number that is not finite"
-        )
-    if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{where} is empty text")
-    return value
+    checks.finite(where, value, "a number that is not finite settles nothing")
+    return int(value) if isinstance(value, int) else value
 
 
 def _measured(value: Any, where: str) -> Measured:
@@ -270,23 +266,15 @@ def record(
     Parameters
     ----------
     measured, bound : number, text, or dict of them
-        What was found, and what it was compared with. Numpy and torch scalars are taken as numbers.
+        What was found, finite, and what it was compared with. Numpy and torch scalars are numbers.
     note : str
         One sentence for the claims page.
     verdict : str, optional
-        What the check concluded; it must be the ledger's verdict.
-
-    Raises
-    ------
-    ValueError
-        If the ledger has no such claim or calls it untested, a number is not finite, or `verdict`
-        differs from the ledger's.
+        What the check concluded. A ValueError if it is not the ledger's, or that is untested.
     """
     claim = find(claim_id)
     if claim.verdict == "untested":
-        raise ValueError(
-            f"{claim_id!r} is untested in the ledger: give it a verdict before its evidence"
-        )
+        raise ValueError(f"{claim_id!r} is untested in the ledger; give it a verdict first")
     if verdict not in (None, claim.verdict):
         told = f"the check concludes {verdict!r}, but the ledger says {claim.verdict!r}"
         raise ValueError(f"{claim_id!r}: {told}; correct whichever is wrong")
@@ -322,9 +310,7 @@ def evidence(claim_id: str) -> Evidence | None:
     try:
         recorded = Evidence(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the evidence file {path.name} is damaged ({error}); run its chapter again"
-        ) from error
+        raise ValueError(f"{path.name} is damaged ({error}); run its chapter again") from error
     return recorded if (recorded.id, recorded.verdict) == (claim.id, claim.verdict) else None
 
 

@@ -59,13 +59,13 @@ def code_fingerprint(root: Path) -> str:
 def stamps(root: Path, evidence: Path) -> dict[str, str]:
     """Chapter → stamp; a page without code cells is no chapter."""
     package = code_fingerprint(root)
-    found = {}
+    chapters = {}
     for path in sorted((root / "book").rglob("*.md")):
         cells = [c.source for c in jupytext.read(path).cells if c.cell_type == "code"]
         if cells:  # prose and captions may change without a new run
             name = path.relative_to(root).with_suffix("").as_posix()
-            found[name] = digest([package, str(evidence), *cells])
-    return found
+            chapters[name] = digest([package, str(evidence), *cells])
+    return chapters
 
 
 def before(app: Sphinx, config: Config) -> None:

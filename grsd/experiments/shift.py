@@ -171,8 +171,8 @@ def crossing(places: Sequence[float] | np.ndarray, slopes: Sequence[Sequence[flo
             return math.nan
         return float(np.exp(x[k - 1] + (x[k] - x[k - 1]) * -y[k - 1] / (y[k] - y[k - 1])))
 
-    found, drawn = statistics.bootstrap(root, *groups)
-    values = {"place": found.value, "low": found.low, "high": found.high}
+    place, drawn = statistics.bootstrap(root, *groups)
+    values = {"place": place.value, "low": place.low, "high": place.high}
     crossed = {name: v if math.isfinite(v) else None for name, v in values.items()}
     return {**crossed, "share": float(np.isfinite(drawn).mean())}
 
