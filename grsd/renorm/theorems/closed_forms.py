@@ -10,12 +10,10 @@ field, or fails to be one. Networks that realise these formulas under gradient f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 from scipy.special import exprel, lambertw
 
 from grsd import checks
@@ -23,7 +21,6 @@ from grsd import checks
 __all__ = [
     "BalancedModes",
     "balanced_eigenvalue",
-    "balanced_field",
     "balanced_velocity",
     "deep_exponent",
     "deep_velocity",
@@ -55,31 +52,6 @@ def balanced_velocity(lam: ArrayLike, target: ArrayLike, imbalance: ArrayLike = 
     checks.at_least("λ − |D|", x - np.abs(d), 0, "λ = a² + b² cannot be less than |a² − b²|")
     f = 0.5 * np.sqrt((x - d) * (x + d))
     return 4 * f * (y - f)
-
-
-def balanced_field(lam: ArrayLike, t: float, start: Callable[[float], float]) -> Array:
-    """Return v(λ, t) of the family of all balanced modes y > 0 that start at `start`(y).
-
-    λ and t are positive. λ(t) must increase with y: then one mode passes (λ, t), and the field has
-    one value there. It is looked for at y in [10⁻¹², 10¹²].
-    """
-    checks.positive("t", t, "expected a positive time")
-
-    def gap(log_y: float, value: float) -> float:
-        y = math.exp(log_y)
-        return math.log(float(balanced_eigenvalue(t, y, start(y)))) - math.log(value)
-
-    values = np.asarray(lam, float)
-    end, speeds = math.log(1e12), []
-    for value in values.ravel():
-        if not value > 0 or gap(-end, value) * gap(end, value) > 0:
-            raise ValueError(
-                f"no target between 1e-12 and 1e12 has λ = {value} at t = {t}; give a λ that the "
-                "family reaches"
-            )
-        y = math.exp(brentq(gap, -end, end, args=(value,), xtol=1e-15, rtol=1e-15))
-        speeds.append(float(balanced_velocity(value, y)))
-    return np.array(speeds).reshape(values.shape)
 
 
 @dataclass(frozen=True)

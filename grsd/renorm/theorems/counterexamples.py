@@ -1,6 +1,6 @@
 """Small networks whose gradient flow realises :mod:`grsd.renorm.theorems.closed_forms`.
 
-Inputs are √n times the identity (or √n diag(s)), so that in ⟨u, v⟩ = (1/n) Σ u v the coordinate
+Inputs are √n times the identity, so that in ⟨u, v⟩ = (1/n) Σ u v the coordinate
 functions are orthonormal and no factor n appears: the eigenvalues of M = J Jᵀ/n are those of the
 formulas.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from grsd import checks
 from grsd.dynamics.problem import Problem
 
-__all__ = ["gain_network", "parallel_modes", "spiral"]
+__all__ = ["parallel_modes", "spiral"]
 
 
 class _Modes(nn.Module):
@@ -65,33 +65,6 @@ def parallel_modes(
     else:
         factors = np.tile((first / depth) ** (1 / (2 * depth - 2)), (depth, 1))
     return _on_identity(_Modes(torch.tensor(factors)), y)
-
-
-class _Gain(nn.Module):
-    """f = g Φ w with a number g; `x` is Φ."""
-
-    def __init__(self, gain: float, weights: Tensor) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor([gain], dtype=torch.float64))
-        self.weights = nn.Parameter(weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gain * (x @ self.weights)
-
-
-def gain_network(singular: ArrayLike, y1: float, q0: float) -> Problem:
-    """Return f = g Φ w, g² = w₁² = q₀ > 0, with w and the target y₁ in the first mode.
-
-    `singular` are the singular values s_k > 0 of Φ/√n, (n,), n ≥ 2. M = g² diag(s²) + s₁²w₁² in the
-    first place; its modes do not turn.
-    """
-    s = np.asarray(singular, float)
-    n = checks.at_least("number of singular values", s.size, 2)
-    checks.positive("singular values", checks.shape("singular values", s, ("n",)))
-    checks.positive("q0", q0)
-    first = torch.eye(n, dtype=torch.float64)[0]
-    features = math.sqrt(n) * torch.diag(torch.tensor(s))
-    return Problem(_Gain(math.sqrt(q0), math.sqrt(q0) * first), features, math.sqrt(n) * y1 * first)
 
 
 class _Spirals(nn.Module):
