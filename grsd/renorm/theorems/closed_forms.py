@@ -22,14 +22,11 @@ __all__ = [
     "BalancedModes",
     "balanced_eigenvalue",
     "balanced_velocity",
-    "deep_exponent",
-    "deep_velocity",
     "scale_free_exponent",
     "scale_free_velocity",
 ]
 
 Array = NDArray[np.float64]
-ONE_FACTOR = "a mode of one factor has a constant λ, so give 2 or more"
 
 
 def balanced_eigenvalue(t: ArrayLike, target: ArrayLike, start: ArrayLike) -> Array:
@@ -130,21 +127,3 @@ def _lambert(u: Array, kappa: float) -> Array:
 def _kappa(kappa: float) -> float:
     why = "expected a number between 0 and 2 (at 2 the modes start where they end)"
     return checks.between("kappa", kappa, 0, 2, "()", why)
-
-
-def deep_velocity(lam: ArrayLike, depth: int, target: ArrayLike = 0.0) -> Array:
-    """Return λ̇ of a mode f = a^L of L equal factors: λ = L a^{2L−2}, α = (3L−4)/(2L−2).
-
-    λ̇ = 2L(L−1)(λ/L)^α (y − (λ/L)^{L/(2L−2)}). At y = 0 it is −2L(L−1)(λ/L)² for every L; for L = 2
-    it is λ(2y − λ).
-    """
-    checks.whole("depth", depth, 2, ONE_FACTOR)
-    a = (np.asarray(lam, float) / depth) ** (1 / (2 * depth - 2))
-    error = np.asarray(target, float) - a**depth
-    return 2 * depth * (depth - 1) * a ** (3 * depth - 4) * error
-
-
-def deep_exponent(depth: int) -> float:
-    """Return α = (3L−4)/(2L−2): v ∝ λ^α while a mode of L factors grows at error y."""
-    checks.whole("depth", depth, 2, ONE_FACTOR)
-    return (3 * depth - 4) / (2 * depth - 2)

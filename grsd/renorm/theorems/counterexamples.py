@@ -1,8 +1,7 @@
-"""Small networks whose gradient flow realises :mod:`grsd.renorm.theorems.closed_forms`.
+"""A small network whose gradient flow realises :mod:`grsd.renorm.theorems.closed_forms`.
 
-Inputs are √n times the identity, so that in ⟨u, v⟩ = (1/n) Σ u v the coordinate
-functions are orthonormal and no factor n appears: the eigenvalues of M = J Jᵀ/n are those of the
-formulas.
+Inputs are √n times the identity, so that in ⟨u, v⟩ = (1/n) Σ u v the coordinate functions are
+orthonormal and no factor n appears: the eigenvalues of M = J Jᵀ/n are those of the formulas.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from grsd import checks
 from grsd.dynamics.problem import Problem
 
-__all__ = ["parallel_modes", "spiral"]
+__all__ = ["parallel_modes"]
 
 
 class _Modes(nn.Module):
@@ -64,55 +63,6 @@ def parallel_modes(
         factors = np.sqrt(np.stack([first + d, first - d]) / 2)
     else:
         factors = np.tile((first / depth) ** (1 / (2 * depth - 2)), (depth, 1))
-    return _on_identity(_Modes(torch.tensor(factors)), y)
-
-
-class _Spirals(nn.Module):
-    """K planes: F_k = r ê(ψ) + θ₂ √β ê⊥(ψ), r = r₀ − pθ₁, ψ = (q/p) log(r/r₀)."""
-
-    shape: Tensor
-
-    def __init__(self, shape: Tensor) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.zeros(2, shape.shape[1], dtype=torch.float64))
-        self.register_buffer("shape", shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        inward, across, normal, radius = self.shape
-        r = radius - inward * self.theta[0]
-        angle = across / inward * torch.log(r / radius)
-        push = self.theta[1] * torch.sqrt(normal)
-        first = r * torch.cos(angle) - push * torch.sin(angle)
-        second = r * torch.sin(angle) + push * torch.cos(angle)
-        return x @ torch.stack([first, second], dim=1).reshape(-1)
-
-
-def spiral(
-    inward: ArrayLike = 1.0,
-    across: ArrayLike = 1.0,
-    normal: ArrayLike = 1.0,
-    radius: ArrayLike = 1.0,
-) -> Problem:
-    """Return a network whose M(t) turns at a constant rate and keeps its eigenvalues.
-
-    It has two parameters, two samples and the target 0. Its outputs run along a logarithmic spiral
-    into the target, |e| = r₀ e^{−p²t}, with p = `inward`, q = `across`, β = `normal`, r₀ =
-    `radius`, all but q positive. In the frame (ê, ê⊥) of the error M = [[p², pq], [pq, q² + β]] for
-    ever, and the frame turns at the rate −pq. Arrays (K,), which broadcast, give K such planes side
-    by side, with 2K samples and parameters.
-
-    ∂F/∂θ₁ = −pê − qê⊥ and ∂F/∂θ₂ = √β ê⊥ on θ₂ = 0, where gradient flow from 0 stays because ⟨e,
-    ê⊥⟩ = 0. Rotation without drift: the flux of energy is not zero, λ̇ is.
-    """
-    given = {"inward": inward, "across": across, "normal": normal, "radius": radius}
-    arrays = {name: np.atleast_1d(np.asarray(x, float)) for name, x in given.items()}
-    for name in ("inward", "normal", "radius"):
-        checks.positive(name, checks.shape(name, arrays[name], ("K",)))
-    shape = np.stack(np.broadcast_arrays(*arrays.values()))
-    return _on_identity(_Spirals(torch.tensor(shape)), np.zeros(2 * shape.shape[1]))
-
-
-def _on_identity(model: nn.Module, targets: np.ndarray) -> Problem:
-    n = len(targets)
-    scale = math.sqrt(n)
-    return Problem(model, scale * torch.eye(n, dtype=torch.float64), scale * torch.tensor(targets))
+    root = math.sqrt(len(y))
+    eye = torch.eye(len(y), dtype=torch.float64)
+    return Problem(_Modes(torch.tensor(factors)), root * eye, root * torch.tensor(y))

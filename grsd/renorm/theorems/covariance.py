@@ -51,9 +51,9 @@ def rescaled(model: nn.Module, inputs: Tensor, targets: Tensor, a: float) -> Pro
 
 
 class BetweenFlows(NamedTuple):
-    """Largest departure from Lemma 1 between the flow of L at time at and that of aL at time t, (K,).
+    """Largest departure from Lemma 1 between the flow of L at time at and that of aL at time t.
 
-    All but `same` would be 0; `same` is |a − 1| if all is well.
+    (K,) each. All but `same` would be 0; `same` is |a − 1| if all is well.
     """
 
     a: float

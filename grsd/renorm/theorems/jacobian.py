@@ -50,7 +50,7 @@ def correlations(blocks: Sequence[ArrayLike]) -> list[list[Array]]:
 
 
 def correlation_rate(blocks: Sequence[ArrayLike], rates: Sequence[ArrayLike]) -> list[list[Array]]:
-    """Return Ċ_lm = J̇^(l)ᵀJ^(m) + J^(l)ᵀJ̇^(m), equation (14): the product rule, true of any path."""
+    """Return Ċ_lm = J̇^(l)ᵀJ^(m) + J^(l)ᵀJ̇^(m), equation (14): true of any path."""
     pairs = list(zip(*_pair(blocks, rates), strict=True))
     return [[da.T @ b + a.T @ db for b, db in pairs] for a, da in pairs]
 

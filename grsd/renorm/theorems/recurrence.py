@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.func import jacrev, jvp
 
 from grsd import checks
-from grsd.renorm.theorems.jacobian import Coefficients
 
-__all__ = ["Cell", "Unrolled", "diagonal_cell", "gated_cell", "readout_coefficients"]
+__all__ = ["Cell", "Unrolled", "diagonal_cell", "gated_cell"]
 
 Array = NDArray[np.float64]
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -170,30 +169,3 @@ class Unrolled:
         moved = np.asarray(rates, dtype=np.float64)
         beyond = [m[(i + band + 1) * self.cell.outputs :] for i, m in enumerate(moved)]
         return np.array([np.linalg.norm(rows, 2) if rows.size else 0.0 for rows in beyond])
-
-
-def readout_coefficients(unrolled: Unrolled, rates: ArrayLike, *, band: int) -> Coefficients:
-    """Return right coefficients that give rows l … l + K of J̇^(l) by the readouts there.
-
-    The readout of copy t moves y_t alone, by h_t: so B_tl = (I ⊗ h_t/‖h_t‖²) · (rows of step t of
-    J̇^(l)), and ‖B_tl‖ is the norm of those rows over ‖h_t‖. What is left of J̇^(l) is its row
-    tail. No h_t may be 0: its readout would move nothing. `rates`, (T, N, p), are those of
-    :meth:`Unrolled.rates`.
-    """
-    band = checks.whole("band", band)
-    moved, h = np.asarray(rates, dtype=np.float64), unrolled.states()
-    lengths = np.linalg.norm(h, axis=1)
-    if (lengths == 0).any():
-        still = int(np.argmin(lengths))
-        raise ValueError(f"h is 0 in step {still}: the readout of that copy moves no output")
-    o, p, steps = unrolled.cell.outputs, moved.shape[2], unrolled.steps
-    parts: list[dict[int, Array]] = [{} for _ in range(steps)]
-    for i, row in enumerate(parts):
-        for t in range(i, min(i + band + 1, steps)):
-            readout = np.kron(np.eye(o), h[t][:, None] / lengths[t] ** 2)
-            row[t] = np.zeros((p, p))
-            row[t][-len(readout) :] = readout @ moved[i, t * o : (t + 1) * o]
-    rest = np.array([np.linalg.norm(m[(i + band + 1) * o :]) for i, m in enumerate(moved)])
-    size = np.maximum(np.linalg.norm(moved, axis=(1, 2)), np.finfo(float).tiny)
-    ranks = np.array([len(row) * o for row in parts])
-    return Coefficients("right", band, parts, rest / size, unrolled.row_tail(moved, band), ranks)

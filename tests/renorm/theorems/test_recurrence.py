@@ -9,13 +9,7 @@ from torch import Tensor
 
 from grsd.dynamics.flow import central
 from grsd.renorm.theorems.jacobian import coefficients, envelope
-from grsd.renorm.theorems.recurrence import (
-    Cell,
-    Unrolled,
-    diagonal_cell,
-    gated_cell,
-    readout_coefficients,
-)
+from grsd.renorm.theorems.recurrence import Cell, Unrolled, diagonal_cell, gated_cell
 
 MAKERS = (diagonal_cell, gated_cell)
 
@@ -91,31 +85,6 @@ def test_untied_velocity_is_each_copys_own() -> None:
     own = unrolled.velocity(e, tied=False)
     np.testing.assert_allclose(own, [j.T @ e for j in unrolled.copies()], atol=1e-13)
     np.testing.assert_allclose(unrolled.velocity(e), np.tile(own.sum(0), (6, 1)), atol=1e-12)
-
-
-@pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("outputs", [1, 2])
-def test_readout_coefficients_leave_the_row_tail(make: type, outputs: int) -> None:
-    unrolled = Unrolled(make(3, inputs=2, outputs=outputs, decay=0.8, seed=4), signs(12, 2))
-    moved = unrolled.rates(unrolled.velocity(np.ones(unrolled.rows)))
-    for band in (0, 3, 11):
-        found = readout_coefficients(unrolled, moved, band=band)
-        rest = moved - np.array(found.rates(list(unrolled.copies())))
-        first = outputs * (np.arange(12) + band + 1)
-        for i in range(12):
-            np.testing.assert_allclose(rest[i, : first[i]], 0, atol=1e-12)
-            np.testing.assert_allclose(rest[i, first[i] :], moved[i, first[i] :], atol=1e-12)
-        np.testing.assert_allclose(
-            found.remainders, [np.linalg.norm(r, 2) for r in rest], atol=1e-11
-        )
-        np.testing.assert_allclose(
-            found.residuals,
-            [np.linalg.norm(r) / np.linalg.norm(m) for r, m in zip(rest, moved, strict=True)],
-            atol=1e-12,
-        )
-        best = coefficients(list(unrolled.copies()), list(moved), band=band)
-        slack = 1e-11 * np.linalg.norm(moved, 2, axis=(1, 2)).max()
-        assert (best.remainders <= found.remainders + slack).all()
 
 
 @pytest.mark.parametrize("rho", [0.5, 0.8])
@@ -210,16 +179,6 @@ CELL = diagonal_cell(1, decay=0.5, seed=0)
         (lambda: Unrolled(CELL, signs(4) * np.nan), "not finite"),
         (lambda: Unrolled(CELL, signs(4)).velocity(np.ones(3)), r"expected \(4,\)"),
         (lambda: Unrolled(CELL, signs(4)).rates(np.ones(3)), r"expected \(4, 3\)"),
-        (
-            lambda: readout_coefficients(Unrolled(CELL, signs(4)), np.ones((4, 4, 3)), band=-1),
-            "band is -1",
-        ),
-        (
-            lambda: readout_coefficients(
-                Unrolled(CELL, np.zeros((4, 1))), np.ones((4, 4, 3)), band=1
-            ),
-            "h is 0 in step 0",
-        ),
     ],
 )
 def test_bad_input(call: object, words: str) -> None:
