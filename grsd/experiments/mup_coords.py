@@ -88,8 +88,7 @@ def factory(width: int, depth: int) -> nn.Module:
 def hidden_alone(
     optimizer: str, width: float = 0.0, depth: float = 0.0
 ) -> Callable[[nn.Module, nn.Module], Plan]:
-    """Return (model, base) → the optimizer's plan with every rate 0 but that of the hidden
-    matrices, which is times r_n^width · r_L^depth."""
+    """Return (model, base) → plan: hidden matrices alone have a rate, times r_n^width r_L^depth."""
 
     def make(model: nn.Module, base: nn.Module) -> Plan:
         right = plan(model, base=base, optimizer=optimizer)
@@ -101,8 +100,7 @@ def hidden_alone(
 
 
 def batch(samples: int, seed: int = 0, device: str = "cpu") -> Callable[[nn.Module], Tensor]:
-    """Return model → mean of log(1 + e^(−f y)) on one fixed batch of Gaussian inputs and random
-    signs y, the same on every device."""
+    """Return model → mean of log(1 + e^(−f y)) on a batch of Gaussian inputs and random signs y."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, INPUTS, generator=generator).to(device)
     y = torch.randn(samples, generator=generator).sign().to(device)
@@ -177,7 +175,7 @@ def measure(piece: Piece) -> dict[str, Any]:
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Slopes of log ‖Δh_L‖_R against log size after every step, and how many runs left the numbers."""
+    """Slopes of log ‖Δh_L‖_R against log size after every step, and how many runs diverged."""
     groups: dict[tuple[str, str], list[tuple[list[int], list[float | None]]]] = {}
     for piece, one in zip(listed, measured, strict=True):
         key = (piece["optimizer"], piece["parametrization"])

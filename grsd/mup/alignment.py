@@ -62,22 +62,19 @@ class Observed:
         return torch.outer(self.deltas[i], self.inputs[i])
 
     def alignment(self) -> float:
-        """Return the mean over samples of ‖G a_i‖_R / (‖G‖_R ‖a_i‖_R), G the batch gradient: 1 for
-        a batch of one (claim E.2)."""
+        """Return the mean of ‖G a_i‖_R / (‖G‖_R ‖a_i‖_R), G the batch gradient (claim E.2)."""
         G = self.gradient()
         gain = rms_norm(self.inputs @ G.T) / rms_norm(self.inputs)
         return float(gain.mean()) / rms_operator_norm(G)
 
     def batch_norm_ratio(self) -> float:
-        """Return ‖mean of G_i‖_R over the mean of ‖G_i‖_R, in [0, 1]: 1 when all samples ask for
-        the same (assumption F.3)."""
+        """Return ‖mean of G_i‖_R over the mean of ‖G_i‖_R, in [0, 1] (assumption F.3)."""
         # a matrix of rank one has the RMS norm n_in ‖δ‖_R ‖a‖_R
         singles = rms_norm(self.deltas) * rms_norm(self.inputs) * self.inputs.shape[1]
         return rms_operator_norm(self.gradient()) / float(singles.mean())
 
     def own_share(self) -> float:
-        """Return the median over samples of ‖G a_i‖ / ‖(1/B) G_i a_i‖: what the batch does to a
-        sample, in units of its own share."""
+        """Return the median of ‖G a_i‖ / ‖(1/B) G_i a_i‖: the batch in units of a sample."""
         own = self.deltas * (self.inputs.square().sum(1, keepdim=True) / self.samples)
         both = self.inputs @ self.gradient().T
         norms = torch.linalg.vector_norm(own, dim=1)
@@ -155,8 +152,7 @@ def observe(
 
 
 def step(before: Tensor, after: Tensor) -> Step:
-    """Compare a weight (n_out, n_in) before and after; a feature (n,) is measured by its RMS norm.
-    Neither may be zero."""
+    """Compare a weight (n_out, n_in), or a feature (n,), before and after; neither may be zero."""
     if before.shape != after.shape or before.ndim not in (1, 2):
         raise ValueError(
             f"need two matrices or two vectors of one shape, got {tuple(before.shape)}, "

@@ -197,8 +197,7 @@ def measure_sizes(
     blocks: int = 2,
     roles: Roles = None,
 ) -> Sizes:
-    """Return the norms of one model under μP's multipliers and variances. Arguments:
-    `audit_update_norms`."""
+    """Return the norms of one model under μP. Arguments: `audit_update_norms`."""
     checks.at_least("width, depth, base and blocks", (width, depth, *base, blocks), 1)
     takes = {name: MATRICES if row(name).matrices_only else ROLES for name in optimizers}
     # one backward pass of the model that the plan starts
@@ -287,8 +286,7 @@ def _spread(made: Plan, blocks: int) -> set[str]:
 
 
 def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tensor]:
-    """Return A of ΔW = −ηA for every tensor: one step of the optimizer itself, without decay, on
-    copies."""
+    """Return A of ΔW = −ηA for every tensor: one step of the optimizer itself, on copies."""
     if not held:
         return []
     known = row(name)
@@ -308,8 +306,7 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
 
 
 def _norms(x: Tensor, entry: Entry, tabled: set[str]) -> list[float]:
-    """Return ‖·‖_R of a matrix, of each of its parts when several are fused, of a vector, or of a
-    table's largest row; NaN of what is not finite."""
+    """Return ‖·‖_R of a matrix, its fused parts, a vector, or a table's largest row; NaN passes."""
     if not bool(torch.isfinite(x).all()):
         return [math.nan]
     if entry.name in tabled:

@@ -62,8 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Slope:
-    """An exponent fitted over sizes and seeds: value with its 95 % interval, and how many points it
-    rests on."""
+    """An exponent fitted over sizes and seeds, with its 95 % interval and count of points."""
 
     value: float
     low: float
@@ -205,8 +204,7 @@ def coord_check(
 
 
 def _standard(made: Plan) -> Plan:
-    """Return a plan without any scaling whose matrices have variance 1/fan-in (embeddings keep the
-    base's)."""
+    """Return a plan without scaling; matrices have variance 1/fan-in, embeddings the base's."""
     entries = []
     for e in unscaled(made):
         std = e.std_base or 0.0
@@ -270,8 +268,7 @@ def _typical(x: Tensor) -> float:
 def _by_role(
     made: Plan, tensors: Mapping[str, Tensor], rows: set[str], gaussian: bool = False
 ) -> dict[str, float]:
-    """Return α times the typical norm of every role; a table's (an embedding's) is that of its
-    largest row, what a token can meet."""
+    """Return α times the typical norm of every role; of a table, that of its largest row."""
     norms = []
     for e in made:
         x = tensors[e.name]

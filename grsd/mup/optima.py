@@ -261,8 +261,7 @@ def regret(
 def _curve(
     log2_lr: npt.ArrayLike, losses: npt.ArrayLike, ceiling: float
 ) -> tuple[Array, Array, Array, npt.NDArray[np.bool_]]:
-    """Return the sorted rates that were run, mean losses (infinite where one diverged), completed
-    rows, and which rates are finite."""
+    """Return sorted rates, mean losses (∞ where one diverged), completed rows, finite rates."""
     x = np.asarray(log2_lr, dtype=float)
     table = np.ma.masked_array(losses, dtype=float)
     table = table[None] if table.ndim == 1 else table
@@ -289,8 +288,7 @@ def _curve(
 
 
 def _completed(values: Array, missing: npt.NDArray[np.bool_]) -> Array:
-    """Fill what is missing by seed + rate, both by medians of what is there (Tukey's polish): a
-    rate that exploded moves no seed."""
+    """Fill what is missing by seed + rate, both by medians of what is there (Tukey's polish)."""
     if not missing.any():
         return values
     there = np.where(missing, math.nan, values)
@@ -302,8 +300,7 @@ def _completed(values: Array, missing: npt.NDArray[np.bool_]) -> Array:
 
 
 def _vertex(x: Array, means: Array) -> tuple[float, float, int, Bound, bool]:
-    """Return the vertex, its loss, the index of the smallest mean, the bound, and whether the next
-    rate diverged."""
+    """Return the vertex, its loss, the index of the smallest mean, the bound, and the cliff."""
     finite = np.isfinite(means)
     if not finite.any():
         return math.nan, math.inf, -1, "unknown", False
@@ -335,8 +332,7 @@ def _parabola(x: Array, y: Array) -> tuple[float, float]:
 
 
 def _vertices(x: Array, sample: Array, rng: np.random.Generator) -> Array:
-    """Return the best rate of many curves (B, G), all diverged at the same rates; `_vertex` row by
-    row."""
+    """Return the best rate of many curves (B, G) that diverged alike; `_vertex` row by row."""
     row, i = np.arange(len(sample)), sample.argmin(axis=1)
     left, right = np.maximum(i - 1, 0), np.minimum(i + 1, len(x) - 1)
     best: Array = x[i]
@@ -355,8 +351,7 @@ def _vertices(x: Array, sample: Array, rng: np.random.Generator) -> Array:
 
 
 def _resampled(rows: Array, means: Array, draws: int, rng: np.random.Generator) -> Array:
-    """Return deviations (draws, G) of the mean over resampled rows, spread so that their variance
-    is that of the mean."""
+    """Return deviations (draws, G) of the mean of resampled rows, with the variance of the mean."""
     count = len(rows)
     weights = rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
     return math.sqrt(count / (count - 1)) * (weights @ (rows - means))

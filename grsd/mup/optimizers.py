@@ -1,5 +1,4 @@
-"""The matrix optimizers of the paper's tables that no library has in this form, on one batched
-Newton–Schulz.
+"""The matrix optimizers of the tables that no library has in this form, on batched Newton–Schulz.
 
 `Muon` in three scalings, `Shampoo` with exponential averages, `SSO` on the spectral sphere. SGD and
 AdamW are torch's; Lion, SOAP and Sophia come from `pytorch_optimizer`. `grsd.mup.registry` builds
@@ -15,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from grsd import checks
 
 __all__ = ["SSO", "Combined", "Muon", "Shampoo", "backward", "newton_schulz", "pieces", "polar"]
 
@@ -32,10 +33,10 @@ def newton_schulz(
     coefficients: tuple[float, float, float] = QUINTIC,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return about U Vᵀ of every matrix in a batch, (..., m, n), by X ← aX + (b XXᵀ + c (XXᵀ)²) X;
-    in the dtype of G.
+    """Return about U Vᵀ of every matrix in a batch, (..., m, n), by X ← aX + (b XXᵀ + c (XXᵀ)²) X.
 
-    The iteration runs in `dtype`: by default bfloat16 on a GPU, float32 (or G's float64) on a CPU.
+    The result has the dtype of G. The iteration runs in `dtype`: by default bfloat16 on a GPU,
+    float32 (or G's float64) on a CPU.
     With the default coefficients the singular values that are above 10⁻³ of the norm lie in [0.68,
     1.13] after five steps; `polar` is exact.
 
@@ -67,16 +68,14 @@ def newton_schulz(
 
 
 def polar(G: Tensor) -> Tensor:
-    """Return U Vᵀ from the singular value decomposition, (..., m, n); directions of singular value
-    0 (to rounding) are left out."""
+    """Return U Vᵀ from the singular value decomposition, (..., m, n); 0 where these are 0."""
     u, s, vt = torch.linalg.svd(G, full_matrices=False)
     kept = (s > s[..., :1] * max(G.shape[-2:]) * torch.finfo(G.dtype).eps).to(G.dtype)
     return (u * kept[..., None, :]) @ vt
 
 
 def pieces(p: Tensor, group: Group) -> list[Tensor]:
-    """Return views of a (fused) weight, each (..., n_out, n_in), leading axes to be joined with
-    n_out."""
+    """Return views (..., n_out, n_in) of a (fused) weight; leading axes are part of n_out."""
     split, W = group.get("split", 1), p.mT if group.get("transposed") else p
     heads, parts = split if isinstance(split, (tuple, list)) else (1, split)
     if heads < 1 or parts < 1 or W.shape[0] % (heads * parts):
@@ -90,14 +89,13 @@ def pieces(p: Tensor, group: Group) -> list[Tensor]:
 
 
 class _Matrix(torch.optim.Optimizer):
-    """What the matrix optimizers share: checks, momentum, splitting of fused weights, decay, and
-    work in batches of one shape."""
+    """What the matrix optimizers share: momentum, decay, fused weights, batches of one shape."""
 
-    def __init__(self, params: Iterable[Any], **defaults: Any) -> None:
-        lr = defaults["lr"]
-        if not (lr >= 0 and math.isfinite(lr)):
-            raise ValueError(f"lr must be finite and not negative, got {lr}")
-        super().__init__(params, defaults)
+    def __init__(
+        self, params: Iterable[Any], lr: float, decay: float, momentum: float, **more: Any
+    ) -> None:
+        checks.at_least("lr", lr, 0, "it must be finite and not negative")
+        super().__init__(params, {"lr": lr, "weight_decay": decay, "momentum": momentum, **more})
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -142,8 +140,7 @@ class _Matrix(torch.optim.Optimizer):
         return p.grad.lerp(mean, beta) if group.get("nesterov", False) else mean.clone()
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
-        """Return the direction of a batch of matrices, (b, n_out, n_in): the gradient itself,
-        unless a subclass says otherwise."""
+        """Return the direction of a batch of matrices, (b, n_out, n_in)."""
         return G
 
     def _after(self, used: list[Tensor], group: Group) -> None:
@@ -179,27 +176,17 @@ class Muon(_Matrix):
         exact: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if scaling not in ("bare", "keller", "kimi"):
-            raise ValueError(f'scaling must be "bare", "keller" or "kimi", got {scaling!r}')
+        checks.one_of("scaling", scaling, ("bare", "keller", "kimi"))
+        how = {"steps": steps, "exact": exact, "dtype": dtype}
         super().__init__(
-            params,
-            lr=lr,
-            scaling=scaling,
-            momentum=momentum,
-            nesterov=nesterov,
-            steps=steps,
-            weight_decay=weight_decay,
-            exact=exact,
-            dtype=dtype,
+            params, lr, weight_decay, momentum, nesterov=nesterov, scaling=scaling, **how
         )
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         out, into = G.shape[-2:]
-        scaling = {
-            "keller": math.sqrt(max(1.0, out / into)),
-            "kimi": 0.2 * math.sqrt(max(out, into)),
-        }
-        return _direction(G, group) * scaling.get(group["scaling"], 1.0)
+        keller, kimi = math.sqrt(max(1.0, out / into)), 0.2 * math.sqrt(max(out, into))
+        factors = {"bare": 1.0, "keller": keller, "kimi": kimi}
+        return _direction(G, group) * factors[group["scaling"]]
 
 
 class Shampoo(_Matrix):
@@ -227,19 +214,10 @@ class Shampoo(_Matrix):
         weight_decay: float = 0.0,
         every: int = 1,
     ) -> None:
-        if not 0 <= beta < 1 or not eps >= 0 or every < 1:
-            raise ValueError(
-                f"need 0 ≤ beta < 1, eps ≥ 0 and every ≥ 1; got {beta}, {eps}, {every}"
-            )
-        super().__init__(
-            params,
-            lr=lr,
-            beta=beta,
-            momentum=momentum,
-            eps=eps,
-            weight_decay=weight_decay,
-            every=every,
-        )
+        checks.between("beta", beta, 0, 1, "[)")
+        checks.at_least("eps", eps, 0)
+        checks.whole("every", every, 1)
+        super().__init__(params, lr, weight_decay, momentum, beta=beta, eps=eps, every=every)
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         sides: list[Tensor] = []
@@ -298,19 +276,11 @@ class SSO(_Matrix):
         bisections: int = 20,
         exact: bool = False,
     ) -> None:
-        if not radius > 0 or bisections < 0:
-            raise ValueError(f"need radius > 0 and bisections ≥ 0, got {radius} and {bisections}")
+        checks.positive("radius", radius)
+        checks.whole("bisections", bisections)
+        how = {"nesterov": nesterov, "steps": steps, "exact": exact, "dtype": None}
         super().__init__(
-            params,
-            lr=lr,
-            radius=radius,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            steps=steps,
-            bisections=bisections,
-            exact=exact,
-            dtype=None,
+            params, lr, weight_decay, momentum, radius=radius, bisections=bisections, **how
         )
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
@@ -337,8 +307,7 @@ class SSO(_Matrix):
 
     @torch.no_grad()
     def retract(self) -> None:
-        """Put every matrix on its sphere; call it once before training when the weights are not on
-        it."""
+        """Put every matrix on its sphere; call it once before training if the weights are not."""
         for group in self.param_groups:
             self._after(group["params"], group)
 
@@ -367,8 +336,7 @@ def _evaluate(closure: Callable[[], Any] | None) -> Any:
 
 
 class Combined(torch.optim.Optimizer):
-    """Several optimizers as one: one `step`, one state, and one list of groups, so that any
-    scheduler drives all of them."""
+    """Several optimizers as one: one `step`, one state, one list of groups for schedulers."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         if not optimizers:
@@ -378,8 +346,7 @@ class Combined(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Hold the very groups of the parts, not copies: what a scheduler writes must reach
-        them."""
+        """Hold the very groups of the parts: what a scheduler writes must reach them."""
         self.param_groups = [g for o in self.optimizers for g in o.param_groups]
 
     def step(self, closure: Any = None) -> Any:
@@ -407,8 +374,7 @@ class Combined(torch.optim.Optimizer):
 
 
 def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Run `loss.backward()`, and keep the gradients' own graph where a part of the optimizer
-    estimates curvature from it (Sophia)."""
+    """Run `loss.backward()`, and keep the gradients' graph where Sophia needs it for curvature."""
     curved = any(group.get("create_graph", False) for group in optimizer.param_groups)
     with warnings.catch_warnings():
         # zero_grad() breaks the cycle that torch warns of

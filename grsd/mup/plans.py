@@ -269,8 +269,7 @@ class Plan:
         return assemble(groups, lr, options)
 
     def matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
-        """Return (parameter, entry) pairs; wrappers that prefix names (compile, DDP, FSDP) are seen
-        through."""
+        """Return (parameter, entry) pairs; compile, DDP and FSDP are seen through."""
         parameters = {plain(name): parameter for name, parameter in model.named_parameters()}
         if strangers := sorted(parameters.keys() ^ {e.name for e in self.entries}):
             raise ValueError(
@@ -285,8 +284,7 @@ class Plan:
 
 
 def unscaled(made: Plan) -> Plan:
-    """Return the plan of standard parametrization: the base's variance, multiplier and rate at
-    every size."""
+    """Return the plan of standard parametrization: the base's variance and rate at every size."""
     entries = tuple(replace(e, **numbers(e.rule, 1.0, 1.0)) for e in made)
     return replace(made, entries=entries, multipliers=())
 

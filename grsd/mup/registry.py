@@ -174,8 +174,7 @@ def _library(name: str) -> Builder:
 
 
 def _sophia(groups: Groups, lr: float, *, p: float = RHO, **options: Any) -> torch.optim.Optimizer:
-    """Build SophiaH, which moves by η clip(m/h, ±ρ); the paper's Sophia moves by η clip(m/(ρh),
-    ±1): its η is η/ρ here."""
+    """Build SophiaH: its step is η clip(m/h, ±ρ), the paper's η clip(m/(ρh), ±1); η/ρ here."""
     for g in groups:
         bound = p * g.get("mup_clip", 1.0)
         g |= {"p": bound, "lr": g["lr"] / bound, "mup_lr": g["mup_lr"] / bound}
@@ -291,7 +290,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         "SOAP at its first step",
         _library("SOAP"),
         mistake=None,
-        caution="soap: the paper's rule (η of hidden matrices not scaled) holds for the first step. "
+        caution="soap: the paper's rule (hidden η not scaled) holds for the first step. "
         "Once the averaged statistics have full rank, updates grow like √r_n beside it; "
         "'soap_sqrt' scales η for that.",
         **_SOAP,
@@ -332,8 +331,7 @@ def row(optimizer: str) -> Optimizer:
 def assemble(
     groups: Mapping[str, Groups], lr: float, options: Mapping[str, Mapping[str, Any]] | None = None
 ) -> torch.optim.Optimizer:
-    """Return one optimizer from the groups of `Plan.param_groups`; several are put into a
-    `Combined`."""
+    """Return one optimizer from the groups of `Plan.param_groups`, several as a `Combined`."""
     options = options or {}
     if unknown := sorted(set(options) - set(groups)):
         raise ValueError(f"options name {unknown[0]!r}; this plan uses {', '.join(groups)}")

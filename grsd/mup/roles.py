@@ -60,8 +60,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": Family(("*.self_attn.o_proj", "*.mlp.down_proj"), {}),
 }
-"""transformers' name of a family → its row. Models of other families that use the same names are
-known too."""
+"""transformers' name of a family → its row; other families may use the same names."""
 
 BRANCH_ENDS = (*(end for f in FAMILIES.values() for end in f.branch_ends), "*.branch_end")
 """Layers whose output is added to the residual stream, as patterns of module names; `plan(...,
@@ -118,14 +117,12 @@ class Layout:
         return int(name.removeprefix(f"{self.stack}.").partition(".")[0]) if inside else None
 
     def split(self, name: str, fused: Fused) -> int | tuple[int, int]:
-        """Return how a matrix is fused along its outputs: parts, or (blocks, parts) when parts
-        alternate in blocks."""
+        """Return how a matrix is fused along its outputs: parts, or (blocks, parts)."""
         split = next((s for pattern, s in fused.items() if fnmatch.fnmatchcase(name, pattern)), 1)
         return (int(self.config.num_attention_heads), 3) if split == "heads" else split
 
     def role(self, name: str, p: Tensor, partner: Tensor) -> str:
-        """Return the role of a parameter from what the user says, where it stands, and which of its
-        sides grow."""
+        """Return a parameter's role: what the user says, where it stands, which sides grow."""
         for pattern, role in self.roles.items():
             if fnmatch.fnmatchcase(name, pattern):
                 if role not in ROLES:
@@ -185,8 +182,7 @@ class Layout:
         r_n: float,
         r_L: float,
     ) -> tuple[Multiplier, ...]:
-        """Return the factors of every end of a residual branch and of every head, from the roles of
-        all parameters."""
+        """Return the factors of every end of a residual branch and of every head."""
         alpha, head = (
             rule("adamw", role, k).multiplier.at(r_n, r_L) for role in ("hidden", "output")
         )
@@ -233,8 +229,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def unmatched(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
-    """Refuse a pattern that no name matches: a slip of the pen would change the plan without a
-    word."""
+    """Refuse a pattern that no name matches: a slip would change the plan without a word."""
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(
@@ -244,15 +239,13 @@ def unmatched(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
 
 
 def tables(model: nn.Module) -> set[str]:
-    """Return the names of the embeddings' weights: the norm that counts is that of a row, which is
-    what a token meets."""
+    """Return the names of embedding weights, whose norm is that of a row: what a token meets."""
     modules = model.named_modules()
     return {f"{plain(name)}.weight" for name, m in modules if isinstance(m, nn.Embedding)}
 
 
 def plain(name: str) -> str:
-    """Return a name without what torch.compile, DataParallel, FSDP and activation checkpointing put
-    in."""
+    """Return a name without what compile, DataParallel, FSDP and checkpointing put in."""
     wrappers = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
     return re.sub(r"^module(\.|$)", "", re.sub(wrappers, "", name).removeprefix("."))
 
@@ -331,8 +324,7 @@ def compare(
 
 
 def _width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    """Return the one ratio by which sides grow, from name → (tensor, the base model's); 1 when none
-    does."""
+    """Return the one ratio by which sides grow; 1 when none does."""
     ratios: dict[float, str] = {}
     for name, (p, q) in pairs.items():
         if p.ndim != q.ndim:

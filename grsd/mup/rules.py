@@ -34,8 +34,7 @@ __all__ = [
 
 
 class _Rules(Mapping[tuple[str, int], dict[Role, Rule]]):
-    """The tables of all rows, read when they are asked for: a row that is added later is there
-    too."""
+    """The tables of all rows, read when asked for: a row that is added later is there too."""
 
     def __getitem__(self, key: tuple[str, int]) -> dict[Role, Rule]:
         return OPTIMIZERS[key[0]].rules[key[1]]
@@ -53,8 +52,7 @@ for one (condition B.1)."""
 
 
 def rule(optimizer: str, role: str, k: int = 2) -> Rule:
-    """Return the rule of one role; k is the number of layers in a residual block. A matrix
-    optimizer has none for a bias."""
+    """Return the rule of one role, for k layers in a residual block."""
     table = row(optimizer).rules
     if role not in ROLES:
         raise ValueError(f"no role {role!r}; there are {', '.join(ROLES)}")
@@ -92,8 +90,7 @@ def _rms(role: str, spectral: Scale) -> Scale:
 
 
 def weight_norm(role: str, variance: Scale) -> Scale:
-    """Return how ‖W‖_R of independent entries scales: σ (√n_in + √n_out) √(n_in/n_out), and σ for a
-    bias."""
+    """Return how ‖W‖_R of independent entries of a variance scales; σ itself for a bias."""
     if role not in MATRICES:
         return variance**HALF
     return _rms(role, variance**HALF * larger(*_SIZES[role]) ** HALF)
@@ -119,8 +116,7 @@ def gradient_norm(role: str, k: int) -> Scale:
 
 
 def update_norm(optimizer: str, role: str, k: int = 2) -> Scale:
-    """Return how ‖A‖_R of the first update ΔW = −η A scales, at η = 1. Source: 2603.00541,
-    equations (11)–(14), (25), (31), (35)."""
+    """Return how ‖A‖_R of the first update ΔW = −η A scales, at η = 1 (2603.00541, (11)–(35))."""
     known, (out, into) = row(optimizer), _SIZES[role]
     if known.kind == "gradient":
         return _rms(role, gradient_norm(role, k))

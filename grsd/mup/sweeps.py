@@ -61,8 +61,7 @@ class Sweep:
     losses: Any
 
     def curve(self, size: Size, weight_decay: float | None = None) -> Any:
-        """Return the losses (seeds, G) of one size; with several weight decays, of the one that is
-        asked for."""
+        """Return the losses (seeds, G) of one size and, of several, one weight decay."""
         if weight_decay is None and len(self.weight_decays) == 1:
             (weight_decay,) = self.weight_decays
         if size not in self.sizes or weight_decay not in self.weight_decays:
@@ -80,8 +79,7 @@ class Sweep:
     def drift(
         self, axis: Literal["width", "depth"], weight_decay: float | None = None, **more: Any
     ) -> Drift:
-        """Return the drift along one axis; the sizes must agree on the other. Further arguments as
-        `optimum`."""
+        """Return the drift along one axis, the other being fixed; more as `optimum`."""
         if len({size[axis == "width"] for size in self.sizes}) > 1:
             raise ValueError(
                 f"the sizes {self.sizes} differ along both axes; a drift along {axis} needs the "
@@ -91,8 +89,7 @@ class Sweep:
         return drift(sizes, self.optima(weight_decay, **more))
 
     def regret(self, weight_decay: float | None = None, **more: Any) -> Regret:
-        """Return what every size pays for the best rate of the first; further arguments as
-        `grsd.mup.optima.regret`."""
+        """Return what every size pays for the best rate of the first; more as `optima.regret`."""
         curves = np.ma.stack([self.curve(size, weight_decay) for size in self.sizes])
         return regret(self.log2_lr, curves, **more)
 
@@ -277,8 +274,7 @@ def sweep(
 
 
 def _built(factory: Callable[[int, int], nn.Module], size: Size) -> nn.Module:
-    """Return a model; what its constructor draws is the same in every process (the base's standard
-    deviations are read off it)."""
+    """Return a model, whose constructor draws the same in every process."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return factory(*size)
@@ -291,8 +287,7 @@ def _digest(made: Plan, more: dict[str, Any]) -> str:
 
 
 def _wanted(losses: Any, seed: int, near: int | None) -> list[int]:
-    """Return the rates at which a seed is still to be run: all of the first seed, then what is near
-    the best, then what brackets its own."""
+    """Return the rates to be run: all of the first seed, near the best, bracketing its own."""
     missing = [int(g) for g in np.flatnonzero(np.ma.getmaskarray(losses)[seed])]
     if near is None or seed == 0:
         return missing

@@ -266,13 +266,13 @@ def test_bad_input_is_refused() -> None:
         Muon([nn.Parameter(torch.zeros(3))])
     with pytest.raises(ValueError, match="split = 3 does not divide the 8 outputs"):
         Muon([{"params": [nn.Parameter(torch.zeros(8, 4))], "split": 3}])
-    with pytest.raises(ValueError, match="lr must be finite and not negative, got -1"):
+    with pytest.raises(ValueError, match=r"lr is -1\.0; it must be finite and not negative"):
         Muon([nn.Parameter(torch.zeros(2, 2))], lr=-1.0)
-    with pytest.raises(ValueError, match="'newton'"):
+    with pytest.raises(ValueError, match="scaling is 'newton'; expected one of bare, keller, kimi"):
         Muon([nn.Parameter(torch.zeros(2, 2))], scaling="newton")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="radius > 0"):
+    with pytest.raises(ValueError, match=r"radius is 0\.0; it must be positive"):
         SSO([nn.Parameter(torch.zeros(2, 2))], radius=0.0)
-    with pytest.raises(ValueError, match="need 0 ≤ beta < 1"):
+    with pytest.raises(ValueError, match=r"beta is 1\.0; expected 0 ≤ beta < 1"):
         Shampoo([nn.Parameter(torch.zeros(2, 2))], beta=1.0)
     with pytest.raises(ValueError, match=r"needs matrices, got shape \(4,\)"):
         newton_schulz(torch.zeros(4))
