@@ -170,7 +170,7 @@ def test_options_are_read_by_the_type_of_their_parameter(monkeypatch: pytest.Mon
     ):
         with pytest.raises(ValueError, match=words):
             engine.parameters(EXPERIMENT, [option])
-    with pytest.raises(ValueError, match="experiment is 'x'; expected one of .*drift"):
+    with pytest.raises(ValueError, match=r"experiment is 'x'; expected one of .*drift"):
         engine.find("x")
     with pytest.raises(TypeError, match="takes Parameters"):
         engine.run(EXPERIMENT, {})
