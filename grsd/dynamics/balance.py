@@ -1,9 +1,8 @@
 """Energy on the λ axis at one instant: shells with sharp edges, and fluxes through soft ones.
 
-Sharp shells follow 2512.10427, section 3, and add the kernel of M as a shell of its own. Their
-energies jump when an eigenvalue crosses an edge; :mod:`grsd.dynamics.crossings` integrates over
-that. Soft edges are resolvents of M: their energies are smooth in time, and neither an eigenvector
-nor a gap between eigenvalues enters.
+Sharp shells follow 2512.10427, section 3, with the kernel of M as a shell of its own. Their energies
+jump when an eigenvalue crosses an edge; :mod:`grsd.dynamics.crossings` integrates over that. Soft
+edges are resolvents of M: their energies are smooth in time, and need no eigenvectors and no gaps.
 
 Cells are numbered along the λ axis: 0 is ker M, 1 what lies below the first edge, 2 … N+1 the N
 shells, N+2 the rest above.
@@ -168,17 +167,15 @@ def resolvent_energy(M: Tensor, error: Tensor, edges: ArrayLike, *, power: int =
 class Flux:
     """Energy around soft edges at one instant, and what changes it. No eigenvector was computed.
 
+    d(above)/dt = total − dissipation_above and d(below)/dt = −total − dissipation_below. The two
+    parts of `total`, which need eigenvectors, are in :func:`grsd.dynamics.drift.edge_flux`.
+
     Attributes
     ----------
     edges : (k,), positions a.
     above, below : (k,), ½⟨e, σ_a(M)e⟩ and ½⟨e, (1 − σ_a(M))e⟩; the latter holds ker M.
     total : (k,), J(a) = ½⟨e, Dσ_a(M)[Ṁ] e⟩: energy per time through the edge, upwards positive.
     dissipation_above, dissipation_below : (k,), ⟨e, σ_a(M)M e⟩ and ⟨e, (1 − σ_a(M))M e⟩.
-
-    Notes
-    -----
-    d(above)/dt = total − dissipation_above and d(below)/dt = −total − dissipation_below. The two
-    parts of `total`, which need eigenvectors, are in :func:`grsd.dynamics.drift.edge_flux`.
     """
 
     edges: Array

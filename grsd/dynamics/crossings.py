@@ -1,8 +1,7 @@
 """The balance of sharp shells over a span of time, with every passage over an edge located.
 
-Between two passages equation (2) of 2512.10427 holds; at each of them a shell loses ½ g_u² to its
-neighbour. A `Motion` says where M, Ṁ and e are at given times: the flow of a network, or matrices
-written down.
+Between two passages equation (2) of 2512.10427 holds; at each a shell loses ½ g_u² to its neighbour.
+A `Motion` gives M, Ṁ and e at given times: the flow of a network, or matrices written down.
 """
 
 from __future__ import annotations
@@ -144,9 +143,9 @@ def integrated_balance(
     motion : Motion
         E.g. from :func:`moving`.
     times : (K,), ascending
-        Where the spectrum is looked at. Between two of them an eigenvalue's position and slope
-        decide whether it passed an edge; a visit shorter than that is missed, and shows in the
-        residual. The dimension of the kernel must not change.
+        Where the spectrum is looked at. Between two of them an eigenvalue's position and slope say
+        whether it passed an edge; a shorter visit is missed, and shows in the residual. The
+        dimension of the kernel must not change.
     tolerance : float
         Absolute tolerance of the adaptive quadrature (Gauss–Kronrod, split at the crossings), in
         units of energy.

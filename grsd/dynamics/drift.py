@@ -45,15 +45,13 @@ class PowerLaw(NamedTuple):
 def edge_flux(at: Modes, edges: Sequence[float] | np.ndarray, order: float = 1) -> EdgeFlux:
     """Return the advective and the Kato flux of energy through edges (A,) > 0, upwards positive.
 
-    The edge at a is the smooth step χ_a(λ) = λ^k/(λ^k + a^k) of order k, a logistic function of log λ
-    that falls from 0.85 to 0.15 within a factor 31^{1/k}. Energy above it is E = ½⟨e, χ_a(M)e⟩, and by
-    Daleckii and Krein
+    The edge at a is the smooth step χ_a(λ) = λ^k/(λ^k + a^k) of order k, which falls from 0.85 to 0.15
+    within a factor 31^{1/k}. Energy above it is E = ½⟨e, χ_a(M)e⟩, and by Daleckii and Krein
 
         dE/dt = −Σ χ_a λ g² + ½ Σ_u χ_a'(λ_u) λ̇_u g_u² + ½ Σ_{u≠v} χ_a[λ_u, λ_v] ⟨φ_u, Ṁ φ_v⟩ g_u g_v ,
 
-    with the divided difference χ[λ, μ] = (χ(λ) − χ(μ))/(λ − μ), which needs no gap between
-    eigenvalues. The second term is the advective flux, the third the Kato flux. For k = 1 their sum
-    is ½ a ⟨r, Ṁ r⟩ with r = (M + a)^{-1} e.
+    with the divided difference χ[λ, μ] = (χ(λ) − χ(μ))/(λ − μ), which needs no gap: dissipation,
+    advective flux, Kato flux. For k = 1 the fluxes add up to ½ a ⟨r, Ṁ r⟩ with r = (M + a)^{-1} e.
 
     Parameters
     ----------

@@ -181,10 +181,7 @@ def descend(
 
 
 def effective_time(schedule: Schedule, t: np.ndarray | float) -> np.ndarray:
-    """Return τ(t) = ∫₀ᵗ η(s) ds for every entry of `t`, to 1e-12.
-
-    With it, θ̇ = −η(t)∇L is the flow at time τ(t), exactly.
-    """
+    """Return τ(t) = ∫₀ᵗ η(s) ds for every `t`, to 1e-12: θ̇ = −η(t)∇L is the flow at time τ(t)."""
     ends = np.atleast_1d(np.asarray(t, dtype=np.float64))
     tau = [quad(schedule, 0.0, end, epsabs=1e-13, epsrel=1e-13, limit=500)[0] for end in ends]
     return np.array(tau).reshape(np.shape(t))

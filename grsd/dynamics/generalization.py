@@ -11,22 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor
 
 from grsd import checks
 from grsd.dynamics.modes import as_array
 from grsd.dynamics.problem import Problem, Vector
 
 __all__ = ["FixedFeatures", "heldout_rate", "kernel_between"]
-
-Array = Tensor | np.ndarray
-
-
-def _array(name: str, array: Array, *sizes: str) -> np.ndarray:
-    values = as_array(name, array, sizes)
-    if not values.size:
-        raise ValueError(f"{name} has shape {values.shape}: it is empty, no mean over it exists")
-    return values
 
 
 def kernel_between(rows: Problem, columns: Problem, theta: Vector) -> np.ndarray:
@@ -75,23 +65,16 @@ class FixedFeatures:
     test_error: np.ndarray
 
     def __post_init__(self) -> None:
+        columns: int | str = "P"
         for sample in ("train", "test"):
             features, error = f"{sample}_features", f"{sample}_error"
-            phi = _array(features, getattr(self, features), "n", "P")
-            e = _array(error, getattr(self, error), "n")
-            if len(phi) != len(e):
-                raise ValueError(
-                    f"{features} has {len(phi)} rows and {error} has {len(e)} entries; they must be "
-                    "the same samples"
-                )
+            phi = as_array(features, getattr(self, features), ("n", columns))
+            e = as_array(error, getattr(self, error), (len(phi),))
+            if not phi.size:
+                raise ValueError(f"{features} has shape {phi.shape}: it is empty, and has no mean")
+            columns = phi.shape[1]  # the same functions on both samples
             object.__setattr__(self, features, phi)
             object.__setattr__(self, error, e)
-        ours, theirs = self.train_features.shape[1], self.test_features.shape[1]
-        if ours != theirs:
-            raise ValueError(
-                f"{ours} features on the training samples and {theirs} on the test samples: these "
-                "must be the same functions"
-            )
         if not self.train_features.any():
             raise ValueError("train_features are all zero: M = 0 and nothing is ever learned")
 

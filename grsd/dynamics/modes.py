@@ -94,19 +94,10 @@ class Modes:
 
 
 def modes(M: Array, rate: Array, error: Array, *, floor: float | None = None) -> Modes:
-    """Diagonalise M and express Ṁ and e in its eigenbasis.
+    """Diagonalise M = J Jᵀ/n, and express Ṁ (`rate`) and e (`error`) in its eigenbasis.
 
-    Parameters
-    ----------
-    M, rate : (n, n) float64, symmetric
-        The operator J Jᵀ/n and its time derivative.
-    error : (n,) float64
-    floor : float, optional
-        Eigenvalues at or below it belong to ker M; by default n ε λ_max.
-
-    Notes
-    -----
-    Cost: one dense eigenproblem. Source: 2512.10427, section 3.1.
+    M and rate are (n, n) float64 and symmetric, error is (n,) float64. Eigenvalues up to `floor`, by
+    default n ε λ_max, belong to ker M. Cost: one dense eigenproblem. Source: 2512.10427, section 3.1.
     """
     n = len(error)
     e = as_array("error", error, (n,))

@@ -2,8 +2,7 @@
 
 ε(λ, t) is the density of ½g² over λ, L = ∫ε dλ, and h = λε is the energy per unit of log λ. Times
 start at t0, where ε = ε0; u = λ(t/t0)^(−c0) is where the characteristic through (λ, t) started.
-`CovariantDrift` is v = (λ/t) H(λt). Numerical routes to the same numbers are in
-:mod:`grsd.dynamics.transport_solvers`; what the paper prints is in the chapter on transport.
+Numerical routes to the same numbers are in :mod:`grsd.dynamics.transport_solvers`.
 """
 
 from __future__ import annotations
@@ -66,8 +65,7 @@ class PowerSpectrum:
     ----------
     p : float
     low, high : float, the window, 0 ≤ low < high ≤ ∞. With p ≤ −1 both must be positive and finite.
-    soft : float, scale of an exponential cutoff, ∞ for none. With it the Laplace transform has no
-        finite-window wiggle.
+    soft : float, scale of an exponential cutoff, ∞ for none.
     """
 
     p: float
@@ -171,9 +169,8 @@ def density(lam: ArrayLike, t: ArrayLike, c0: float, eps0: Spectrum, t0: float =
 def loss(t: ArrayLike, c0: float, eps0: PowerSpectrum, t0: float = 1.0) -> Array:
     """Return L(t) = ∫ ε0(u) exp(−u K(t)) du exactly, window and cutoff included.
 
-    For a pure power law it is Γ(p+1) K^(−p−1): ∝ t^(−(1+c0)(p+1)) at late times for c0 > −1,
-    ∝ (log t)^(−p−1) at c0 = −1, and it tends to a positive constant for c0 < −1, where K stays below
-    2t0/|1+c0|.
+    For a pure power law it is Γ(p+1) K^(−p−1): late ∝ t^(−(1+c0)(p+1)) for c0 > −1, ∝ (log t)^(−p−1)
+    at c0 = −1, and for c0 < −1 it tends to a positive constant, for K stays below 2t0/|1+c0|.
     """
     return eps0.laplace(effective_clock(t, c0, t0))
 

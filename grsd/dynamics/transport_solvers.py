@@ -133,9 +133,9 @@ def finite_volume(
     """Conservative finite volumes in log λ and log t, second order.
 
     With s = log λ, τ = log t and h = λε, (7) reads ∂_τh + ∂_s(Hh) = −2λt h: van Leer's limiter, Heun's
-    step, exact damping (Strang). What leaves one cell enters its neighbour, so that the budget
-    closes to rounding; nothing enters through the ends. `cfl` in (0, ½] is how many cells a signal
-    may cross in one step: beyond ½ the limited scheme may go negative.
+    step, exact damping (Strang). What leaves a cell enters its neighbour; nothing enters through the
+    ends. `cfl` in (0, ½] is how many cells a signal may cross in one step: beyond ½ the limited
+    scheme may go negative.
     """
     rule, when = _drift(drift), _instants(times)
     low, high = _bounds(window)

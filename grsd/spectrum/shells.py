@@ -33,10 +33,7 @@ class LogShells:
 
     @classmethod
     def spanning(cls, lo: float, hi: float, *, ratio: float = 2.0) -> LogShells:
-        """Return shells of width log `ratio` with edges at its whole powers, [lo, hi] inside.
-
-        Edges at whole powers make the shells of different batches, checkpoints and models the same.
-        """
+        """Return shells with edges at whole powers of `ratio`, [lo, hi] inside: the same for all."""
         checks.between("ratio", ratio, 1, np.inf, "()")
         if not 0 < lo <= hi < np.inf:
             raise ValueError(f"shells span 0 < lo <= hi < inf, got lo = {lo}, hi = {hi}")

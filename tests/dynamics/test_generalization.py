@@ -125,11 +125,15 @@ def test_tangent_is_the_linearized_problem() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"train_error": np.zeros(9)}, ValueError, "10 rows and train_error has 9 entries"),
+        (
+            {"train_error": np.zeros(9)},
+            ValueError,
+            r"train_error has shape \(9,\); expected \(10,\)",
+        ),
         (
             {"test_features": np.zeros((7, 14))},
             ValueError,
-            "15 features on the training samples and 14",
+            r"test_features has shape \(7, 14\); expected \(n, 15\)",
         ),
         (
             {"test_features": np.zeros((0, 15)), "test_error": np.zeros(0)},
