@@ -74,6 +74,7 @@ def shell_balance(at: Modes, shells: LogShells) -> ShellBalance:
     """
     place = np.searchsorted(shells.edges, at.eigenvalues, side="right") + 1
     cell, count = np.where(at.in_kernel, 0, place), len(shells) + 3
+    # modes of the kernel have λ = 0: what rounding left there must not dissipate
     x, g = np.where(at.in_kernel, 0.0, at.eigenvalues), at.coefficients
     if not ((cell >= 2) & (cell < count - 1)).any():
         raise ValueError(
@@ -81,6 +82,7 @@ def shell_balance(at: Modes, shells: LogShells) -> ShellBalance:
             f"those outside the kernel are {x[x > 0][[0, -1]] if x.any() else 'none'}"
         )
     gaps = x[None, :] - x[:, None]  # λ_v − λ_u
+    # pairs that agree to rounding have no Ω: harmless in one cell, refused across an edge
     close, alike = np.abs(gaps) <= at.floor, cell[:, None] == cell[None, :]
     torn = close & ~alike & ~at.in_kernel[:, None] & ~at.in_kernel[None, :]
     if torn.any():
@@ -89,7 +91,7 @@ def shell_balance(at: Modes, shells: LogShells) -> ShellBalance:
             f"an edge separates the eigenvalues {x[u]:.17g} and {x[v]:.17g}, which agree to rounding: "
             "their exchange has no value. Move the edge, or use resolvent_flux"
         )
-    # −g_v g_u Ω_{v→u}, and 0 between modes of one cell that agree: there the sum cancels anyway
+    # −g_v g_u Ω_{v→u} of every pair, then summed over cells by their indicator vectors
     free = close & alike
     pairs = -np.where(free, 0.0, np.outer(g, g) * at.matrix / np.where(free, 1.0, gaps))
     member = np.zeros((count, len(x)))
@@ -131,21 +133,11 @@ def _resolvents(
 
 
 def resolvent_energy(M: Tensor, error: Tensor, edges: ArrayLike, *, power: int = 1) -> Tensor:
-    """Return ½⟨e, σ_a(M)e⟩ at every edge a, σ_a(λ) = λᵖ/(λᵖ + aᵖ): the energy above a soft edge.
+    """Return ½⟨e, σ_a(M)e⟩ at edges a > 0, σ_a(λ) = λᵖ/(λᵖ + aᵖ): (k,) energies above soft edges.
 
-    Parameters
-    ----------
-    M : Tensor, (n, n) float64, symmetric
-    error : Tensor, (n,) float64
-    edges : (k,), positive and ascending
-    power : int
-        p ≥ 1; larger is sharper.
-
-    Returns
-    -------
-    Tensor, (k,) float64
-        Differentiable in both modes. The energy below a is ½⟨e, e⟩ less this; differences of
-        neighbours are the energies of soft shells.
+    M (n, n) and error (n,) are float64, M symmetric, the edges (k,) ascending; a larger `power` p ≥ 1
+    is sharper. The result is differentiable in both modes. The energy below a is ½⟨e, e⟩ less it;
+    differences of neighbours are the energies of soft shells.
 
     Notes
     -----
@@ -208,6 +200,7 @@ def resolvent_flux(
     dissipation = float(e @ pushed) / n
     rows = []
     for a in places:
+        # energy above and below the edge, the flux through it, and the dissipation above
         above, below, total, upper = (m.new_zeros(()) for _ in range(4))
         for weight, root, x in _resolvents(m, e, a, power):
             above = above + weight * (pushed @ x.real)

@@ -164,11 +164,13 @@ def integrated_balance(
         balances = [shell_balance(now, shells) for now in at(t[:, 0])]
         return np.stack([np.append(now.dissipation, now.exchange) for now in balances])
 
+    # the crossings first: between two of them the integrand is smooth
     looks = at(grid)
     ranks = {int(look.in_kernel.sum()) for look in looks}
     if len(ranks) > 1:
         raise ValueError(f"the kernel of M has {sorted(ranks)} dimensions at different times")
     crossings = _crossings(at, looks, grid, shells)
+    # dissipation and exchange in one vector-valued quadrature, whose panels end at the crossings
     inside = [[c.time] for c in crossings if grid[0] < c.time < grid[-1]]
     total = cubature(
         integrand, grid[:1], grid[-1:], rule="gk21", rtol=0.0, atol=tolerance, points=inside
@@ -216,6 +218,7 @@ def _crossings(
     if not brackets:
         return ()
 
+    # all roots at once, then the energy of the mode that passes
     left, right, number, u = (np.array(column) for column in zip(*brackets, strict=True))
     edges = shells.edges[number]
     times = find_root(height, (left, right), args=(u, edges)).x

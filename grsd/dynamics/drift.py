@@ -76,6 +76,7 @@ def edge_flux(at: Modes, edges: Sequence[float] | np.ndarray, order: float = 1) 
     for j in range(int(math.log2(k))):
         power = at.eigenvalues.clip(min=0.0) ** (2**j)
         shared *= power[:, None] + power[None, :]
+    # χ_a[λ, μ] is that, times 1 − χ at both eigenvalues, over a^k
     below = 1 / (1 + (lam / a) ** k)  # 1 − χ
     half = g * below * a ** (-k / 2)
     whole = 0.5 * np.einsum("ua,ua->a", half, shared @ half)
@@ -86,10 +87,12 @@ def edge_flux(at: Modes, edges: Sequence[float] | np.ndarray, order: float = 1) 
 
 def _sharp_flux(at: Modes, a: np.ndarray) -> EdgeFlux:
     lam, g = at.eigenvalues, at.coefficients
+    # advection over the octave around each edge; modes of the kernel do not move
     inside = (lam[:, None] >= a / math.sqrt(2)) & (lam[:, None] < a * math.sqrt(2))
     half_square = 0.5 * g**2
     energy = half_square @ inside / math.log(2)
     rate = half_square * at.rates / np.where(lam > at.floor, lam, np.inf)
+    # Kato flux from every mode below to every one above
     gaps = lam[:, None] - lam[None, :]
     exchange = g[:, None] * g * at.matrix / np.where(np.abs(gaps) > at.floor, gaps, np.inf)
     above = (lam[:, None] >= a).astype(np.float64)
@@ -176,6 +179,7 @@ class Drift:
         chosen = (w > 0) & (share >= 1e-3) & (v > 0)
         if (cells := int(chosen.sum())) < 6:
             raise ValueError(f"only {cells} cells have v > 0 and energy; widen the window")
+        # least squares in log λ, log t and a constant
         t, lam = np.meshgrid(np.log(self.times), np.log(self.edges), indexing="ij")
         design = np.stack([lam[chosen], t[chosen], np.ones(cells)], axis=1)
         goal = np.log(v[chosen])

@@ -80,6 +80,7 @@ def integrate(
     grid = np.asarray(times, dtype=np.float64)
     sign = -1.0 if grid[-1:] < grid[:1] else 1.0
     checks.ascending("times", sign * grid, 2, "expected two or more finite numbers in strict order")
+    # the state is θ, and ∫‖θ̇‖² behind it
     begin = problem.theta if start is None else problem._theta(start)
     first = np.append(begin.detach().cpu().numpy(), 0.0)
     calls = 0
@@ -105,7 +106,7 @@ def integrate(
             raise ValueError(f"{method} stopped at t = {done.t[-1]:.4g}: {done.message}")
         return done.y.T
 
-    # the last entry of the state is ∫‖θ̇‖², which must be what the loss lost
+    # along the exact flow ∫‖θ̇‖² is what the loss lost
     states = run(1.0)
     thetas, spent = states[:, :-1], states[:, -1]
     losses = np.array([problem.loss(theta) for theta in thetas])
@@ -162,6 +163,7 @@ def descend(
     times, thetas, losses, now = [0.0], [theta.cpu().numpy()], [initial], 0.0
     for k in range(steps):
         eta = rate * (1.0 if schedule is None else float(schedule(k)))
+        # Polyak's step: without momentum, plain gradient descent
         drift = momentum * drift + eta * problem.velocity(theta)
         theta, now = theta + drift, now + eta
         if (k + 1) % every and k + 1 < steps:

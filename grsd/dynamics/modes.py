@@ -106,6 +106,7 @@ def modes(M: Array, rate: Array, error: Array, *, floor: float | None = None) ->
         skew = np.abs(m - m.T).max()
         if skew > 1e-10 * max(np.abs(m).max(), np.finfo(float).tiny):
             raise ValueError(f"{name} is not symmetric: the largest |a − aᵀ| is {skew:.3g}")
+    # orthonormal columns in R^n are φ_u/√n in the measure of the samples
     eigenvalues, columns = np.linalg.eigh((a + a.T) / 2)
     largest = float(np.abs(eigenvalues).max())
     least = n * np.finfo(float).eps * largest if floor is None else floor
@@ -139,6 +140,7 @@ def divided(
     """
     x = at.eigenvalues
     gaps, rise = x[:, None] - x[None, :], function(x)[:, None] - function(x)[None, :]
+    # below that gap the derivative in the middle is closer than a quotient of roundings
     middle = derivative((x[:, None] + x[None, :]) / 2)
     near = np.abs(gaps) <= 1e-5 * np.maximum(np.abs(x[:, None]), np.abs(x[None, :])) + at.floor
     return np.where(near, middle, rise / np.where(near, 1.0, gaps)) * at.matrix

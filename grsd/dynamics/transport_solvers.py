@@ -93,6 +93,7 @@ def particles(
     low, high = _bounds(window)
     checks.at_least("count", count, 2, "expected at least two particles")
     checks.between("step", step, 0.0, 0.2, "(]", "expected 0 < step ≤ 0.2 in log t")
+    # one lump a stratum, at random inside it
     width = math.log(high / low) / count
     draw = np.random.default_rng(seed).random(count)
     s = math.log(low) + width * (np.arange(count) + draw)
@@ -108,6 +109,7 @@ def particles(
         steps = math.ceil((after - before) / step)
         d = (after - before) / steps
         for k in range(steps):
+            # Runge and Kutta's step for log λ and for the logarithm of what is left
             tau = before + k * d
             v1, w1 = rate(tau, s)
             v2, w2 = rate(tau + d / 2, s + d / 2 * v1)
@@ -144,6 +146,7 @@ def finite_volume(
     s = np.linspace(math.log(low), math.log(high), cells + 1)
     ds, faces, middles = s[1] - s[0], np.exp(s), np.exp(0.5 * (s[1:] + s[:-1]))
     h = _cell_energies(eps0, s) / ds
+    # the step: what the fastest signal allows, and no more than two cells of log t
     fastest = float(np.abs(rule.speed(np.geomspace(low * when[0], high * when[-1], 2000))).max())
     longest = min(2.0 * ds, cfl * ds / fastest) if fastest > 0.0 else math.inf
 

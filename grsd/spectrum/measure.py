@@ -148,6 +148,7 @@ class SpectralMeasure:
         # where a is a Ritz value already, the corner of an extension would be 0/0
         extended = None if (np.abs(nodes - a) <= tie).any() else _with_node(tri, a)
         if extended is not None:
+            # of the quadrature with a node at a, whose weight is what the bounds differ by
             nodes, first = _eigen_first(*extended)
             weights = tri.mass * first
             index, node = np.arange(nodes.size), int(np.abs(nodes - a).argmin())

@@ -99,6 +99,7 @@ def fit_frozen_kernel(measure: SpectralMeasure, energy: float) -> float:
         decay = np.exp(-2.0 * measure.nodes * np.exp(log_time))
         return 0.5 * float(np.sum(measure.weights * decay)) - energy
 
+    # from before the fastest mode has moved until after the slowest is gone
     moving = measure.nodes[~measure.in_kernel]
     low, high = np.log(1e-12 / moving.max()), np.log(1e3 / moving.min())
     if excess(low) <= 0:

@@ -182,6 +182,7 @@ def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
             "no energy in any shell: the edges miss the spectrum, see below, above and kernel"
         )
     top = int(e.argmax())
+    # any shell whose upper end reaches the highest lower end may hold the peak
     may_peak = np.flatnonzero(profile.upper >= profile.lower.max())
     rising = np.flatnonzero(e[: top + 1] > 0)
     slope = float("nan")
@@ -209,6 +210,7 @@ def _quantile(energies: Array, edges: Array, share: float) -> float:
 
 def _valley(shoulders: Array, floor: Array, least: float) -> float:
     """Return the largest min(shoulders_i, shoulders_k)/floor_j ≥ 1 of i < j < k, min ≥ least."""
+    # the highest shoulder on either side of every inner shell
     left = np.maximum.accumulate(shoulders)[:-2]
     right = np.maximum.accumulate(shoulders[::-1])[::-1][2:]
     walls, bottom = np.minimum(left, right), floor[1:-1]
