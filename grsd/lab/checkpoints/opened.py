@@ -159,13 +159,7 @@ class Model:
 
 
 def open_model(model: str | Path, *, cache: Path | str | None = None) -> Model:
-    """Say what a name means, as described at `load`. Nothing is downloaded and no weight is read.
-
-    Raises
-    ------
-    ValueError
-        Neither a suite, a folder, nor a possible name on the hub.
-    """
+    """Say what a name means, as described at `load`. Nothing is downloaded and no weight is read."""
     name, path = str(model), Path(model).expanduser()
     if name in suites.MINI:
         suite = suites.locate(name, suites.of_suite(name, cache=cache), cache=cache)
@@ -219,8 +213,7 @@ def load(
     ------
     ValueError
         Unknown model or revision (the message lists those there are), or a checkpoint that is
-        truncated, incomplete, not finite, pickled, or of an architecture that needs its own code;
-        the file is named.
+        truncated, incomplete, not finite, pickled, or in need of code of its own; the file is named.
     RuntimeError
         The hub cannot be reached, or the device does not exist.
     """

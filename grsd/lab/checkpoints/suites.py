@@ -160,24 +160,16 @@ def train(
     device : str
         Recorded in ``training.json``, not part of the cache key: devices and thread counts differ
         in rounding only.
-    cache : path, optional
-        Default `grsd.results.cache_dir`.
     progress : callable, optional
         Called with (step, steps, loss) after each update.
     **recipe
         Fields of `Recipe`: ``lr``, ``batch_size=16``, ``length=128``, ``seed=0``, ``schedule``, …
 
-    Raises
-    ------
-    ValueError
-        An unknown size, a corpus whose ids do not fit, a corpus shorter than a batch.
-    FloatingPointError
-        The loss is not finite.
-
     Notes
     -----
     Cost: ``steps`` forward and backward passes, and 17 small held-out passes. With an unchanged
     number of threads a run that was killed and resumed equals an uninterrupted one bit for bit.
+    A loss that is not finite raises FloatingPointError.
     """
     size = _preset(size)
     made, store, inputs = _placed(size, corpus, steps, cache, recipe)

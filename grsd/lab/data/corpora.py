@@ -43,18 +43,16 @@ class Corpus:
     Attributes
     ----------
     name : str
-        What the caller asked for, e.g. ``"embedded"``.
     tokens : ndarray of uint16 or int32, shape (N,)
         All documents, each followed by the end-of-text token (where the tokenizer has one).
     boundary : int
         ``tokens[:boundary]`` are the training documents, ``tokens[boundary:]`` the held-out ones.
         Whole documents are held out, and equal ones are kept once, so the two parts share none.
     vocab_size : int
-        Number of entries of the tokenizer.
     fingerprint : str
         SHA-256 over the tokens and the boundary: equal ones give the same batches.
     tokenizer : object
-        The transformers tokenizer that made the tokens.
+        The transformers tokenizer that made the tokens; it has ``vocab_size`` entries.
     """
 
     name: str
@@ -81,12 +79,8 @@ class Corpus:
 
         ``targets[b, t]`` is the token after ``inputs[b, t]``. The split is cut into disjoint windows,
         which are visited in an order drawn from ``seed``: no window repeats before all were used, and
-        batch number i does not depend on ``count``. When they run out, a new order is drawn.
-
-        Raises
-        ------
-        ValueError
-            At the call: sizes below one, an unknown split, or a split too short for one batch.
+        batch number i does not depend on ``count``. When they run out, a new order is drawn. A split
+        too short for one batch is refused at the call.
         """
         tokens = self.part(split)
         if min(batch_size, length) < 1 or count < 0:
@@ -129,15 +123,9 @@ def embedded(
 ) -> Corpus:
     """The source text of Python's standard library, about 3.3 million tokens at 2048 entries (Python 3.11).
 
-    Parameters
-    ----------
-    vocab_size : int
-        Entries of the byte-level BPE that is trained on the text (seconds), at least 257.
-    cache : path, optional
-        Folder for the token array; default `grsd.results.cache_dir`. The text itself is read each
-        time, and the cached tokens are used only when it is unchanged.
-    tokenizer : optional
-        A transformers tokenizer in place of the trained one, e.g. that of the model to be measured.
+    A byte-level BPE of ``vocab_size`` entries (257 or more) is trained on the text, in seconds, unless a
+    transformers ``tokenizer`` is given, e.g. that of the model to be measured. The text is read each
+    time; the tokens in ``cache`` (default `grsd.results.cache_dir`) are used when it is unchanged.
     """
     return _source_text("embedded", standard_library(), vocab_size, cache, tokenizer)
 
@@ -177,13 +165,6 @@ def files(
     """Local text files (UTF-8), given by path or glob pattern such as ``"notes/**/*.txt"``; a document per file.
 
     Without a ``tokenizer`` one of ``vocab_size`` entries is trained on the text, as by `embedded`.
-
-    Raises
-    ------
-    FileNotFoundError
-        No file matches.
-    ValueError
-        A file is not UTF-8 text, or all of them are empty.
     """
     asked = [paths] if isinstance(paths, (str, Path)) else list(paths)
     found: set[str] = set()
@@ -218,14 +199,8 @@ def hub(
 ) -> Corpus:
     """The first ``documents`` documents of a data set on the Hugging Face hub (or of a local data-set folder).
 
-    Needs the optional package ``datasets`` and, unless the data set is already cached, network.
-
-    Raises
-    ------
-    RuntimeError
-        ``datasets`` is missing, or the data set cannot be reached.
-    ValueError
-        The data set has no column ``column``, or its documents are empty.
+    Needs the optional package ``datasets`` and, unless the data set is already cached, network:
+    RuntimeError says which of them is missing.
     """
     try:
         from datasets import load_dataset  # type: ignore[import-not-found,import-untyped,unused-ignore]

@@ -1,9 +1,10 @@
 """Processes that share the work of one run: `torchrun --nproc-per-node N -m -- grsd shells …`.
 
-Without the `--`, torchrun takes the `--start` of `grsd shells` for one of its own options.
-Each process measures its share of the batches and checkpoints and writes their files; what is found in the cache, how much
-goes in one pass and who measures what is settled by the first one, before any work. The folder of the cache must be the same
-for all of them. How several processes multiply by one operator is in :mod:`grsd.spectrum.operator.shards`.
+Without the `--`, torchrun takes the `--start` of `grsd shells` for one of its own options. Each process
+measures its share of the batches and checkpoints and writes their files; what is found in the cache, how
+much goes in one pass and who measures what is settled by the first one, before any work. The folder of
+the cache must be the same for all of them. How several processes multiply by one operator is in
+:mod:`grsd.spectrum.operator.shards`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,7 @@ WAIT = timedelta(hours=24)  # for the slowest process; one that dies is noticed 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share a run; `Ranks()` is a process of its own.
-
-    Attributes
-    ----------
-    rank, size : int
-    """
+    """This process among those that share a run; `Ranks()` is a process of its own."""
 
     rank: int = 0
     size: int = 1
@@ -38,11 +34,6 @@ class Ranks:
         """Join the processes that `torchrun` started, or those of an initialised `torch.distributed`; else be alone.
 
         Each process takes the GPU of its local rank, where there is one.
-
-        Raises
-        ------
-        RuntimeError
-            The others cannot be reached.
         """
         if not distributed.is_available():
             return cls()
@@ -50,9 +41,8 @@ class Ranks:
             if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
                 return cls()
             if torch.cuda.is_available():
-                torch.cuda.set_device(
-                    int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-                )
+                local = int(os.environ.get("LOCAL_RANK", "0"))
+                torch.cuda.set_device(local % torch.cuda.device_count())
             distributed.init_process_group("gloo", timeout=WAIT)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
@@ -80,13 +70,7 @@ class Ranks:
         return work[count * self.rank // self.size : count * (self.rank + 1) // self.size]
 
     def wait(self) -> None:
-        """Wait until all processes are here.
-
-        Raises
-        ------
-        RuntimeError
-            One of them is gone.
-        """
+        """Wait until all processes are here; RuntimeError when one of them is gone."""
         if self.size > 1:
             self._sure(distributed.barrier)
 
@@ -95,6 +79,6 @@ class Ranks:
             exchange()
         except RuntimeError as error:
             raise RuntimeError(
-                f"process {self.rank} of {self.size} lost the others: one of them failed (see its own message) or did not "
-                f"arrive within {WAIT}"
+                f"process {self.rank} of {self.size} lost the others: one of them failed (see its "
+                f"own message) or did not arrive within {WAIT}"
             ) from error

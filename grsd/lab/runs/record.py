@@ -132,16 +132,14 @@ class BatchResult:
 
     Attributes
     ----------
-    revision, fingerprint : str
-        The checkpoint and the hash of its weights.
-    batch : int
+    fingerprint : str
+        Hash of the checkpoint's weights.
     loss : float
         Mean of e over the batch, nats per token.
     rows : int
         T.
     tridiagonals : dict of str to Tridiagonal
         Start vector to Lanczos matrix.
-    provenance : dict
     """
 
     revision: str
