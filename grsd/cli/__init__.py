@@ -1,8 +1,10 @@
-"""The command line: `grsd doctor`, `suite`, `shells`, `conditions`, `mup-check`, `protocol`, `experiment`, `claims`, `results`, `new-chapter`.
+"""The command line: `grsd doctor`, `suite`, `shells`, `conditions`, `mup-check`, `protocol`,
+`experiment`, `claims`, `results`, `new-chapter`.
 
-Tables go to stdout, progress and errors to stderr; `--json` turns stdout into one JSON object. A failure is one
-sentence and exit code 2. Heavy imports happen inside the commands, so that `grsd doctor` works where torch does not.
-One module holds one family of commands; importing it adds them to `main`.
+Tables go to stdout, progress and errors to stderr; `--json` turns stdout into one JSON object. A
+failure is one sentence and exit code 2. Heavy imports happen inside the commands, so that `grsd
+doctor` works where torch does not. One module holds one family of commands; importing it adds them
+to `main`.
 """
 
 from grsd.cli import (

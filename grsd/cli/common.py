@@ -1,4 +1,4 @@
-"""What the commands share: the group and its failures, options, JSON and tables, progress, files to write.
+"""What the commands share: failures, options, JSON and tables, progress, files to write.
 
 A failure is one sentence on stderr and exit code 2.
 """
@@ -22,7 +22,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Group(click.Group):
-    """A group whose failures are one sentence on stderr and exit code 2, unless --debug is given."""
+    """Failures are one sentence on stderr and exit code 2, unless --debug is given."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -44,7 +44,7 @@ class Group(click.Group):
 
 
 def _said(error: BaseException) -> str:
-    """The failure in words; the system's own failures with the file and, in our folder, what to do."""
+    """The failure in words; of the system's own with the file and, in our folder, what to do."""
     if not isinstance(error, OSError) or not error.strerror or not error.filename:
         return str(error)
     ours = str(error.filename).startswith(str(stored.cache_dir()))
@@ -60,8 +60,8 @@ def _said(error: BaseException) -> str:
 def main(debug: bool) -> None:
     """Where the error of a network lives in the spectrum of its tangent kernel.
 
-    Start with `grsd doctor`, then `grsd shells mini-0.4m`. Every command takes --json; files go to the folder
-    named by GRSD_CACHE (default ~/.cache/grsd).
+    Start with `grsd doctor`, then `grsd shells mini-0.4m`. Every command takes --json; files go to
+    the folder named by GRSD_CACHE (default ~/.cache/grsd).
     """
 
 
@@ -118,7 +118,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 @contextmanager
 def bar(label: str, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on an interactive stderr, shown at step 0 or after a second; otherwise nothing."""
+    """A progress bar on an interactive stderr, shown at step 0 or after a second."""
     from tqdm import tqdm
 
     off = quiet or not sys.stderr.isatty()

@@ -44,10 +44,12 @@ def conditions(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure the four conditions of "When Does Learning Renormalize?" on MODEL, at one checkpoint or along several.
+    """Measure the four conditions of "When Does Learning Renormalize?" on MODEL, at one checkpoint
+    or along several.
 
-    MODEL is named as for `grsd shells`. The table says, for each diagnostic, what was found at the first and at the last
-    checkpoint and what the condition wants; notes below it say what could not be measured and why.
+    MODEL is named as for `grsd shells`. The table says, for each diagnostic, what was found at the
+    first and at the last checkpoint and what the condition wants; notes below it say what could not
+    be measured and why.
     """
     from grsd.lab.runs.conditions import conditions_of
 

@@ -22,7 +22,8 @@ from grsd.cli.common import emit, json_option, main, table
 @click.option("--missing", is_flag=True, help="Only claims whose evidence no run has recorded yet.")
 @json_option
 def claims(paper: str | None, verdict: str | None, missing: bool, as_json: bool) -> None:
-    """List the ledger: what the papers state, the verdict, and whether this machine has the evidence."""
+    """List the ledger: what the papers state, the verdict, and whether this machine has the
+    evidence."""
     from grsd import claims as ledger
 
     asked = (("paper", paper, ledger.PAPERS), ("verdict", verdict, ledger.VERDICTS))

@@ -24,10 +24,11 @@ OPTION = "A parameter, as NAME=VALUE; several values between commas."
 @common.file_option("--output", "Store the cells as a result (.json), with provenance.")
 @common.json_option
 def protocol(name: str, resume: bool, output: str | None, as_json: bool) -> None:
-    """Train and measure what a chapter shows: `mini` (minutes on two cores) or `pythia-shapes` (a GPU, half an hour).
+    """Train and measure what a chapter shows: `mini` (minutes on two cores) or `pythia-shapes` (a
+    GPU, half an hour).
 
-    Every net, checkpoint, batch size and null model of the protocol becomes one averaged profile. What was measured
-    before is read from the cache, so a run that was stopped goes on where it was.
+    Every net, checkpoint, batch size and null model of the protocol becomes one averaged profile.
+    What was measured before is read from the cache, so a run that was stopped goes on where it was.
     """
     from grsd.experiments import protocol as protocols
 
@@ -62,7 +63,8 @@ def experiment(
 ) -> None:
     """Run experiment NAME, piece by piece; without a name, list the experiments and their options.
 
-    Every piece is stored when it is done, so a run that was stopped goes on where it was. GRSD_SCALE=gpu enlarges the sizes.
+    Every piece is stored when it is done, so a run that was stopped goes on where it was.
+    GRSD_SCALE=gpu enlarges the sizes.
     """
     from grsd.experiments import engine
 

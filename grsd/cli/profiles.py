@@ -67,12 +67,14 @@ def shells(
 ) -> None:
     """Measure how the error of MODEL spreads over the spectrum of its tangent kernel.
 
-    MODEL is a mini-suite name, a folder in Hugging Face format (or of one subfolder per revision), or a name on
-    the hub; weights are read from safetensors only. The table gives, for each shell of eigenvalues, half the sum of squares of the
-    start vector's components per row (for the error: nats squared) with its standard error over the batches, and the bounds that the
-    Lanczos steps prove. "Peak" is the shell that holds most, "frontier" the largest eigenvalue that holds any. A run that was stopped goes on where it was. Several batches go
-    through the network together as far as --memory lets them. Started by torchrun, the processes share batches and
-    checkpoints (each its own GPU) and need one cache folder; the first of them prints.
+    MODEL is a mini-suite name, a folder in Hugging Face format (or of one subfolder per revision),
+    or a name on the hub; weights are read from safetensors only. The table gives, for each shell of
+    eigenvalues, half the sum of squares of the start vector's components per row (for the error:
+    nats squared) with its standard error over the batches, and the bounds that the Lanczos steps
+    prove. "Peak" is the shell that holds most, "frontier" the largest eigenvalue that holds any. A
+    run that was stopped goes on where it was. Several batches go through the network together as
+    far as --memory lets them. Started by torchrun, the processes share batches and checkpoints
+    (each its own GPU) and need one cache folder; the first of them prints.
     """
     from grsd.lab.runs import RunSpec, processes, shell_run, summary
     from grsd.lab.runs.memory import bytes_of

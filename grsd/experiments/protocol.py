@@ -1,9 +1,9 @@
-"""Section 7 of 2512.10427 as a list of runs: the paper's measurements, each with the controls it lacks.
+"""Section 7 of 2512.10427 as runs: its measurements, each with the controls it lacks.
 
-A protocol is data: which nets, which checkpoints, how many batches. `train` trains what is missing, and
-`measure` runs every cell through `grsd.lab.runs.run` (so a killed protocol resumes) and returns one
-averaged profile per cell. The chapter on language models shows the cells of a protocol that ran on the
-reader's machine beside those of a stored one that ran on a GPU.
+A protocol is data: which nets, which checkpoints, how many batches. `train` trains what is missing,
+and `measure` runs every cell through `grsd.lab.runs.run` (so a killed protocol resumes) and returns
+one averaged profile per cell. The chapter on language models shows the cells of a protocol that ran
+on the reader's machine beside those of a stored one that ran on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grsd.lab.checkpoints.opened import open_model
 from grsd.lab.runs import RunResult, RunSpec, shell_run
 from grsd.spectrum import AveragedProfile, LogShells, ShellProfile, average, nulls, statistics
 
-# Shells of one octave at whole powers of two, wide enough for every net of the suite: the same in all cells.
+# One octave each at whole powers of two, wide enough for every net: the same in all cells.
 SHELLS = LogShells(np.power(2.0, np.arange(-24, 15)))
 TRACKED = ("error", "ones", "random")  # start vectors at every checkpoint of a followed model
 FROZEN = "frozen"  # a cell's start when it is the null of no transport: see `_decayed`
@@ -39,8 +39,8 @@ class Protocol:
     models : tuple of str
         Names in `suites.MINI`, by size. All are compared at their last checkpoint and untrained.
     followed : tuple of str
-        The models that are followed over `revisions` from three start vectors; at the end with random
-        signs and with shuffled targets too.
+        The models that are followed over `revisions` from three start vectors; at the end with
+        random signs and with shuffled targets too.
     batches, batch_size, length, steps : int
         As in `run.RunSpec`; the paper has 50 batches of 4 × 128 tokens.
     sweep : tuple of int
@@ -131,8 +131,8 @@ class Cell:
     Attributes
     ----------
     model, revision, start, targets : str
-        `start` is as in `runs.STARTS`, or ``"frozen"``: e at the checkpoint before, decayed in place to
-        the energy of this one.
+        `start` is as in `runs.STARTS`, or ``"frozen"``: e at the checkpoint before, decayed in
+        place to the energy of this one.
     rows, steps : int
         T and m.
     loss, loss_sem : float
@@ -173,7 +173,7 @@ class Cell:
 def train(
     protocol: Protocol, *, cache: Path | str | None = None, progress: suites.Progress | None = None
 ) -> None:
-    """Train the protocol's models, each with its own recipe; those that are there already cost nothing."""
+    """Train the protocol's models, each with its own recipe, unless they are there already."""
     for model in protocol.models:
         corpus = suites.of_suite(model, cache=cache)
         steps, device = protocol.training_steps, protocol.device
@@ -187,10 +187,10 @@ def measure(
     cache: Path | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Cell]:
-    """Run every cell of a protocol and return them. With `resume`, batches measured before are read from the cache.
+    """Run every cell of a protocol. With `resume`, batches measured before are read.
 
-    Cost: for each followed model, revisions · batches · 4 start vectors · m products, and about as much
-    again for the controls. Call `train` first.
+    Cost: for each followed model, revisions · batches · 4 start vectors · m products, and about as
+    much again for the controls. Call `train` first.
     """
     cells: list[Cell] = []
     specs = list(protocol.runs())
@@ -222,7 +222,7 @@ def measure(
 
 
 def _decayed(result: RunResult, before: str, after: str) -> list[ShellProfile]:
-    """Each batch's profile at `after` if M had stood still since `before` (c0 = 0) and only its total were known."""
+    """Each batch's profile at `after`, had M stood still since `before` (c0 = 0)."""
     profiles = []
     for early, late in zip(result.measures(before), result.measures(after), strict=True):
         kept = 0.5 * float(early.weights[early.nodes <= early.floor].sum())
@@ -256,7 +256,7 @@ def _cell(result: RunResult, revision: str, start: str, profiles: list[ShellProf
 
 
 def curves(protocol: Protocol, *, cache: Path | str | None = None) -> dict[str, Any]:
-    """Return for every model its parameter count, corpus, recipe and held-out loss (revision → nats per token)."""
+    """Return for every model its parameter count, corpus, recipe and held-out losses."""
     records = {}
     for model in protocol.models:
         corpus, steps = suites.of_suite(model, cache=cache), protocol.training_steps
@@ -280,7 +280,8 @@ def table(cells: list[Cell]) -> tuple[list[str], list[list[object]]]:
 
 
 def pick(cells: list[Cell], **wanted: Any) -> Cell:
-    """Return the one cell with these attributes, e.g. ``pick(cells, model=…, revision=…, start="error", rows=512)``."""
+    """Return the one cell with these attributes: ``pick(cells, model=…, start="error",
+    rows=512)``."""
     chosen = [c for c in cells if all(getattr(c, key) == value for key, value in wanted.items())]
     if len(chosen) != 1:
         raise ValueError(

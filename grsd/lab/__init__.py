@@ -1,11 +1,12 @@
 """Things to measure: nets, text and images, checkpoints, resumable runs.
 
-This is the lowest room that names a data set, a checkpoint or a device, or touches disk and network. The theory rooms
-(`grsd.spectrum` and its neighbours) take what is made here as an argument.
+This is the lowest room that names a data set, a checkpoint or a device, or touches disk and
+network. The theory rooms (`grsd.spectrum` and its neighbours) take what is made here as an
+argument.
 
 | room | what |
 |---|---|
-| `nets` | small nets with explicit seeds, families of architectures, stock models by name, nets with a planted property |
+| `nets` | small nets with explicit seeds, families of architectures, stock models, planted properties |
 | `data` | text as token arrays cut into batches, images, functions |
 | `checkpoints` | the suite trained here, and the loader: suite, local folder, Hugging Face hub |
 | `runs` | spectra over many batches and checkpoints, resumable |

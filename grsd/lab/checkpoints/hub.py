@@ -1,7 +1,8 @@
-"""Checkpoints in Hugging Face format: files that are whole, their fingerprint, tokenizer and network; downloads.
+"""Checkpoints in Hugging Face format: files that are whole, fingerprints, loading, downloads.
 
 Weights are read from safetensors files only, and no code that comes with a checkpoint is run. What
-cannot be trusted is refused by name. Names are turned into folders in `grsd.lab.checkpoints.opened`.
+cannot be trusted is refused by name. Names are turned into folders in
+`grsd.lab.checkpoints.opened`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def check_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each readable to its end; ValueError names the one that is not."""
+    """The safetensors files of a checkpoint, each readable to its end, or ValueError."""
     from safetensors import SafetensorError, safe_open
 
     if not (folder / "config.json").is_file():
@@ -73,7 +74,7 @@ def check_files(folder: Path) -> list[Path]:
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """SHA-256 over the safetensors files and the configuration, without what changes from save to save."""
+    """SHA-256 over the weights and the configuration, without what changes from save to save."""
     lasting = {k: v for k, v in _configuration(folder).items() if k not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode())
     for file in check_files(folder):
@@ -96,7 +97,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
 
 
 def build(folder: Path, dtype: torch.dtype, attention: str) -> Any:
-    """The network of a checkpoint, on the CPU, in eval mode; ValueError names a weight that is wrong."""
+    """The network of a checkpoint, on the CPU, in eval mode; a wrong weight is named."""
     from transformers import AutoModelForCausalLM
 
     files = check_files(folder)
@@ -116,9 +117,10 @@ def build(folder: Path, dtype: torch.dtype, attention: str) -> Any:
                 output_loading_info=True,
             )
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
         raise ValueError(
-            f"{folder} cannot be loaded as a causal language model: {reason or type(error).__name__}"
+            f"{folder} cannot be loaded as a causal language model: {reason}"
         ) from error
 
     # transformers only warns of what follows
@@ -155,7 +157,7 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def download(name: str, revision: str) -> Path:
-    """Folder of a checkpoint on the hub, from the cache of huggingface_hub or downloaded into it."""
+    """Folder of a checkpoint of the hub, in the cache of huggingface_hub or downloaded to it."""
     from huggingface_hub import errors, list_repo_refs, snapshot_download
 
     get = f"run 'hf download {name} --revision {revision} --local-dir FOLDER' and pass the folder"

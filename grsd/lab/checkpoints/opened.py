@@ -68,7 +68,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint of a model, a folder in Hugging Face format; a single one has the revision "main"."""
+    """A folder in Hugging Face format; the revision of a single one is "main"."""
 
     name: str
     revision: str
@@ -118,13 +118,13 @@ class Model:
 
     @property
     def revisions(self) -> list[str]:
-        """Its checkpoints by training step, ``["main"]`` for a single one; on the hub its branches."""
+        """Checkpoints by training step, ``["main"]`` for a single one; on the hub branches."""
         if self.root is None:
             return hub.branches(self.name)
         return revisions_in(self.root) or [self.checkpoint().revision]
 
     def checkpoint(self, revision: str | None = None) -> Checkpoint:
-        """One checkpoint, downloaded if it must be; by default the last one, or the hub's ``main``."""
+        """One checkpoint, downloaded if need be; by default the last, or the hub's ``main``."""
         if self.root is not None:
             return self._in_folder(self.root, revision)
         asked = revision or "main"
@@ -159,7 +159,7 @@ class Model:
 
 
 def open_model(model: str | Path, *, cache: Path | str | None = None) -> Model:
-    """Say what a name means, as described at `load`. Nothing is downloaded and no weight is read."""
+    """Say what a name means, as at `load`. Nothing is downloaded and no weight is read."""
     name, path = str(model), Path(model).expanduser()
     if name in suites.MINI:
         suite = suites.locate(name, suites.of_suite(name, cache=cache), cache=cache)
@@ -213,7 +213,8 @@ def load(
     ------
     ValueError
         Unknown model or revision (the message lists those there are), or a checkpoint that is
-        truncated, incomplete, not finite, pickled, or in need of code of its own; the file is named.
+        truncated, incomplete, not finite, pickled, or in need of code of its own; the file is
+        named.
     RuntimeError
         The hub cannot be reached, or the device does not exist.
     """

@@ -1,11 +1,13 @@
-"""The mini-Pythia suite: GPT-NeoX nets trained on a corpus, with checkpoints at steps 0, 1, 2, 4, … as in Pythia.
+"""The mini-Pythia suite: GPT-NeoX nets with checkpoints at steps 0, 1, 2, 4, … as Pythia.
 
-A suite is a folder with one subfolder per checkpoint, each in Hugging Face format, so it is opened by
-the code path that opens published models. Its place in the cache is the key of what determines the
-numbers (sizes, the corpus fingerprint, the recipe, the code that trains), never a path or a device.
+A suite is a folder with one subfolder per checkpoint, each in Hugging Face format, so it is opened
+by the code path that opens published models. Its place in the cache is the key of what determines
+the numbers (sizes, the corpus fingerprint, the recipe, the code that trains), never a path or a
+device.
 
-Training that was killed resumes from the last checkpoint with the same numbers: `progress.safetensors`
-holds both moments of AdamW and the losses so far, and is replaced in one rename after each checkpoint.
+Training that was killed resumes from the last checkpoint with the same numbers:
+`progress.safetensors` holds both moments of AdamW and the losses so far, and is replaced in one
+rename after each checkpoint.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class Suite:
         return self.root / revision
 
     def training(self) -> dict[str, Any]:
-        """Hyperparameters, and the curves ``loss`` (steps,) and ``heldout`` (revision → nats per token)."""
+        """Hyperparameters; ``loss`` (steps,) and ``heldout`` (revision → nats per token)."""
         record: dict[str, Any] = json.loads((self.root / _RECORD).read_text())
         heldout = {r: record["heldout"][r] for r in self.revisions if r in record["heldout"]}
         return record | {"loss": record["loss"][: self.steps], "heldout": heldout}
@@ -147,7 +149,7 @@ def train(
     progress: Progress | None = None,
     **recipe: Any,
 ) -> Suite:
-    """Train one net on ``corpus`` and keep its checkpoints; return at once when they are there already.
+    """Train one net on ``corpus`` and keep its checkpoints, unless they are there already.
 
     Parameters
     ----------
@@ -243,7 +245,7 @@ def _heldout_loss(run: Training, corpus: Corpus) -> float | None:
 
 
 def _save_revision(run: Training, target: Path, corpus: Corpus) -> None:
-    """Write one checkpoint folder in one rename. A folder that is there already was written whole."""
+    """Write one checkpoint in one rename. A folder that is there already is whole."""
     if (target / "model.safetensors").is_file():
         return
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
@@ -264,7 +266,7 @@ def _save_progress(run: Training, suite: Suite, heldout: dict[str, float | None]
 
 
 def _resume(run: Training, suite: Suite) -> dict[str, float | None]:
-    """Put a net where an earlier training of at most as many steps left it; return its held-out losses."""
+    """Put a net where an earlier training left it; return its held-out losses."""
     from safetensors import safe_open
 
     path = suite.root / _PROGRESS

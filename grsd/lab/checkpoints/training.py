@@ -21,7 +21,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # of the gradient and of its square, as to
 
 @dataclass(frozen=True)
 class Preset:
-    """Shape of one net: GPT-NeoX with rotary attention on a quarter of each head and parallel residuals, untied."""
+    """Shape of one GPT-NeoX: rotary on a quarter of each head, parallel residuals, untied."""
 
     name: str
     hidden: int
@@ -57,18 +57,18 @@ class Preset:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters: 2 V h for the untied embeddings, 12 h² + 13 h per layer, 2 h for the last norm."""
+        """2 V h for the untied embeddings, 12 h² + 13 h per layer, 2 h for the last norm."""
         h = self.hidden
         return 2 * self.vocab_size * h + self.layers * (12 * h * h + 13 * h) + 2 * h
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a net is trained. The defaults are Pythia's, but for a warm-up of 32 steps and a flat rate after it.
+    """How a net is trained: as Pythia, but for a warm-up of 32 steps and a flat rate after it.
 
     Pythia warms up over 1430 steps and then decays by a cosine to a tenth over 143 000; within 512
-    steps that cosine is flat to 4e-5, so ``"constant"`` is its short-run form. It also makes a short
-    run a prefix of a longer one.
+    steps that cosine is flat to 4e-5, so ``"constant"`` is its short-run form. It also makes a
+    short run a prefix of a longer one.
     """
 
     lr: float
@@ -105,7 +105,7 @@ class Recipe:
 
 
 def checkpoint_steps(steps: int) -> list[int]:
-    """Pythia's checkpoint steps up to ``steps``: 0, powers of two to 512, 1000, 2000, 4000, 8000; and ``steps``."""
+    """``steps`` and those of Pythia before it: 0, powers of two to 512, 1000, …, 8000."""
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
     grid = [0, *(2**k for k in range(10)), 1000, 2000, 4000, 8000]
@@ -159,7 +159,7 @@ class Training:
         )
 
     def update(self, inputs: Tensor, targets: Tensor, steps: int) -> float:
-        """Make one update of ``steps``, and return the loss before it; FloatingPointError if that is not finite."""
+        """Make one update of ``steps``, and return the loss before it."""
         step = len(self.losses)
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.rate(step, steps)

@@ -1,9 +1,9 @@
-"""Text as token arrays: the embedded corpus, local files, hub data sets, and the batches cut from them.
+"""Text as token arrays: the embedded corpus, local files, hub data sets; their batches.
 
-Nothing here downloads unless the caller names a `hub:` corpus. The embedded corpus is the source text
-of the running Python's own standard library, so a fresh machine has a few million tokens of real text
-without network. Models are trained on these batches in `grsd.lab.checkpoints.suites` and measured on
-them in `grsd.lab.runs.run`.
+Nothing here downloads unless the caller names a `hub:` corpus. The embedded corpus is the source
+text of the running Python's own standard library, so a fresh machine has a few million tokens of
+real text without network. Models are trained on these batches in `grsd.lab.checkpoints.suites` and
+measured on them in `grsd.lab.runs.run`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ END_OF_TEXT = "<|endoftext|>"
 HELDOUT_FRACTION = 0.05
 SPLITS = ("train", "heldout", "all")
 SOURCES = ("embedded", "installed")  # corpora that are the source text on this machine
-# Folders of the standard library that are not its text: tests, installed packages, character tables,
-# bundled wheels.
+# Folders of the standard library that are not its text: tests, installed packages, character
+# tables, bundled wheels.
 _EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload"}
 _EXCLUDED |= {"__pycache__", "ensurepip", "encodings"}
 
@@ -69,7 +69,7 @@ class Corpus:
         return self.tokens[: self.boundary] if split == "train" else self.tokens[self.boundary :]
 
     def windows(self, length: int, split: str = "train") -> int:
-        """Number of disjoint windows of ``length`` tokens (each with the token that follows) in ``split``."""
+        """Number of disjoint windows of ``length`` tokens, each with the token that follows."""
         return windows.count_windows(self.part(split), length)
 
     def batches(
@@ -77,10 +77,10 @@ class Corpus:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ``count`` pairs ``(inputs, targets)``, each int64 of shape (batch_size, length).
 
-        ``targets[b, t]`` is the token after ``inputs[b, t]``. The split is cut into disjoint windows,
-        which are visited in an order drawn from ``seed``: no window repeats before all were used, and
-        batch number i does not depend on ``count``. When they run out, a new order is drawn. A split
-        too short for one batch is refused at the call.
+        ``targets[b, t]`` is the token after ``inputs[b, t]``. The split is cut into disjoint
+        windows, which are visited in an order drawn from ``seed``: no window repeats before all
+        were used, and batch number i does not depend on ``count``. When they run out, a new order
+        is drawn. A split too short for one batch is refused at the call.
         """
         tokens = self.part(split)
         if min(batch_size, length) < 1 or count < 0:
@@ -107,7 +107,7 @@ class Corpus:
 
 
 def standard_library() -> list[Path]:
-    """The .py files of the running Python's standard library, without tests and character tables, sorted."""
+    """The .py files of the standard library, without tests and character tables, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
 
     def wanted(path: Path) -> bool:
@@ -121,11 +121,12 @@ def standard_library() -> list[Path]:
 def embedded(
     vocab_size: int = 2048, cache: Path | str | None = None, *, tokenizer: Any = None
 ) -> Corpus:
-    """The source text of Python's standard library, about 3.3 million tokens at 2048 entries (Python 3.11).
+    """The text of Python's standard library, 3.3 million tokens at 2048 entries (Python 3.11).
 
-    A byte-level BPE of ``vocab_size`` entries (257 or more) is trained on the text, in seconds, unless a
-    transformers ``tokenizer`` is given, e.g. that of the model to be measured. The text is read each
-    time; the tokens in ``cache`` (default `grsd.results.cache_dir`) are used when it is unchanged.
+    A byte-level BPE of ``vocab_size`` entries (257 or more) is trained on the text, in seconds,
+    unless a transformers ``tokenizer`` is given, e.g. that of the model to be measured. The text is
+    read each time; the tokens in ``cache`` (default `grsd.results.cache_dir`) are used when it is
+    unchanged.
     """
     return _source_text("embedded", standard_library(), vocab_size, cache, tokenizer)
 
@@ -133,10 +134,11 @@ def embedded(
 def installed(
     vocab_size: int = 32768, cache: Path | str | None = None, *, tokenizer: Any = None
 ) -> Corpus:
-    """The embedded corpus and the source text of every installed Python package: another text on every machine.
+    """The embedded corpus and the text of every installed package: another on every machine.
 
-    With a deep-learning environment this is 50 to 100 million tokens, enough for the larger sizes of
-    `grsd.lab.checkpoints.suites`; its fingerprint says which text it was. The rest as `embedded`.
+    With a deep-learning environment this is 50 to 100 million tokens, enough for the larger sizes
+    of `grsd.lab.checkpoints.suites`; its fingerprint says which text it was. The rest as
+    `embedded`.
     """
     folders = sorted({sysconfig.get_paths()[key] for key in ("purelib", "platlib")})
     packages = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
@@ -162,7 +164,7 @@ def files(
     vocab_size: int = 2048,
     cache: Path | str | None = None,
 ) -> Corpus:
-    """Local text files (UTF-8), given by path or glob pattern such as ``"notes/**/*.txt"``; a document per file.
+    """Local text files (UTF-8) by path or pattern (``"notes/**/*.txt"``), one document each.
 
     Without a ``tokenizer`` one of ``vocab_size`` entries is trained on the text, as by `embedded`.
     """
@@ -197,7 +199,7 @@ def hub(
     vocab_size: int = 2048,
     cache: Path | str | None = None,
 ) -> Corpus:
-    """The first ``documents`` documents of a data set on the Hugging Face hub (or of a local data-set folder).
+    """The first documents of a data set on the Hugging Face hub, or of a local data-set folder.
 
     Needs the optional package ``datasets`` and, unless the data set is already cached, network:
     RuntimeError says which of them is missing.
@@ -233,8 +235,9 @@ def hub(
 def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = None) -> Corpus:
     """The corpus a command line names; ValueError for an unknown name.
 
-    ``embedded[:VOCAB]``, ``installed[:VOCAB]``, a path or pattern, or ``hub:NAME[:config[:split]]``.
-    ``VOCAB`` is the size of the tokenizer that is trained on the text, without effect if one is given.
+    ``embedded[:VOCAB]``, ``installed[:VOCAB]``, a path or pattern, or
+    ``hub:NAME[:config[:split]]``. ``VOCAB`` is the size of the tokenizer that is trained on the
+    text, without effect if one is given.
     """
     name, _, size = spec.partition(":")
     if name in SOURCES:
@@ -268,7 +271,7 @@ def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = 
 
 
 def default_split(spec: str) -> str:
-    """The part of a corpus that models are measured on: of a source text what they were not trained on."""
+    """The part that models are measured on: of a source text what they were not trained on."""
     return "heldout" if spec.partition(":")[0] in SOURCES else "all"
 
 
@@ -368,7 +371,7 @@ def _wrap(bpe: Any) -> Any:
 
 
 def _encode(tokenizer: Any, documents: list[str]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-    """Token ids of every document, each with the end of text behind it, where there is such a token."""
+    """Token ids of every document, with the end of text behind it, where there is one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         encoded = [e.ids for e in backend.encode_batch(documents, add_special_tokens=False)]

@@ -1,4 +1,4 @@
-"""The help text that comes with Python, byte by byte: language for small models, with no download."""
+"""The help text of Python, byte by byte: language for small models, with no download."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK = 2048
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes of a text; every tenth block of 2048 is held out, so that both parts hold the same mixture.
+    """Bytes of a text; every tenth block of 2048 is held out: both parts hold the same mixture.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Text:
 
 @lru_cache(maxsize=1)
 def text() -> Text:
-    """Return the help text of the running Python as bytes below 128; it differs between Python versions."""
+    """Return the help text of the running Python as bytes below 128; versions differ."""
     import pydoc_data.topics
 
     raw = Path(str(pydoc_data.topics.__file__)).read_bytes()
@@ -59,7 +59,7 @@ def text() -> Text:
 
 
 def next_byte(batch_size: int, length: int, seed: int = 0) -> Callable[[nn.Module], Tensor]:
-    """Return model → mean cross-entropy of the next byte on one fixed batch of Python's help text."""
+    """Return model → mean cross-entropy of the next byte on one fixed batch of the text."""
     inputs, targets = text().batch(seed, 0, batch_size, length)
 
     def loss(model: nn.Module) -> Tensor:

@@ -1,7 +1,7 @@
-"""Two classes of small images as a regression problem: scikit-learn's bundled digits, and CIFAR-10 from its published files.
+"""Two classes of small images as regression: scikit-learn's digits, and CIFAR-10.
 
-`digits` needs no file and no network. `cifar` reads the binary version of CIFAR-10, fixed records of one
-label and 3072 pixels, so that nothing is unpickled; it downloads only when asked to.
+`digits` needs no file and no network. `cifar` reads the binary version of CIFAR-10, fixed records
+of one label and 3072 pixels, so that nothing is unpickled; it downloads only when asked to.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TEST = ("test_batch.bin",)
 
 
 class Images(NamedTuple):
-    """Inputs (n, channels, side, side) and targets (n,), −1 for the first class and +1 for the second; float64."""
+    """Inputs (n, channels, side, side) and targets (n,), −1 or +1 by class; float64."""
 
     inputs: Tensor
     targets: Tensor
@@ -57,7 +57,7 @@ def _sides(classes: Classes) -> list[tuple[int, ...]]:
 def _draw(
     labels: np.ndarray, classes: Classes, samples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (n,) of a balanced random sample without repetition, in random order, and their targets."""
+    """Indices (n,) of a balanced sample without repetition, in random order; their targets."""
     at_least("samples", samples, 2, "two classes need at least 2")
     rng = np.random.default_rng(seed)
     counts = samples - samples // 2, samples // 2
@@ -97,7 +97,8 @@ def digits(classes: Classes = (0, 1), samples: int = 48, *, seed: int) -> Images
     Returns
     -------
     Images
-        Inputs (n, 1, 8, 8), mean 0 and mean square 1 over all pixels of the sample; targets (n,), −1 and +1.
+        Inputs (n, 1, 8, 8), mean 0 and mean square 1 over all pixels of the sample; targets (n,),
+        −1 and +1.
 
     Raises
     ------
@@ -131,18 +132,20 @@ def cifar(
     root : path
         A folder that holds ``cifar-10-batches-bin`` or is it.
     classes, samples, seed
-        As `digits`; a label occurs 5000 times in the training files and 1000 times in the test file.
-        0 airplane, 1 automobile, 2 bird, 3 cat, 4 deer, 5 dog, 6 frog, 7 horse, 8 ship, 9 truck.
+        As `digits`; a label occurs 5000 times in the training files and 1000 times in the test
+        file. 0 airplane, 1 automobile, 2 bird, 3 cat, 4 deer, 5 dog, 6 frog, 7 horse, 8 ship, 9
+        truck.
     train : bool
         The five training files, or the test file.
     download : bool
-        If the folder is not there, get the published archive (162 MB), compare its MD5 sum, and unpack
-        the six files that are read here. The network is not touched otherwise.
+        If the folder is not there, get the published archive (162 MB), compare its MD5 sum, and
+        unpack the six files that are read here. The network is not touched otherwise.
 
     Returns
     -------
     Images
-        Inputs (n, 3, 32, 32), mean 0 and mean square 1 per channel over the sample; targets (n,), ±1.
+        Inputs (n, 3, 32, 32), mean 0 and mean square 1 per channel over the sample; targets (n,),
+        ±1.
 
     Raises
     ------
@@ -153,8 +156,8 @@ def cifar(
 
     Notes
     -----
-    Krizhevsky, Learning multiple layers of features from tiny images (2009). A record is one byte of
-    label and 3072 of pixels: red, green, blue, each row by row.
+    Krizhevsky, Learning multiple layers of features from tiny images (2009). A record is one byte
+    of label and 3072 of pixels: red, green, blue, each row by row.
     """
     folder = _folder(Path(root), download)
     records = [_records(folder / name) for name in (_TRAIN if train else _TEST)]
@@ -172,8 +175,8 @@ def _folder(root: Path, download: bool) -> Path:
         return _download(root)
     if (root / "cifar-10-batches-py").is_dir():
         raise FileNotFoundError(
-            f"{root} holds the Python version of CIFAR-10, which is pickled and not read here, since "
-            f"unpickling runs code: get the binary version, {CIFAR_URL}, or pass download=True"
+            f"{root} holds the Python version of CIFAR-10, which is pickled and not read here, "
+            f"since unpickling runs code: get the binary version, {CIFAR_URL}, or pass download=True"
         )
     raise FileNotFoundError(
         f"no {CIFAR_FOLDER} with its six files in {root}: unpack {CIFAR_URL} there, "
@@ -186,7 +189,7 @@ def _records(path: Path) -> np.ndarray:
     size, expected = path.stat().st_size, CIFAR_RECORDS * _RECORD
     if size != expected:
         raise ValueError(
-            f"{path} has {size} bytes; a file of CIFAR-10 has {expected}: it is cut off or another file"
+            f"{path} has {size} bytes; a file of CIFAR-10 has {expected}: it is cut off or another"
         )
     records = np.memmap(path, dtype=np.uint8, mode="r", shape=(CIFAR_RECORDS, _RECORD))
     if (label := int(records[:, 0].max())) > 9:

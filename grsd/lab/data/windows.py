@@ -21,7 +21,7 @@ def count_windows(tokens: Tokens, length: int) -> int:
 def batches(
     tokens: Tokens, count: int, batch_size: int, length: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield ``count`` pairs (inputs, targets), int64 (batch_size, length); see `corpora.Corpus.batches`."""
+    """Yield (inputs, targets), int64 (batch_size, length) each, as `Corpus.batches`."""
     generator = np.random.default_rng(seed)
     available, span = count_windows(tokens, length), np.arange(length + 1)
     per_epoch = available // batch_size

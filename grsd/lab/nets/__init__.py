@@ -1,1 +1,1 @@
-"""Networks: small nets with explicit seeds, families of architectures, stock models by name, planted properties."""
+"""Networks: small nets, families of architectures, stock models, planted properties."""

@@ -1,11 +1,11 @@
-"""One small network per family of section 6 of 2512.18209: residual MLP and CNN, transformer, state-space model, MLP-Mixer.
+"""One small network per family of section 6 of 2512.18209.
 
-The plain MLP and the plain CNN are in `grsd.lab.nets.models`. Here every net is ``read`` → ``blocks``
-(an `nn.ModuleList`, the residual stack) → ``head``, and a branch adds ``epsilon`` times what its last
-layer, ``branch_end``, gives. All come in eval mode, without dropout, float64 unless asked otherwise,
-weights normal with variance 1/fan-in, biases with variance 0.01, drawn from a generator of their own.
-Images are (n, channels, side, side). Sizes below 1 (depth: below 0), an unknown activation and an ε
-that is negative or not finite raise ValueError.
+The plain MLP and the plain CNN are in `grsd.lab.nets.models`. Here every net is ``read`` →
+``blocks`` (an `nn.ModuleList`, the residual stack) → ``head``, and a branch adds ``epsilon`` times
+what its last layer, ``branch_end``, gives. All come in eval mode, without dropout, float64 unless
+asked otherwise, weights normal with variance 1/fan-in, biases with variance 0.01, drawn from a
+generator of their own. Images are (n, channels, side, side). Sizes below 1 (depth: below 0), an
+unknown activation and an ε that is negative or not finite raise ValueError.
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ def res_conv(
 ) -> ResidualNet:
     """A residual CNN with mean pooling: (n, channels, H, W) → (n, outputs), for any H, W.
 
-    Stride 1 and ``kernel // 2`` padding by zeros, or around the torus with ``circular=True``: the output
-    then does not change when the image is shifted cyclically. The rest as `res_mlp`, with convolutions of
-    odd size for matrices.
+    Stride 1 and ``kernel // 2`` padding by zeros, or around the torus with ``circular=True``: the
+    output then does not change when the image is shifted cyclically. The rest as `res_mlp`, with
+    convolutions of odd size for matrices.
     """
     _check(epsilon, width=width, depth=depth, channels=channels, outputs=outputs, kernel=kernel)
     one_of("layers", layers, (1, 2), "a branch has 1 or 2 convolutions")
@@ -149,11 +149,12 @@ def transformer(
     seed: int,
     dtype: torch.dtype = torch.float64,
 ) -> ResidualNet:
-    """A pre-norm transformer encoder on the patches of an image: (n, channels, side, side) → (n, outputs).
+    """A pre-norm transformer encoder on patches: (n, channels, side, side) → (n, outputs).
 
-    A block is h + ε·attention(norm(h)), then h + ε·mlp(norm(h)) with `width` hidden units. The mean over
-    tokens is normalised before the head. ``patch=1`` makes every pixel a token. Without learned
-    `positions` the output does not depend on the order of the patches. The rest as `res_mlp`.
+    A block is h + ε·attention(norm(h)), then h + ε·mlp(norm(h)) with `width` hidden units. The mean
+    over tokens is normalised before the head. ``patch=1`` makes every pixel a token. Without
+    learned `positions` the output does not depend on the order of the patches. The rest as
+    `res_mlp`.
     """
     sizes = {"side": side, "patch": patch, "channels": channels, "heads": heads}
     _check(epsilon, width=width, depth=depth, outputs=outputs, **sizes)
@@ -186,10 +187,10 @@ def ssm(
     seed: int,
     dtype: torch.dtype = torch.float64,
 ) -> ResidualNet:
-    """A state-space model over the rows of an image: (n, channels, T, side) → (n, outputs) with channels · side = inputs.
+    """A state-space model over the T rows of an image: (n, channels, T, side) → (n, outputs).
 
-    A block is h_t + ε·branch_end(φ(z_t)) with z_t = a ⊙ z_{t−1} + first(h_t): the recurrence is diagonal
-    and linear and its weights are shared by all times. The head reads the last time. With
+    A block is h_t + ε·branch_end(φ(z_t)) with z_t = a ⊙ z_{t−1} + first(h_t): the recurrence is
+    diagonal and linear and its weights are shared by all times. The head reads the last time. With
     ``activation="linear"`` the whole net is linear.
 
     Parameters
@@ -237,8 +238,9 @@ def mixer(
 ) -> ResidualNet:
     """An MLP-Mixer on the patches of an image: (n, channels, side, side) → (n, outputs).
 
-    A block adds ε times a two-layer net along the tokens (`hidden` units, by default as many as tokens),
-    then ε times one along the channels, each of a layer norm of h. The rest as `transformer`.
+    A block adds ε times a two-layer net along the tokens (`hidden` units, by default as many as
+    tokens), then ε times one along the channels, each of a layer norm of h. The rest as
+    `transformer`.
     """
     sizes = {"side": side, "patch": patch, "channels": channels, "outputs": outputs}
     _check(epsilon, width=width, depth=depth, **sizes)

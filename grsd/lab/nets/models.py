@@ -1,7 +1,8 @@
 """Small nets with explicit seeds, for checks of the theory against dense oracles.
 
-All come in eval mode, float64 unless asked otherwise, with parameters drawn from a generator of their own: the global
-one is left alone. Nets of a size worth training are in `grsd.lab.checkpoints.suites`.
+All come in eval mode, float64 unless asked otherwise, with parameters drawn from a generator of
+their own: the global one is left alone. Nets of a size worth training are in
+`grsd.lab.checkpoints.suites`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def activation_of(name: str) -> nn.Module:
 
 
 def undrawn() -> AbstractContextManager[None]:
-    """Layers made inside leave the global generator alone; their values are overwritten by `drawn`."""
+    """Layers made inside leave the global generator alone; `drawn` overwrites their values."""
     return torch.random.fork_rng(devices=[])
 
 
@@ -122,7 +123,7 @@ def language_model(
     attention: str = "eager",
     dtype: torch.dtype = torch.float64,
 ) -> nn.Module:
-    """A tiny net of a family of transformers: token ids (B, L) → an output with ``logits`` (B, L, V)."""
+    """A tiny net of a family: token ids (B, L) → an output with ``logits`` (B, L, V)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     own: dict[str, dict[str, Any]] = {
@@ -161,7 +162,7 @@ def gpt_neox(*, seed: int, **options: Any) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the progress bars and warnings of transformers; what they would report is checked by the caller."""
+    """Silence bars and warnings of transformers; callers check what they would report."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -176,7 +177,8 @@ def quiet() -> Iterator[None]:
 
 
 class TwoLayer(nn.Module):
-    """A two-layer net on one dial: f(δ) = [F(θ₀ + γδ) − F(θ₀)]/γ with F(a, W) = h^{-1/2} Σ_j a_j φ(w_j · (x/√d, 1)).
+    """A two-layer net on one dial: f(δ) = [F(θ₀ + γδ) − F(θ₀)]/γ with F(a, W) = h^{-1/2} Σ_j a_j
+    φ(w_j · (x/√d, 1)).
 
     The parameters are the displacement δ, zero at the start; θ₀ are buffers. See `two_layer`.
     """
@@ -225,16 +227,16 @@ def two_layer(
 ) -> TwoLayer:
     """A two-layer net on one dial γ, from a frozen kernel to feature learning: (n, inputs) → (n,).
 
-    Let F(θ) = h^{-1/2} Σ_j a_j φ(w_j · (x/√d, 1)) with h hidden units. The net is the divided difference
-    f_γ(δ) = [F(θ₀ + γδ) − F(θ₀)]/γ and its parameters are δ, which start at 0. Then f_γ = 0 at the start,
-    and ∂f_γ/∂δ = ∂F/∂θ at θ₀ + γδ. So nets of every γ start with the same error and the same kernel M(0),
-    and Ṁ(0) is γ times that of γ = 1. As γ → 0 the divided difference becomes the derivative: f_0 is the net
-    linearized at θ₀, whose kernel never moves. γ = 1 is the usual net less its initial output. Gradient flow
-    of f_γ is that of F with outputs scaled by 1/γ and the clock by γ² (the lazy-training scale of Chizat,
-    Oyallon and Bach is 1/γ).
+    Let F(θ) = h^{-1/2} Σ_j a_j φ(w_j · (x/√d, 1)) with h hidden units. The net is the divided
+    difference f_γ(δ) = [F(θ₀ + γδ) − F(θ₀)]/γ and its parameters are δ, which start at 0. Then f_γ
+    = 0 at the start, and ∂f_γ/∂δ = ∂F/∂θ at θ₀ + γδ. So nets of every γ start with the same error
+    and the same kernel M(0), and Ṁ(0) is γ times that of γ = 1. As γ → 0 the divided difference
+    becomes the derivative: f_0 is the net linearized at θ₀, whose kernel never moves. γ = 1 is the
+    usual net less its initial output. Gradient flow of f_γ is that of F with outputs scaled by 1/γ
+    and the clock by γ² (the lazy-training scale of Chizat, Oyallon and Bach is 1/γ).
 
-    What counts as a large γ depends on the width: a unit's weights move by about γ/√h. At fixed γ the net
-    becomes lazy as h → ∞; at fixed γ/√h it keeps learning features (mean-field scaling).
+    What counts as a large γ depends on the width: a unit's weights move by about γ/√h. At fixed γ
+    the net becomes lazy as h → ∞; at fixed γ/√h it keeps learning features (mean-field scaling).
 
     Parameters
     ----------

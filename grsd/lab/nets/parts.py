@@ -1,4 +1,4 @@
-"""Parts of which the families of `grsd.lab.nets.architectures` are made: residual branches, attention, recurrence, patches."""
+"""Parts of the families: residual branches, attention, recurrence, patches, norms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from grsd.lab.nets import models
 
 
 class Norm(nn.LayerNorm):
-    """Layer normalisation in plain tensor operations: PyTorch's has a wrong second derivative in forward mode (#196699)."""
+    """Layer normalisation in plain tensor operations: PyTorch's has a wrong second derivative in
+    forward mode (#196699)."""
 
     def forward(self, input: Tensor) -> Tensor:
         centred = input - input.mean(-1, keepdim=True)
@@ -39,7 +40,8 @@ class ResidualNet(nn.Module):
 
 
 class Branch(nn.Module):
-    """What one residual branch adds: branch_end(φ(h)) for one layer, branch_end(φ(first(h))) for two; with a norm, of norm(h)."""
+    """What one residual branch adds: branch_end(φ(h)) for one layer, branch_end(φ(first(h))) for
+    two; with a norm, of norm(h)."""
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of every token to all: softmax(q kᵀ/√d) v over `heads`, of a norm of h (n, tokens, width)."""
+    """Attention of every token to all, softmax(q kᵀ/√d) v, of a norm of h (n, tokens, width)."""
 
     def __init__(self, width: int, heads: int, bias: bool) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class Attention(nn.Module):
 
 
 class Transposed(nn.Module):
-    """A branch that acts along the tokens: transposes (n, tokens, width), applies `inner`, transposes back."""
+    """A branch that acts along the tokens of (n, tokens, width)."""
 
     def __init__(self, norm: nn.Module, inner: Branch) -> None:
         super().__init__()
@@ -113,9 +115,11 @@ class Transposed(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """branch_end(φ(z)) with z_t = a ⊙ z_{t−1} + first(h_t), z_{−1} = 0: one diagonal linear system, the same at every time.
+    """branch_end(φ(z)) with z_t = a ⊙ z_{t−1} + first(h_t), z_{−1} = 0: one diagonal linear system,
+    the same at every time.
 
-    Computed as the causal convolution z_t = Σ_s a^(t−s) first(h_s). Each a = σ(decay) lies in (0, 1).
+    Computed as the causal convolution z_t = Σ_s a^(t−s) first(h_s). Each a = σ(decay) lies in (0,
+    1).
     """
 
     def __init__(
@@ -144,7 +148,8 @@ class Flatten(nn.Linear):
 
 
 class Patches(nn.Module):
-    """Images (n, channels, side, side) → tokens (n, (side/patch)², width): one linear map of every patch, plus positions."""
+    """Images (n, channels, side, side) → tokens (n, (side/patch)², width): one linear map of every
+    patch, plus positions."""
 
     def __init__(
         self, channels: int, side: int, patch: int, width: int, positions: bool, bias: bool
@@ -162,7 +167,7 @@ class Patches(nn.Module):
 
 
 class Rows(nn.Linear):
-    """Images (n, channels, T, side) → a sequence of T rows, each through a linear layer: (n, T, width)."""
+    """Images (n, channels, T, side) → T rows, each through a linear layer: (n, T, width)."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.transpose(1, 2).flatten(2))

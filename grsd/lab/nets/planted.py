@@ -1,7 +1,8 @@
-"""Networks whose diagnostics are known in advance: what D1 and D2 of :mod:`grsd.renorm` must call local, coherent, or neither.
+"""Networks that D1 and D2 of :mod:`grsd.renorm` must call local, coherent, or neither.
 
-All keep their blocks in one ModuleList `blocks`, give one output per sample, shape (n, 1), and come in
-float64. A deep linear chain is `mlp` of :mod:`grsd.lab.nets.models` with ``activation="identity"``.
+All keep their blocks in one ModuleList `blocks`, give one output per sample, shape (n, 1), and come
+in float64. A deep linear chain is `mlp` of :mod:`grsd.lab.nets.models` with
+``activation="identity"``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = ["GroupedNets", "NeighbourChain", "SumOfNets", "TiedNet", "smooth_task
 
 
 class SumOfNets(nn.Module):
-    """f = Σ_l f_l(x; θ_l): no block moves another's Jacobian, G_lm = 0 for m ≠ l and B(0) = 0; all blocks see all samples."""
+    """f = Σ_l f_l(x; θ_l): no block moves another's Jacobian, G_lm = 0 for m ≠ l, B(0) = 0."""
 
     def __init__(
         self, inputs: int, width: int, blocks: int, *, seed: int, activation: str = "tanh"
@@ -32,7 +33,7 @@ class SumOfNets(nn.Module):
 
 
 class GroupedNets(SumOfNets):
-    """f(x_i) = f_l(x_i; θ_l) with l = the group of sample i, its place modulo L: ranges at right angles, coherence 0."""
+    """f(x_i) = f_l(x_i; θ_l) with l = i modulo L: ranges at right angles, coherence 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         each = torch.stack([block(x) for block in self.blocks])  # (L, n, 1)
@@ -41,7 +42,8 @@ class GroupedNets(SumOfNets):
 
 
 class NeighbourChain(nn.Module):
-    """f = Σ_l ⟨tanh(W_l x), tanh(W_{l+1} x)⟩/width: blocks move their neighbours' Jacobians and no others, B(1) = 0 < B(0)."""
+    """f = Σ_l ⟨tanh(W_l x), tanh(W_{l+1} x)⟩/width: blocks move their neighbours' Jacobians and no
+    others, B(1) = 0 < B(0)."""
 
     def __init__(self, inputs: int, width: int, blocks: int, *, seed: int) -> None:
         super().__init__()
@@ -55,7 +57,8 @@ class NeighbourChain(nn.Module):
 
 
 class TiedNet(nn.Module):
-    """f = a · tanh(W tanh(W … tanh(R x))) with W used `uses` times; with ``tied=False`` every use has its own copy, of equal value."""
+    """f = a · tanh(W tanh(W … tanh(R x))) with W used `uses` times; with ``tied=False`` every use
+    has its own copy, of equal value."""
 
     def __init__(self, inputs: int, width: int, uses: int, *, seed: int, tied: bool = True) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ def _linear(inputs: int, width: int) -> nn.Linear:
 
 
 def smooth_task(samples: int, inputs: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Return Gaussian inputs (samples, inputs) and a smooth target (samples,) of them, float64, of variance about 1."""
+    """Return Gaussian inputs (n, inputs) and a smooth target (n,), float64, of variance near 1."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, inputs, dtype=torch.float64, generator=generator)
     return x, torch.sin(2 * x[:, 0]) + 0.5 * x[:, 1] * x[:, 2]

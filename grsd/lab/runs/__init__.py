@@ -1,4 +1,4 @@
-"""Runs: spectra over many batches and checkpoints, kept batch by batch; and the conditions along checkpoints."""
+"""Runs: spectra over batches and checkpoints, kept batch by batch; conditions along them."""
 
 from grsd.lab.runs.record import DTYPES, STARTS, TARGETS, BatchResult, RunResult, RunSpec
 from grsd.lab.runs.run import Progress, shell_run

@@ -1,4 +1,4 @@
-"""The conditions of 2512.18209 along the checkpoints of a language model: what `grsd conditions` runs."""
+"""The conditions of 2512.18209 along checkpoints: what `grsd conditions` runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["conditions_of", "step_of"]
 
 
 def step_of(revision: str) -> int | None:
-    """Return the number of updates in a revision's name: 512 for ``"step512"``, None where there is no number."""
+    """Return the number in a revision's name: 512 for ``"step512"``; None if there is none."""
     number = re.search(r"(\d+)$", revision)
     return int(number[1]) if number else None
 

@@ -1,4 +1,4 @@
-"""How much memory an operator takes: the peak of building it and of a product, and how many fit a budget.
+"""How much memory an operator takes: the peak of building it and of a product.
 
 A peak is measured, not modelled: on a GPU by the allocator, on a CPU by following the storages that
 operations make. That of one batch says how many batches may go in lock-step
@@ -21,7 +21,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that are made under it: those alive (`now`), and the most at once (`most`)."""
+    """Counts the bytes of storages made under it: those alive (`now`), the most at once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -48,15 +48,15 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _stored(tree: Any) -> list[Tensor]:
-    """Return the tensors of a tree that have a storage; the zeros of forward-mode differentiation have none."""
+    """Return the tensors of a tree that have a storage; zeros of forward mode have none."""
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and not x._is_zerotensor()]
 
 
 def peak(function: Callable[[], object], device: torch.device | str) -> int:
-    """Return the most bytes that `function()` holds at once on `device`, beyond what was held before.
+    """Return the most bytes that `function()` holds at once beyond what was held before.
 
-    Cost: one call; on a CPU some 10 µs more for every operation. What runs inside compiled code on a
-    CPU is not seen.
+    Cost: one call; on a CPU some 10 µs more for every operation. What runs inside compiled code on
+    a CPU is not seen.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -1,10 +1,10 @@
 """Processes that share the work of one run: `torchrun --nproc-per-node N -m -- grsd shells …`.
 
-Without the `--`, torchrun takes the `--start` of `grsd shells` for one of its own options. Each process
-measures its share of the batches and checkpoints and writes their files; what is found in the cache, how
-much goes in one pass and who measures what is settled by the first one, before any work. The folder of
-the cache must be the same for all of them. How several processes multiply by one operator is in
-:mod:`grsd.spectrum.operator.shards`.
+Without the `--`, torchrun takes the `--start` of `grsd shells` for one of its own options. Each
+process measures its share of the batches and checkpoints and writes their files; what is found in
+the cache, how much goes in one pass and who measures what is settled by the first one, before any
+work. The folder of the cache must be the same for all of them. How several processes multiply by
+one operator is in :mod:`grsd.spectrum.operator.shards`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """Join the processes that `torchrun` started, or those of an initialised `torch.distributed`; else be alone.
+        """Join the processes of `torchrun` or of an initialised `torch.distributed`; else be alone.
 
         Each process takes the GPU of its local rank, where there is one.
         """
@@ -47,7 +47,7 @@ class Ranks:
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what `make()` gives in the first process, in all of them; its failure is raised in all of them."""
+        """Return what `make()` gives in the first process, or raise its failure, in all of them."""
         if self.size == 1:
             return make()
         box: list[object] = [None, None]
@@ -65,7 +65,7 @@ class Ranks:
         return box[0]  # type: ignore[return-value]
 
     def share(self, work: Sequence[T]) -> Sequence[T]:
-        """Return this process's part: a stretch of the list, so that few checkpoints are loaded by more than one."""
+        """Return this process's part: a stretch, so that few checkpoints are loaded twice."""
         count = len(work)
         return work[count * self.rank // self.size : count * (self.rank + 1) // self.size]
 

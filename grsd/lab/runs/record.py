@@ -210,7 +210,7 @@ class RunResult:
         return average(self.profiles(revision, start, shells))
 
     def common_shells(self, ratio: float = 2.0) -> LogShells:
-        """Shells that span every Ritz value above its floor, over all revisions, batches and start vectors."""
+        """Shells that span every Ritz value above its floor, over the whole run."""
         pairs = [(revision, start) for revision in self.revisions for start in self.spec.starts]
         measures = [measure for pair in pairs for measure in self.measures(*pair)]
         seen = np.concatenate(

@@ -1,13 +1,13 @@
-"""Spectra over many batches and checkpoints, kept batch by batch so that a run can be killed at any moment.
+"""Spectra over batches and checkpoints, kept one by one: a run can be killed at any moment.
 
-A run walks revisions × batches, builds the operator of the token log-probabilities on each batch and
-runs Lanczos from the start vectors asked for. What it keeps is small: the tridiagonal matrices (some
-hundred numbers), the loss and where they came from, one piece per (checkpoint, batch). Shells are drawn
-from them later, so edges can be chosen when all spectra are known.
+A run walks revisions × batches, builds the operator of the token log-probabilities on each batch
+and runs Lanczos from the start vectors asked for. What it keeps is small: the tridiagonal matrices
+(some hundred numbers), the loss and where they came from, one piece per (checkpoint, batch). Shells
+are drawn from them later, so edges can be chosen when all spectra are known.
 
-A piece is keyed by what determines its numbers: the measurement, the tokens of the batch, the weights,
-and the code that loads and measures. Runs that differ only in how many batches or which revisions they
-ask for share their pieces.
+A piece is keyed by what determines its numbers: the measurement, the tokens of the batch, the
+weights, and the code that loads and measures. Runs that differ only in how many batches or which
+revisions they ask for share their pieces.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def shell_run(
     model, corpus : Model, Corpus, optional
         Opened ones in place of those that the spec names.
     memory : int, optional
-        Bytes beyond the weights. Several batches of a checkpoint go in lock-step as far as they fit,
-        by the measured peak of one; 0 measures one at a time. Default: 512 MiB on a CPU, four fifths
-        of what the weights leave of a GPU.
+        Bytes beyond the weights. Several batches of a checkpoint go in lock-step as far as they
+        fit, by the measured peak of one; 0 measures one at a time. Default: 512 MiB on a CPU, four
+        fifths of what the weights leave of a GPU.
     ranks : Ranks, optional
         The processes that share the work; by default this one alone.
 
@@ -82,9 +82,9 @@ def shell_run(
     Notes
     -----
     Cost per batch: one operator and ``steps`` products for each start vector. The pieces of a group
-    are written together. With an unchanged number of threads and batches, and the same ``memory``, a
-    run that was killed and resumed equals an uninterrupted one bit for bit, whatever the number of
-    processes; another grouping moves the numbers by rounding.
+    are written together. With an unchanged number of threads and batches, and the same ``memory``,
+    a run that was killed and resumed equals an uninterrupted one bit for bit, whatever the number
+    of processes; another grouping moves the numbers by rounding.
     """
     ranks = ranks or Ranks()
     job = _Job(spec, model, corpus, cache)
@@ -170,7 +170,7 @@ class _Job:
         return loaded
 
     def plan(self, resume: bool, memory: int | None) -> tuple[Group | None, list[Work]]:
-        """What is to be done, settled before any of it: the missing pieces, in groups of one checkpoint each."""
+        """What is to be done: the missing pieces, in groups of one checkpoint each."""
         count = self.spec.batches
         absent: dict[str, tuple[int, set[int]]] = {}  # by weights: equal ones have the same pieces
         for at, checkpoint in enumerate(self.checkpoints):

@@ -1,10 +1,11 @@
-"""One group of batches of one checkpoint: operators, start vectors, Lanczos; in lock-step where that is possible.
+"""A group of batches of one checkpoint: operators, start vectors, Lanczos, in lock-step.
 
 Batches in lock-step share their passes through the network (:mod:`grsd.spectrum.operator.batches`),
-which is what fills a GPU. On two CPU cores the whole measurement of mini-1.3m at T = 256 takes 0.75 to
-0.78 of the time of one batch at a time (10 and 5 batches; m = 20), that of mini-4.2m the same time. The
-numbers are those of one batch at a time to rounding. How many batches go together follows from a
-budget of memory and the measured peak of one. A stored batch is keyed by the code of this module.
+which is what fills a GPU. On two CPU cores the whole measurement of mini-1.3m at T = 256 takes 0.75
+to 0.78 of the time of one batch at a time (10 and 5 batches; m = 20), that of mini-4.2m the same
+time. The numbers are those of one batch at a time to rounding. How many batches go together follows
+from a budget of memory and the measured peak of one. A stored batch is keyed by the code of this
+module.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Measurement:
 def grouping(
     measurement: Measurement, model: nn.Module, batch: Batch, most: int, budget: int | None
 ) -> Group:
-    """Return how many batches like this one go in lock-step, at most `most`, within `budget` bytes beyond the weights.
+    """Return how many batches like this one go in lock-step, within `budget` bytes.
 
     By default 512 MiB on a CPU, and on a GPU four fifths of what the weights leave of it. Cost: one
     operator and one product.
@@ -182,7 +183,7 @@ def _together(
 
 
 def _generator(seed: int, index: int, purpose: str) -> torch.Generator:
-    """A stream of its own for each batch and purpose, so that none depends on what else is asked for."""
+    """A stream for each batch and purpose: none depends on what else is asked for."""
     digest = hashlib.sha256(f"{seed} {index} {purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
