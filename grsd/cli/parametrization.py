@@ -92,8 +92,8 @@ def mup_check(
         )
     if len(set(widths)) < 2 and len(set(depths)) < 2:
         raise ValueError(
-            "two widths or two depths are needed to compare, "
-            f"got --widths {widths} and --depths {depths}"
+            f"two widths or two depths are needed to compare, got --widths {widths} and --depths "
+            f"{depths}"
         )
     factory = stock.factory(stock.configuration(model), positions=length)
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))

@@ -87,8 +87,7 @@ class Finding:
     def __str__(self) -> str:
         return (
             f"{self.condition} is broken: the {self.quantity} of {self.role} goes like "
-            f"{self.axis}^{self.measured.value:+.2f} "
-            f"instead of {self.axis}^{self.wanted:+.2f}"
+            f"{self.axis}^{self.measured.value:+.2f} instead of {self.axis}^{self.wanted:+.2f}"
         )
 
 

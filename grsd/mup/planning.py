@@ -137,6 +137,6 @@ def _heads(model: nn.Module, base: nn.Module | None) -> tuple[str, ...]:
         return ()
     return (
         f"The head dimension goes from {sizes[1]} to {sizes[0]}: scale attention by "
-        f"√{sizes[1]}/{sizes[0]} instead of "
-        f"1/√{sizes[0]}, or keep it fixed and add heads. The plan does not do it.",
+        f"√{sizes[1]}/{sizes[0]} instead of 1/√{sizes[0]}, or keep it fixed and add heads. The "
+        "plan does not do it.",
     )

@@ -137,9 +137,8 @@ class Plan:
         for entry in self.entries:
             if entry.std_base is None and entry.role not in given:
                 raise ValueError(
-                    "the plan was made from ratios and does not know the base's initial values "
-                    f"of {entry.name!r}: "
-                    f"give std={{{entry.role!r}: …}}, or make the plan with base="
+                    "the plan was made from ratios and does not know the base's initial values of "
+                    f"{entry.name!r}: give std={{{entry.role!r}: …}}, or make the plan with base="
                 )
         with torch.no_grad():
             for parameter, entry in self.matched(model):
@@ -199,8 +198,8 @@ class Plan:
             if any(end.children()) or not hasattr(end, "weight"):
                 raise ValueError(
                     f"{module!r} is a {type(end).__name__} and no linear layer, so its factor "
-                    f"{factor:g} cannot be folded into one "
-                    "weight; name the branch's last linear layer in branch_ends, or use attach()"
+                    f"{factor:g} cannot be folded into one weight; name the branch's last linear "
+                    "layer in branch_ends, or use attach()"
                 )
             for local, p in end.named_parameters(recurse=False):
                 name = f"{module}.{local}"
@@ -208,8 +207,8 @@ class Plan:
                     continue
                 if name in shared:
                     raise ValueError(
-                        f"{name!r} shares its tensor with another layer, which folding would "
-                        "scale too; use attach()"
+                        f"{name!r} shares its tensor with another layer, which folding would scale "
+                        "too; use attach()"
                     )
                 factors[name] = factor
         with torch.no_grad():

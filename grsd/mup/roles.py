@@ -145,17 +145,15 @@ class Layout:
                 return "input" if out else "output"
             raise ValueError(
                 f"cannot tell the role of {name!r}, a matrix {tuple(p.shape)} of a "
-                f"{type(owner).__name__} and not of an nn.Linear or "
-                "nn.Embedding, so which side is the input is not known; say "
-                f"roles={{{name!r}: 'input'}}, or 'output'"
+                f"{type(owner).__name__} and not of an nn.Linear or nn.Embedding, so which side is "
+                f"the input is not known; say roles={{{name!r}: 'input'}}, or 'output'"
             )
         where = "inside" if inside else "outside"
         sides = "both sides" if out and into else "one side" if out or into else "no side"
         raise ValueError(
-            f"cannot tell the role of {name!r}, a matrix {where} the stack {self.stack!r} of "
-            f"which {sides} grow with the width "
-            f"({tuple(partner.shape)} → {tuple(p.shape)}); say roles={{{name!r}: 'hidden'}}, or "
-            "'input' or 'output'"
+            f"cannot tell the role of {name!r}, a matrix {where} the stack {self.stack!r} of which "
+            f"{sides} grow with the width ({tuple(partner.shape)} → {tuple(p.shape)}); say "
+            f"roles={{{name!r}: 'hidden'}}, or 'input' or 'output'"
         )
 
     def _grows(self, p: Tensor, partner: Tensor, axis: int, name: str) -> bool:
@@ -194,8 +192,8 @@ class Layout:
                 if isinstance(self.modules[parent], nn.MultiheadAttention):
                     raise ValueError(
                         f"{name!r} is used by nn.MultiheadAttention without being called, so that "
-                        "a factor on its output would have no "
-                        f"effect; name the attention itself, {parent!r}, as the end of the branch"
+                        "a factor on its output would have no effect; name the attention itself, "
+                        f"{parent!r}, as the end of the branch"
                     )
                 factors.append(Multiplier(name, alpha, "output"))
             elif name in heads:
@@ -203,23 +201,21 @@ class Layout:
                     raise ValueError(
                         f"the output weight {heads[name]!r} stands in "
                         f"{name or 'the model itself'!r}, which holds other layers: a factor on "
-                        "its "
-                        "input would act on them too; make it the weight of an nn.Linear of its own"
+                        "its input would act on them too; make it the weight of an nn.Linear of "
+                        "its own"
                     )
                 factors.append(Multiplier(name, head, "input"))
         sides = {m.side for m in factors}
         if "output" not in sides:
             raise ValueError(
                 f"no end of a residual branch found in {self.stack!r}: name the layers whose "
-                "output is added to the stream, "
-                "e.g. branch_ends=['*.mlp.down_proj']"
+                "output is added to the stream, e.g. branch_ends=['*.mlp.down_proj']"
             )
         if "input" not in sides:
             raise ValueError(
-                "no output layer found: name its weight, e.g. roles={'head.weight': 'output'} (at "
-                "equal widths, and without a base "
-                "model, what is registered before the stack counts as input and what comes after "
-                "as output)"
+                "no output layer found: name its weight, e.g. roles={'head.weight': 'output'} "
+                "(at equal widths, and without a base model, what is registered before the stack "
+                "counts as input and what comes after as output)"
             )
         return tuple(factors)
 

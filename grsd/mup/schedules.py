@@ -47,9 +47,8 @@ def base_lr(optimizer: Optimizer) -> float:
         worst = optimizer.param_groups[rates.index(high)]
         raise ValueError(
             f"the groups' learning rates stand for base rates between {low:.3g} and {high:.3g} "
-            f"(role {worst['role']!r}): a schedule set "
-            "them to absolute values; use LambdaLR with grsd.mup.schedules.cosine, or OneCycleLR "
-            "with relative(optimizer, max_lr)"
+            f"(role {worst['role']!r}): a schedule set them to absolute values; use LambdaLR with "
+            "grsd.mup.schedules.cosine, or OneCycleLR with relative(optimizer, max_lr)"
         )
     return float(high) if high > 0 else math.nan
 

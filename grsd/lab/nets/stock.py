@@ -87,9 +87,8 @@ def factory(
 
         if n < 1 or layers < 1 or n % unit:
             raise ValueError(
-                f"width {n} and depth {layers}: sizes are positive, and the width is a multiple "
-                f"of {unit} "
-                f"(heads of dimension {head}, {heads // keys} query heads to a key head)"
+                f"width {n} and depth {layers}: sizes are positive, and the width is a multiple of "
+                f"{unit} (heads of dimension {head}, {heads // keys} query heads to a key head)"
             )
         scaled = copy.deepcopy(config)
         scaled.hidden_size, scaled.num_attention_heads = n, n * heads // width
