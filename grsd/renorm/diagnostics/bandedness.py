@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grsd import checks
+from grsd import checks, statistics
 from grsd.renorm.diagnostics.block_matrices import BlockMatrices
 from grsd.renorm.diagnostics.blocks import Blocks
 
@@ -89,15 +89,14 @@ class Bandedness:
 
 def _ratio(top: np.ndarray, bottom: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     """√(Σ top/Σ bottom) over the first axis (probes), and its jackknife standard error."""
-    above, below = top.sum(axis=0), bottom.sum(axis=0)
+
+    def root(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.sqrt(a.sum(axis=0) / b.sum(axis=0))
+
     with np.errstate(invalid="ignore", divide="ignore"):
-        value = np.sqrt(above / below)
         if exact:
-            return value, np.zeros_like(value)
-        count = len(top)
-        without = np.sqrt(np.maximum(above - top, 0.0) / (below - bottom))
-        error = np.sqrt((count - 1) / count * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
-    return value, error
+            return (value := root(top, bottom)), np.zeros_like(value)
+        return statistics.jackknife(root, top, bottom)
 
 
 def _scalar(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from grsd import checks
+from grsd import checks, statistics
 
 __all__ = ["Collapse", "Roughness", "collapse", "roughness"]
 
@@ -126,17 +126,13 @@ def collapse(
     number = min(40, max(1, x.size // 24)) if bins is None else int(bins)
     if number < 1 or x.size // number < LEAST:
         raise ValueError(f"{number} bins for {x.size} points: each needs {LEAST} or more")
-    value = _within(x, y, number)
-    # jackknife: each mode left out at all times
-    without = np.array(
-        [_within(np.delete(x, u, 1), np.delete(y, u, 1), number) for u in range(count)]
-    )
-    error = math.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
+    # each mode left out at all times
+    value, error = statistics.jackknife(lambda a, b: _within(a.T, b.T, number), x.T, y.T)
     # null: speeds dealt out anew among the modes
     rng = np.random.default_rng(seed)
     null = np.array([_within(x, y[:, rng.permutation(count)], number) for _ in range(deals)])
     null_error = float(null.std(ddof=1))
-    return Collapse(value, error, float(null.mean()), null_error, number, x.size, count)
+    return Collapse(value, float(error), float(null.mean()), null_error, number, x.size, count)
 
 
 def _within(x: np.ndarray, y: np.ndarray, bins: int) -> float:

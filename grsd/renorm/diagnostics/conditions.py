@@ -184,20 +184,14 @@ def _notes(base: Blocks, along: Along) -> list[str]:
             "say nothing about locality there. D3 to D6 keep their meaning"
         )
     if base.kinks:
-        notes.append(
-            f"{', '.join(base.kinks)}: M(t) jumps or bends at kinks; J̇ is the derivative between "
-            "them"
-        )
+        kinks = ", ".join(base.kinks)
+        notes.append(f"{kinks}: M(t) jumps or bends at kinks; J̇ is the derivative between them")
     if base.dtype != torch.float64:
-        notes.append(
-            f"products in {str(base.dtype).removeprefix('torch.')}: eigenvalues below 100 T ε "
-            "λ_max are taken as zero"
-        )
+        precision = str(base.dtype).removeprefix("torch.")
+        notes.append(f"products in {precision}: eigenvalues below 100 T ε λ_max are taken as zero")
     if along == "path":
-        notes.append(
-            "θ̇ is the difference quotient of the snapshots, not gradient flow: D3 and D5 are "
-            "those of the optimizer"
-        )
+        quotient = "θ̇ is the difference quotient of the snapshots, not gradient flow"
+        notes.append(f"{quotient}: D3 and D5 are those of the optimizer")
     return notes
 
 

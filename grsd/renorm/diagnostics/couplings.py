@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from scipy.interpolate import BSpline
 
-from grsd import checks
+from grsd import checks, statistics
 
 __all__ = ["NOISE", "Shift", "average", "normalized", "omega", "planted", "shift_invariance"]
 
@@ -318,7 +318,7 @@ def average(shifts: Sequence[Shift]) -> Shift:
     return replace(
         shifts[0],
         slope=float(slopes.mean()),
-        slope_error=float(slopes.std(ddof=1)) / math.sqrt(len(slopes)),
+        slope_error=float(statistics.standard_error(slopes)),
         **quadratic,
         span=float(np.mean([one.span for one in shifts])),
         modes=min(one.modes for one in shifts),

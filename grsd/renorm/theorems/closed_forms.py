@@ -1,10 +1,9 @@
-"""Velocity fields v(λ, t) in closed form: balanced modes and their ensembles.
+"""Velocity fields v(λ, t) in closed form: balanced modes, their ensembles, and a network of them.
 
 A balanced two-factor mode is f = a b with a = b: λ = a² + b² = 2f, error y − λ/2, λ̇ = λ(2y − λ).
 It is the one learning system here whose λ(t) is elementary, and an ensemble of them is a velocity
-field, or fails to be one. Networks that realise these formulas under gradient flow are in
-:mod:`grsd.renorm.theorems.counterexamples`; what compares two flows is in
-:mod:`grsd.renorm.theorems.covariance`. Arguments broadcast; results are float64.
+field, or fails to be one. What compares two flows is in :mod:`grsd.renorm.theorems.covariance`.
+Arguments broadcast; results are float64.
 """
 
 from __future__ import annotations
@@ -13,15 +12,19 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import exprel, lambertw
+from torch import Tensor, nn
 
 from grsd import checks
+from grsd.dynamics.problem import Problem
 
 __all__ = [
     "BalancedModes",
     "balanced_eigenvalue",
     "balanced_velocity",
+    "parallel_modes",
     "scale_free_exponent",
     "scale_free_velocity",
 ]
@@ -127,3 +130,55 @@ def _lambert(u: Array, kappa: float) -> Array:
 def _kappa(kappa: float) -> float:
     why = "expected a number between 0 and 2 (at 2 the modes start where they end)"
     return checks.between("kappa", kappa, 0, 2, "()", why)
+
+
+# --- A network whose gradient flow realises them
+
+
+class _Modes(nn.Module):
+    """f = Σ_k φ_k Π_l θ_lk: one product of L numbers a sample, and no coupling between samples."""
+
+    def __init__(self, factors: Tensor) -> None:
+        super().__init__()
+        self.factors = nn.ParameterList([nn.Parameter(row.clone()) for row in factors])
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.factors[0]
+        for row in list(self.factors)[1:]:
+            product = product * row
+        return x @ product
+
+
+def parallel_modes(
+    targets: ArrayLike, starts: ArrayLike, *, depth: int = 2, imbalance: ArrayLike = 0.0
+) -> Problem:
+    """Return n modes f_k = Π_l θ_lk without coupling, each with its own target and eigenvalue.
+
+    M is diagonal at all times: Ω = 0, and eigenvalues move on their own. Parameters layer by layer,
+    (L n,).
+
+    Parameters
+    ----------
+    targets, starts : (n,)
+        y_k, and λ_k(0) > 0.
+    depth : int
+        Factors L ≥ 2; λ = Σ_l Π_{m≠l} θ_m², which is a² + b² for two and L a^{2L−2} for equal ones.
+    imbalance : (n,) or number
+        D = a² − b², constant in time; two factors only, |D| ≤ λ(0).
+    """
+    y, first = (np.asarray(x, float) for x in (targets, starts))
+    d = np.broadcast_to(np.asarray(imbalance, float), y.shape)
+    checks.shape("targets", y, ("n",))
+    checks.positive("starts", checks.shape("starts", first, y.shape))
+    if depth < 2 or (depth != 2 and np.any(d != 0)) or np.any(np.abs(d) > first):
+        raise ValueError(
+            f"depth {depth} with imbalance {imbalance!r}: expected depth ≥ 2, and |D| ≤ λ(0) for "
+            "two factors or D = 0"
+        )
+    if depth == 2:
+        factors = np.sqrt(np.stack([first + d, first - d]) / 2)
+    else:
+        factors = np.tile((first / depth) ** (1 / (2 * depth - 2)), (depth, 1))
+    root = math.sqrt(len(y))
+    eye = torch.eye(len(y), dtype=torch.float64)
+    return Problem(_Modes(torch.tensor(factors)), root * eye, root * torch.tensor(y))

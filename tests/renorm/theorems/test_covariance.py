@@ -18,10 +18,10 @@ from grsd.renorm.theorems.closed_forms import (
     BalancedModes,
     balanced_eigenvalue,
     balanced_velocity,
+    parallel_modes,
     scale_free_exponent,
     scale_free_velocity,
 )
-from grsd.renorm.theorems.counterexamples import parallel_modes
 from grsd.renorm.theorems.covariance import between_flows, field_ratio, rescaled, weak_balance
 
 EDGES = np.geomspace(1e-2, 1.0, 4)
