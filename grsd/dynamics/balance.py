@@ -1,8 +1,8 @@
 """Energy on the λ axis at one instant: shells with sharp edges, and fluxes through soft ones.
 
-Sharp shells follow 2512.10427, section 3, with the kernel of M as a shell of its own. Their energies
-jump when an eigenvalue crosses an edge; :mod:`grsd.dynamics.crossings` integrates over that. Soft
-edges are resolvents of M: their energies are smooth in time, and need no eigenvectors and no gaps.
+Sharp shells follow 2512.10427, section 3, with the kernel of M as a shell of its own. Their
+energies jump when an eigenvalue crosses an edge; :mod:`grsd.dynamics.crossings` integrates over
+that. Soft edges are resolvents of M: their energies are smooth in time and need no eigenvectors.
 
 Cells are numbered along the λ axis: 0 is ker M, 1 what lies below the first edge, 2 … N+1 the N
 shells, N+2 the rest above.
@@ -44,8 +44,8 @@ class ShellBalance:
     counts : (N+3,) int, modes in each cell.
     energies : (N+3,), E_α = ½ Σ g_u²; they add up to ½⟨e, e⟩.
     dissipation : (N+3,), D_α = Σ λ_u g_u², energy per time.
-    exchange : (N+3, N+3), `exchange[α, β]` = F_{β→α} = −Σ_{u∈α, v∈β} g_v g_u Ω_{v→u}: what α receives
-        from β per time. Antisymmetric; its diagonal is the sum of Proposition 1, kept as computed.
+    exchange : (N+3, N+3), `exchange[α, β]` = F_{β→α} = −Σ_{u∈α, v∈β} g_v g_u Ω_{v→u}: what α
+        receives from β per time. Antisymmetric; its diagonal, kept, is the sum of Proposition 1.
     """
 
     shells: LogShells
@@ -78,8 +78,8 @@ def shell_balance(at: Modes, shells: LogShells) -> ShellBalance:
     x, g = np.where(at.in_kernel, 0.0, at.eigenvalues), at.coefficients
     if not ((cell >= 2) & (cell < count - 1)).any():
         raise ValueError(
-            f"no eigenvalue lies between the edges {shells.edges[0]:.4g} and {shells.edges[-1]:.4g}; "
-            f"those outside the kernel are {x[x > 0][[0, -1]] if x.any() else 'none'}"
+            f"no eigenvalue lies between the edges {shells.edges[0]:.4g} and "
+            f"{shells.edges[-1]:.4g}; outside the kernel lie {x[x > 0][:1]} … {x[x > 0][-1:]}"
         )
     gaps = x[None, :] - x[:, None]  # λ_v − λ_u
     # pairs that agree to rounding have no Ω: harmless in one cell, refused across an edge
@@ -88,8 +88,8 @@ def shell_balance(at: Modes, shells: LogShells) -> ShellBalance:
     if torn.any():
         u, v = np.argwhere(torn)[0]
         raise ValueError(
-            f"an edge separates the eigenvalues {x[u]:.17g} and {x[v]:.17g}, which agree to rounding: "
-            "their exchange has no value. Move the edge, or use resolvent_flux"
+            f"an edge separates the eigenvalues {x[u]:.17g} and {x[v]:.17g}, which agree to "
+            "rounding: their exchange has no value. Move the edge, or use resolvent_flux"
         )
     # −g_v g_u Ω_{v→u} of every pair, then summed over cells by their indicator vectors
     free = close & alike
@@ -108,8 +108,8 @@ def shell_balance(at: Modes, shells: LogShells) -> ShellBalance:
 def cumulative_flux(exchange: ArrayLike) -> Array:
     """Return J_{≤α} = Σ_{β>α} Σ_{γ≤α} F_{β→γ}, (..., c): energy that moves *down* past each cell.
 
-    `exchange[..., γ, β]` = F_{β→γ}, (..., c, c) with cells in ascending order, as Definition 4.1 has
-    it; the last entry is 0, since nothing lies above.
+    `exchange[..., γ, β]` = F_{β→γ}, (..., c, c) with cells in ascending order, as Definition 4.1
+    has it; the last entry is 0, since nothing lies above.
     """
     f = np.asarray(exchange, dtype=np.float64)
     if f.ndim < 2 or f.shape[-1] != f.shape[-2]:
@@ -121,7 +121,7 @@ def cumulative_flux(exchange: ArrayLike) -> Array:
 def _resolvents(
     M: Tensor, error: Tensor, a: float, power: int
 ) -> Iterator[tuple[float, complex, Tensor]]:
-    """Yield (weight, ω, (M − aωI)⁻¹e) for one root of ωᵖ = −1 a conjugate pair; weights sum to 1."""
+    """Yield (weight, ω, (M − aωI)⁻¹e), a root of ωᵖ = −1 per conjugate pair; weights sum to 1."""
     identity = torch.eye(len(error), dtype=M.dtype, device=M.device)
     for j in range((power + 1) // 2):
         if 2 * j + 1 == power:  # ω = −1
@@ -135,7 +135,7 @@ def _resolvents(
 def resolvent_energy(M: Tensor, error: Tensor, edges: ArrayLike, *, power: int = 1) -> Tensor:
     """Return ½⟨e, σ_a(M)e⟩ at edges a > 0, σ_a(λ) = λᵖ/(λᵖ + aᵖ): (k,) energies above soft edges.
 
-    M (n, n) and error (n,) are float64, M symmetric, the edges (k,) ascending; a larger `power` p ≥ 1
+    M (n, n) and error (n,) are float64, M symmetric, the edges (k,) ascending; a larger `power` p
     is sharper. The result is differentiable in both modes. The energy below a is ½⟨e, e⟩ less it;
     differences of neighbours are the energies of soft shells.
 

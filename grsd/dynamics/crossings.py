@@ -1,7 +1,7 @@
 """The balance of sharp shells over a span of time, with every passage over an edge located.
 
-Between two passages equation (2) of 2512.10427 holds; at each a shell loses ½ g_u² to its neighbour.
-A `Motion` gives M, Ṁ and e at given times: the flow of a network, or matrices written down.
+Between two passages equation (2) of 2512.10427 holds; at each a shell loses ½ g_u² to its
+neighbour. A `Motion` gives M, Ṁ and e at given times, of a network's flow or written down.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class IntegratedBalance:
 
     @property
     def printed_residual(self) -> Array:
-        """What equations (2) and (3) leave unexplained: E_α(stop) − E_α(start) − ∫(2) dt, (N+3,)."""
+        """What (2) and (3) leave unexplained: E_α(stop) − E_α(start) − ∫(2) dt, (N+3,)."""
         return self.after - self.before + self.dissipated - self.exchanged.sum(axis=1)
 
     @property
@@ -109,8 +109,8 @@ def moving(problem: Problem, stop: float) -> Motion:
 def _refuse_kinks(problem: Problem) -> None:
     if problem.kinks:
         raise ValueError(
-            f"this network uses {', '.join(problem.kinks)}: M(t) jumps, and no balance with Ṁ holds "
-            "over a jump. Use a smooth activation"
+            f"this network uses {', '.join(problem.kinks)}: M(t) jumps, and no balance with Ṁ "
+            "holds over a jump. Use a smooth activation"
         )
 
 

@@ -2,8 +2,8 @@
 
 Energy crosses an edge of the λ axis in two ways. An eigenvalue carries its own energy with it
 (advective), and eigenvectors turn, which moves energy between eigenvalues (Kato). `edge_flux`
-measures both at one instant; `Drift` holds them along a path and reduces them to c = t v/λ, which is
-a constant in the continuum of `grsd.dynamics.transport`.
+measures both at one instant; `Drift` holds them along a path and reduces them to c = t v/λ, which
+is a constant in the continuum of `grsd.dynamics.transport`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EdgeFlux(NamedTuple):
 
 
 class PowerLaw(NamedTuple):
-    """|v| ∝ λ^a t^b over the selected cells, with the R² of log |v| and their share of the weight."""
+    """|v| ∝ λ^a t^b over the selected cells, the R² of log |v|, and their share of the weight."""
 
     a: float
     b: float
@@ -45,10 +45,10 @@ class PowerLaw(NamedTuple):
 def edge_flux(at: Modes, edges: Sequence[float] | np.ndarray, order: float = 1) -> EdgeFlux:
     """Return the advective and the Kato flux of energy through edges (A,) > 0, upwards positive.
 
-    The edge at a is the smooth step χ_a(λ) = λ^k/(λ^k + a^k) of order k, which falls from 0.85 to 0.15
-    within a factor 31^{1/k}. Energy above it is E = ½⟨e, χ_a(M)e⟩, and by Daleckii and Krein
+    The edge at a is the smooth step χ_a(λ) = λ^k/(λ^k + a^k) of order k, which falls from 0.85 to
+    0.15 within a factor 31^{1/k}. Energy above it is E = ½⟨e, χ_a(M)e⟩, and by Daleckii and Krein
 
-        dE/dt = −Σ χ_a λ g² + ½ Σ_u χ_a'(λ_u) λ̇_u g_u² + ½ Σ_{u≠v} χ_a[λ_u, λ_v] ⟨φ_u, Ṁ φ_v⟩ g_u g_v ,
+      dE/dt = −Σ χ_a λ g² + ½ Σ_u χ_a'(λ_u) λ̇_u g_u² + ½ Σ_{u≠v} χ_a[λ_u, λ_v] ⟨φ_u, Ṁ φ_v⟩ g_u g_v
 
     with the divided difference χ[λ, μ] = (χ(λ) − χ(μ))/(λ − μ), which needs no gap: dissipation,
     advective flux, Kato flux. For k = 1 the fluxes add up to ½ a ⟨r, Ṁ r⟩ with r = (M + a)^{-1} e.
@@ -56,9 +56,9 @@ def edge_flux(at: Modes, edges: Sequence[float] | np.ndarray, order: float = 1) 
     Parameters
     ----------
     order : 1, 2, 4, 8 or inf
-        `inf` is a sharp edge. Its Kato flux is Σ_{λ_u ≥ a > λ_v} g_u g_v ⟨φ_u, Ṁ φ_v⟩/(λ_u − λ_v), which
-        grows without bound where two eigenvalues approach each other; its advective flux is a sum
-        of pulses in time, so the mean of λ̇/λ over the octave around the edge is given instead.
+        `inf` is a sharp edge. Its Kato flux is Σ_{λ_u ≥ a > λ_v} g_u g_v ⟨φ_u, Ṁ φ_v⟩/(λ_u − λ_v),
+        which grows without bound where two eigenvalues approach each other; its advective flux is a
+        sum of pulses in time, so the mean of λ̇/λ over the octave around the edge is given instead.
 
     Notes
     -----
@@ -155,14 +155,14 @@ class Drift:
         return share / share.sum()
 
     def summary(self, part: Part = "total", after: float = 0.0) -> dict[str, float]:
-        """Return the weighted mean and spread (standard deviation) of c, and the weight of c < 0."""
+        """Return weighted mean and spread (standard deviation) of c, and the weight of c < 0."""
         w, c = self.weights(after), self.c(part)
         mean = float((w * c).sum())
         spread = math.sqrt(max(float((w * (c - mean) ** 2).sum()), 0.0))
         return {"mean": mean, "spread": spread, "negative": float(w[c < 0].sum())}
 
     def correlation(self, after: float = 0.0) -> float:
-        """Return the weighted correlation of the two parts of c over λ and t; −1 when they cancel."""
+        """Return the weighted correlation of the two parts of c; −1 when they cancel."""
         w, a, b = self.weights(after), self.c("advective"), self.c("kato")
         a, b = a - (w * a).sum(), b - (w * b).sum()
         scale = math.sqrt(float((w * a * a).sum()) * float((w * b * b).sum()))
@@ -192,11 +192,12 @@ class Drift:
 def constant_drift_loss(
     eigenvalues: np.ndarray, energies: np.ndarray, c0: float, start: float, times: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the loss of the model v = c₀λ/t for energies measured at `start`: (corrected, printed).
+    """Return the loss for v = c₀λ/t and energies measured at `start`: (corrected, printed).
 
-    Corrected: every energy rides its characteristic λ = u (t/t₀)^{c₀} and decays, Σ E_u exp(−K u) with
-    K = (2t₀/(1+c₀))((t/t₀)^{1+c₀} − 1). Printed: equation (13) of 2512.10427, ε₀(u) exp(−2λt/(1+c₀)) per
-    unit of λ, which is (t/t₀)^{c₀} Σ E_u exp(−2u t₀ (t/t₀)^{1+c₀}/(1+c₀)). Both need c₀ > −1.
+    Corrected: every energy rides its characteristic λ = u (t/t₀)^{c₀} and decays, Σ E_u exp(−K u)
+    with K = (2t₀/(1+c₀))((t/t₀)^{1+c₀} − 1). Printed: equation (13) of 2512.10427, ε₀(u)
+    exp(−2λt/(1+c₀)) per unit of λ, which is (t/t₀)^{c₀} Σ E_u exp(−2u t₀ (t/t₀)^{1+c₀}/(1+c₀)).
+    Both need c₀ > −1.
     """
     u, energy, t = (np.asarray(x, dtype=np.float64) for x in (eigenvalues, energies, times))
     checks.between("c0", c0, -1, np.inf, "()", "this form of the solution needs c0 > −1")

@@ -1,7 +1,7 @@
 """Gradient flow, gradient descent and heavy ball of a network on fixed data, in float64.
 
-`integrate` and `descend` move a :class:`grsd.dynamics.problem.Problem` and return a `Path`. What the
-path means mode by mode is in :mod:`grsd.dynamics.modes`.
+`integrate` and `descend` move a :class:`grsd.dynamics.problem.Problem` and return a `Path`. What
+the path means mode by mode is in :mod:`grsd.dynamics.modes`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Path:
     error : float, for the flow the largest ‖θ − θ′‖₂ over `times` against a second run with a
         hundredfold looser tolerance, which it bounds; nan without that run, and 0 for descent.
     problem : Problem
-    identity : float, for the flow the largest |L(t) − L(0) + ∫‖θ̇‖²|/L(0), which would be 0, or nan.
+    identity : float, for the flow the largest |L(t) − L(0) + ∫‖θ̇‖²|/L(0), else nan.
     """
 
     times: np.ndarray
@@ -123,8 +123,8 @@ def _why_stuck(problem: Problem) -> str:
     if not problem.kinks:
         return "explicit methods need about 2 λ_max t of them; take shorter times, or raise limit"
     return (
-        f"every sample that crosses a kink ({', '.join(problem.kinks)}) costs many small steps, and "
-        "along one there is no solution; loosen rtol and atol, or use a smooth activation"
+        f"every sample that crosses a kink ({', '.join(problem.kinks)}) costs many small steps, "
+        "and along one there is no solution; loosen rtol and atol, or use a smooth activation"
     )
 
 
@@ -145,8 +145,8 @@ def descend(
     rate : float
         η > 0, in units of time. A loss that diverges is refused with the ηλ_max at the start.
     momentum : float
-        μ in [0, 1): heavy ball. Its clock runs faster, at late times 1/(1 − μ) times; the `times` of
-        the path, τ_k = Σ_{j<k} η_j, do not contain this factor.
+        μ in [0, 1): heavy ball. Its clock runs faster, at late times 1/(1 − μ) times; the `times`
+        of the path, τ_k = Σ_{j<k} η_j, do not contain this factor.
     schedule : callable, optional
         Factor of step k = 0, 1, ...
     every : int

@@ -23,8 +23,8 @@ def kernel_between(rows: Problem, columns: Problem, theta: Vector) -> np.ndarray
     """Return K = J_rows J_columnsᵀ, (m, n), without a factor 1/n. Cost: two Jacobians."""
     if rows.theta.shape != columns.theta.shape:
         raise ValueError(
-            f"the problems have {len(rows.theta)} and {len(columns.theta)} parameters; make the second "
-            "with Problem.on, so that both are the same network"
+            f"the problems have {len(rows.theta)} and {len(columns.theta)} parameters; make the "
+            "second with Problem.on, so that both are the same network"
         )
     return (rows.jacobian(theta) @ columns.jacobian(theta).T).cpu().numpy()
 
@@ -54,9 +54,9 @@ class FixedFeatures:
 
     Notes
     -----
-    With Φ_tr/√n = U diag(s) Vᵀ: λ_u = s_u², φ_u = √n U_u on the training samples, and ψ_u = Φ_te V_u/s_u
-    is the same function on the test samples (its Nyström extension). Then g_u(t) = g_u(0) e^{−λ_u t}
-    and e_te(t) = residual + Σ_u g_u(t) ψ_u. Cost: one singular value decomposition, when first used.
+    With Φ_tr/√n = U diag(s) Vᵀ: λ_u = s_u², φ_u = √n U_u on the training samples, and ψ_u = Φ_te
+    V_u/s_u is the same function on the test samples (its Nyström extension). Then g_u(t) = g_u(0)
+    e^{−λ_u t} and e_te(t) = residual + Σ_u g_u(t) ψ_u. Cost: one singular value decomposition.
     """
 
     train_features: np.ndarray

@@ -66,15 +66,15 @@ class Modes:
 
     @cached_property
     def coupling(self) -> np.ndarray:
-        """Ω, (n, n): `coupling[u, v]` = Ω_{v→u} = ⟨φ_u, Ṁ φ_v⟩/(λ_v − λ_u) = ⟨φ_u, φ̇_v⟩, antisymmetric.
+        """Ω, (n, n): `coupling[u, v]` = Ω_{v→u} = ⟨φ_u, Ṁ φ_v⟩/(λ_v − λ_u) = ⟨φ_u, φ̇_v⟩.
 
-        Inside ker M the basis is free to turn; the choice here is that it does not, Ω = 0. Other
+        Antisymmetric. Inside ker M the basis is free to turn; here it does not, Ω = 0. Other
         eigenvalues that repeat are refused: their eigenvectors have no derivative.
         """
         if len(pairs := self.repeated()):
             first, second = self.eigenvalues[pairs[0]]
             raise ValueError(
-                f"{len(pairs)} pair(s) of eigenvalues repeat, e.g. λ = {first:.6g} and {second:.6g} "
+                f"{len(pairs)} pair(s) of eigenvalues repeat, e.g. {first:.6g} and {second:.6g} "
                 f"(closer than {self.floor:.1g}): single modes have no derivative there. Use "
                 "modes.divided or the soft shells of grsd.dynamics.balance, which need no gaps"
             )
@@ -96,8 +96,8 @@ class Modes:
 def modes(M: Array, rate: Array, error: Array, *, floor: float | None = None) -> Modes:
     """Diagonalise M = J Jᵀ/n, and express Ṁ (`rate`) and e (`error`) in its eigenbasis.
 
-    M and rate are (n, n) float64 and symmetric, error is (n,) float64. Eigenvalues up to `floor`, by
-    default n ε λ_max, belong to ker M. Cost: one dense eigenproblem. Source: 2512.10427, section 3.1.
+    M and rate are (n, n), symmetric, error is (n,), all in float64. Eigenvalues up to `floor`, by
+    default n ε λ_max, belong to ker M. Cost: one eigenproblem. Source: 2512.10427, section 3.1.
     """
     n = len(error)
     e = as_array("error", error, (n,))
@@ -135,8 +135,8 @@ def divided(
 ) -> np.ndarray:
     """Return d/dt of function(M(t)), (n, n) in the eigenbasis, by Daleckii and Krein, without gaps.
 
-    Its entries are [function(λ_u) − function(λ_v)]/(λ_u − λ_v) · ⟨φ_u, Ṁ φ_v⟩, with `derivative` for
-    the quotient where the two agree. Repeated eigenvalues are harmless.
+    Its entries are [function(λ_u) − function(λ_v)]/(λ_u − λ_v) · ⟨φ_u, Ṁ φ_v⟩, with `derivative`
+    for the quotient where the two agree. Repeated eigenvalues are harmless.
     """
     x = at.eigenvalues
     gaps, rise = x[:, None] - x[None, :], function(x)[:, None] - function(x)[None, :]

@@ -2,8 +2,8 @@
 
 Outputs, error, Jacobian, M and Ṁ; what moves the parameters is in :mod:`grsd.dynamics.flow`.
 
-Conventions: e = target − output, ⟨u, v⟩ = (1/n) Σ u v, L = ½⟨e, e⟩, M = J Jᵀ/n, θ̇ = Jᵀe/n = −∇L, so
-that ė = −M e.
+Conventions: e = target − output, ⟨u, v⟩ = (1/n) Σ u v, L = ½⟨e, e⟩, M = J Jᵀ/n, θ̇ = Jᵀe/n = −∇L,
+so that ė = −M e.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Problem:
             output = self._forward(theta, self.inputs)
         if output.shape not in ((n,), (n, 1)):
             raise ValueError(
-                f"the model gives shape {tuple(output.shape)} for {n} inputs; expected one number per "
-                "sample, (n,) or (n, 1): wrap the model so that it returns the output you mean"
+                f"the model gives shape {tuple(output.shape)} for {n} inputs; expected one number "
+                "per sample, (n,) or (n, 1): wrap the model so that it returns the output you mean"
             )
         if not (torch.isfinite(output).all() and torch.isfinite(self.targets).all()):
             raise ValueError("outputs or targets are not finite; check the model and the data")
@@ -110,7 +110,7 @@ class Problem:
                 "the outputs carry no gradient: are they made under no_grad, or detached?"
             )
         kinks = kinks_of(output)
-        # A random cotangent tells whether row i depends on sample i alone: then J is n times cheaper.
+        # does row i depend on sample i alone? then J is n times cheaper; a random cotangent tells
         u = self._random(seed=0)
         (whole,) = torch.autograd.grad(output.reshape(n), theta, u)
         self._rowwise = True
@@ -182,7 +182,7 @@ class Problem:
         return vmap(grad(self._single), in_dims=(None, 0))(theta, self.inputs)
 
     def jacobian(self, theta: Vector) -> Tensor:
-        """Return J = ∂f/∂θ, (n, P). Cost: n backward passes of a sample, or of all if samples mix."""
+        """Return J = ∂f/∂θ, (n, P). Cost: n backward passes of a sample (of all if they mix)."""
         return self._jacobian(self._theta(theta)).detach()
 
     def kernel(self, theta: Vector) -> Tensor:
@@ -194,7 +194,7 @@ class Problem:
     def kernel_rate(
         self, theta: Vector, direction: Vector | None = None, *, piecewise: bool = False
     ) -> Tensor:
-        """Return Ṁ = (J̇ Jᵀ + J J̇ᵀ)/n along θ̇ (or `direction`), (n, n), by autodiff of the Jacobian.
+        """Return Ṁ = (J̇ Jᵀ + J J̇ᵀ)/n along θ̇ (or `direction`), (n, n), by autodiff.
 
         Exact up to rounding; a difference quotient, taken once per problem, raises an
         ArithmeticError where autodiff is wrong. `piecewise` allows networks with kinks: the rate is
@@ -202,8 +202,8 @@ class Problem:
         """
         if self.kinks and not piecewise:
             raise ValueError(
-                f"this network uses {', '.join(self.kinks)}: Ṁ does not exist where a sample crosses a "
-                "kink. Use a smooth activation, or piecewise=True for the rate between two kinks"
+                f"this network uses {', '.join(self.kinks)}: Ṁ does not exist where a sample "
+                "crosses a kink. Use a smooth activation, or piecewise=True for Ṁ between kinks"
             )
         at = self._theta(theta)
         along = self.velocity(at) if direction is None else self._theta(direction)
@@ -254,8 +254,8 @@ class Problem:
                 break
         else:
             raise ArithmeticError(
-                f"the second derivative of this model is off by {gap:.2g} from a difference quotient: "
-                "an operation in it has a wrong one, or none. Replace it by plain tensor operations"
+                f"the second derivative of this model is off by {gap:.2g} from a difference "
+                "quotient: an operation in it has a wrong one, or none. Use plain tensor operations"
             )
         self._curvature_checked = True
 
@@ -266,7 +266,7 @@ class Problem:
         return other
 
     def linearized(self, theta: Vector) -> Problem:
-        """Return the model f(θ₀) + J(θ₀)(θ − θ₀), whose kernel stands still: M(t) = M(θ₀), Ṁ = 0."""
+        """Return the model f(θ₀) + J(θ₀)(θ − θ₀), whose kernel stands still: Ṁ = 0."""
         return _Linearized(self, self._theta(theta))
 
 

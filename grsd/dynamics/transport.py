@@ -82,7 +82,7 @@ class PowerSpectrum:
             )
         if self.p <= -1.0 and not (self.low > 0.0 and self.high < math.inf):
             raise ValueError(
-                f"p = {self.p} has infinite energy on [{self.low}, {self.high}]: give 0 < low, high < ∞"
+                f"p = {self.p} has infinite energy on [{self.low}, {self.high}]: make it finite"
             )
 
     def __call__(self, u: ArrayLike) -> Array:
@@ -92,7 +92,7 @@ class PowerSpectrum:
         return np.where(inside, safe**self.p * np.exp(-safe / self.soft), 0.0)
 
     def laplace(self, rate: ArrayLike, low: ArrayLike = 0.0, high: ArrayLike = math.inf) -> Array:
-        """Return ∫ ε0(u) exp(−u·rate) du over [low, high] and the window, at rates ≥ 0; all broadcast.
+        """Return ∫ ε0(u) exp(−u·rate) du over [low, high] and the window; rates ≥ 0, all broadcast.
 
         By differences of incomplete Γ functions; for p ≤ −1 by `quadrature`.
         """
@@ -169,14 +169,14 @@ def density(lam: ArrayLike, t: ArrayLike, c0: float, eps0: Spectrum, t0: float =
 def loss(t: ArrayLike, c0: float, eps0: PowerSpectrum, t0: float = 1.0) -> Array:
     """Return L(t) = ∫ ε0(u) exp(−u K(t)) du exactly, window and cutoff included.
 
-    For a pure power law it is Γ(p+1) K^(−p−1): late ∝ t^(−(1+c0)(p+1)) for c0 > −1, ∝ (log t)^(−p−1)
-    at c0 = −1, and for c0 < −1 it tends to a positive constant, for K stays below 2t0/|1+c0|.
+    For a pure power law it is Γ(p+1) K^(−p−1): late ∝ t^(−(1+c0)(p+1)) for c0 > −1, ∝ (log
+    t)^(−p−1) at c0 = −1, and for c0 < −1 it tends to a positive constant: K stays bounded.
     """
     return eps0.laplace(effective_clock(t, c0, t0))
 
 
 def local_exponent(t: ArrayLike, c0: float, eps0: PowerSpectrum, t0: float = 1.0) -> Array:
-    """Return the exact slope −d log L/d log t at every t: what a fit over a short window measures."""
+    """Return the exact slope −d log L/d log t: what a fit over a short window measures."""
     times, K = _times(t, t0), effective_clock(t, c0, t0)
     first = replace(eps0, p=eps0.p + 1.0).laplace(K)
     return 2.0 * times * (times / t0) ** c0 * first / eps0.laplace(K)

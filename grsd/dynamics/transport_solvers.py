@@ -1,7 +1,7 @@
 """Two numerical routes through ∂ₜε + ∂_λ(vε) = −2λε for any drift v = (λ/t) H(λt).
 
-`particles` follows lumps of energy, `finite_volume` moves energy between fixed cells. Neither shares
-a step with the derivation of the closed form in :mod:`grsd.dynamics.transport`. A third, by
+`particles` follows lumps of energy, `finite_volume` moves energy between fixed cells. Neither
+shares a step with the derivation of the closed form in :mod:`grsd.dynamics.transport`. A third, by
 characteristics, which does, is in the chapter on transport.
 """
 
@@ -63,7 +63,7 @@ class FiniteVolume:
 
     @property
     def budget(self) -> Array:
-        """Relative defect of energy + escaped + dissipated against the start, (K,): rounding only."""
+        """Relative defect of energy + escaped + dissipated against the start, (K,): rounding."""
         total = self.loss + self.escaped + self.dissipated
         return np.abs(total / total[0] - 1.0)
 
@@ -134,10 +134,10 @@ def finite_volume(
 ) -> FiniteVolume:
     """Conservative finite volumes in log λ and log t, second order.
 
-    With s = log λ, τ = log t and h = λε, (7) reads ∂_τh + ∂_s(Hh) = −2λt h: van Leer's limiter, Heun's
-    step, exact damping (Strang). What leaves a cell enters its neighbour; nothing enters through the
-    ends. `cfl` in (0, ½] is how many cells a signal may cross in one step: beyond ½ the limited
-    scheme may go negative.
+    With s = log λ, τ = log t and h = λε, (7) reads ∂_τh + ∂_s(Hh) = −2λt h: van Leer's limiter,
+    Heun's step, exact damping (Strang). What leaves a cell enters its neighbour; nothing enters
+    through the ends. `cfl` in (0, ½] is how many cells a signal may cross in one step: beyond ½ the
+    limited scheme may go negative.
     """
     rule, when = _drift(drift), _instants(times)
     low, high = _bounds(window)
@@ -222,7 +222,7 @@ def _positive(eps0: Spectrum, u: Array) -> Array:
     checks.at_least("ε0", checks.shape("ε0", values, u.shape), 0, "expected a density ≥ 0")
     if not np.any(values > 0.0):
         raise ValueError(
-            f"ε0 has no mass at the eigenvalues from {u.min():.3g} to {u.max():.3g}; widen the window"
+            f"ε0 has no mass at the eigenvalues from {u.min():.3g} to {u.max():.3g}; widen that"
         )
     return values
 

@@ -1,7 +1,8 @@
 """One instant of training: the operator M = J Jᵀ, and where the error sits in its spectrum.
 
-``observables`` says what f is, ``operator`` multiplies by M. ``lanczos`` finds coefficients, ``measure``
-bounds the spectral measure, ``shells`` bins it, ``nulls`` holds what a profile is compared with.
+``observables`` says what f is, ``operator`` multiplies by M. ``lanczos`` finds coefficients,
+``measure`` bounds the spectral measure, ``shells`` bins it, ``nulls`` holds what a profile is
+compared with.
 
 Linear programs, which know no network, are in :mod:`grsd.spectrum.programs`: recorded, transposed,
 simplified. In :mod:`grsd.spectrum.operator`, ``trace`` records where parameters enter and ``rules``

@@ -26,18 +26,18 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
     Parameters
     ----------
     start
-        (T,), dtype and device of M. Not normalised: its square norm becomes the mass of the measure.
+        (T,), dtype and device of M. Not normalised: its square norm is the mass of the measure.
     steps
         m, between 1 and T. Fewer are returned where the Krylov space is exhausted.
     reorthogonalize
         True: every new vector is orthogonalised twice against all earlier ones by classical
         Gram–Schmidt, which is right to rounding, and the recurrence ends at β ≤ 8 eps |M|, the
-        rounding of a product. False: Algorithm 1 of 2512.10427 as printed, which ends only at β = 0.
+        rounding of a product. False: Algorithm 1 of 2512.10427 as printed, which ends at β = 0.
 
     Notes
     -----
-    Cost: m products, 8 m² T further operations, m T numbers of memory. No step waits for the device.
-    Source: 2512.10427, appendix B; "twice is enough": Parlett, The Symmetric Eigenvalue Problem, 6.9.
+    Cost: m products, 8 m² T further operations, m T numbers of memory. No step waits for the
+    device. Source: 2512.10427, appendix B; "twice is enough": Parlett 1998, section 6.9.
     """
     size = int(M.shape[0])
     if tuple(start.shape) != (size,) or start.dtype != M.dtype or start.device != M.device:
@@ -58,8 +58,8 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
 def lanczos_batches(M: NTKBatches, starts: Tensor, steps: int) -> list[Tridiagonal]:
     """Run Lanczos with full reorthogonalisation on every batch at once, from `starts` (G, T).
 
-    One `Tridiagonal` a batch, as `lanczos` would give it. Cost: m products, 8 m² T operations a batch
-    and G m T numbers.
+    One `Tridiagonal` a batch, as `lanczos` would give it. Cost: m products, 8 m² T operations a
+    batch and G m T numbers.
     """
     groups, size, _ = M.shape
     if starts.shape != (groups, size) or starts.dtype != M.dtype or starts.device != M.device:

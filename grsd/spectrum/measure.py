@@ -18,7 +18,8 @@ from grsd import checks
 from grsd.spectrum.shells import LogShells, ShellProfile
 
 Array = NDArray[np.float64]
-# in eps of the largest node: products are right to about eps, so nodes this near to zero are rounding
+# in eps of the largest node: products are right to about eps, so nodes this near to zero are
+# rounding
 FLOOR = 4.0
 # of the largest node: the rounding of the small eigenproblems, which parts nodes that agree
 TIE = 2.0**-48
@@ -117,8 +118,8 @@ class SpectralMeasure:
         These are the Chebyshev–Markov–Stieltjes inequalities. With the 2m moments and the residual
         that m steps know, μ(−∞, a) of *any* measure on the line that has them lies between the two,
         and both ends are attained: they are read off the quadrature that has a as one of its nodes
-        (Gauss–Radau). Nodes that agree with an edge to rounding count to both sides. An exact measure
-        gives equal ends. Different measures attain the bounds at different edges, so that
+        (Gauss–Radau). Nodes that agree with an edge to rounding count to both sides. An exact
+        measure gives equal ends. Different measures attain the bounds at different edges, so that
         differences of bounds hold and are not sharp.
 
         Without reorthogonalisation they are those of another measure. Cost: one (m+1)-sized

@@ -49,7 +49,7 @@ def shuffled(targets: Tensor, *, generator: torch.Generator) -> Tensor:
 def density_of_states(
     M: Operator, *, probes: int, steps: int, generator: torch.Generator
 ) -> list[SpectralMeasure]:
-    """Return `probes` measures of Gaussian start vectors, each of mass T: weights count eigenvalues.
+    """Return `probes` measures of Gaussian start vectors, of mass T: weights count eigenvalues.
 
     The mean of their shell masses estimates the number n_α of eigenvalues per shell (stochastic
     Lanczos quadrature; Lin, Saad and Yang 2016). Cost: probes · steps products.

@@ -18,7 +18,7 @@ IGNORE = -100  # the target of a token that is not counted, as in torch and tran
 
 @runtime_checkable
 class Observable(Protocol):
-    """Maps a model's output to the rows f of the operator; any object with these methods will do."""
+    """Maps a model's output to the rows f of the operator; any object with these methods."""
 
     def rows(self, output: Tensor) -> Tensor:
         """Return f, shape (T,), differentiable with respect to `output`."""
@@ -40,8 +40,8 @@ def raw_output(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(
-        f"the model returned {type(output).__name__}; expected a tensor, an object with .logits or a "
-        "tuple that starts with a tensor: wrap the model so that it returns what the rows are made of"
+        f"the model returned {type(output).__name__}; expected a tensor, an object with .logits or "
+        "a tuple that starts with a tensor: wrap the model so that it returns what makes the rows"
     )
 
 

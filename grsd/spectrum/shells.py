@@ -33,7 +33,7 @@ class LogShells:
 
     @classmethod
     def spanning(cls, lo: float, hi: float, *, ratio: float = 2.0) -> LogShells:
-        """Return shells with edges at whole powers of `ratio`, [lo, hi] inside: the same for all."""
+        """Return shells with edges at whole powers of `ratio`, [lo, hi] inside: alike for all."""
         checks.between("ratio", ratio, 1, np.inf, "()")
         if not 0 < lo <= hi < np.inf:
             raise ValueError(f"shells span 0 < lo <= hi < inf, got lo = {lo}, hi = {hi}")
@@ -94,7 +94,7 @@ class ShellProfile(Binned):
     energies, lower, upper : (n,), the quadrature value and its Chebyshev–Markov–Stieltjes interval.
     below, above : float, energy of nodes under the first and over the last edge.
     kernel, floor : float, energy of nodes up to the rounding floor on the λ axis, and that floor.
-    minima : (n,), the smallest energy of a node in the shell (NaN for none), as 2512.10427 Figure 1.
+    minima : (n,), the smallest energy of a node in the shell (NaN for none), as in Figure 1.
     counts : (n,), how many nodes lie in the shell.
     """
 
