@@ -1,10 +1,8 @@
-"""Are the bounds behind the spectral condition tight? Norm ratios of weights, updates and features
-at every layer.
+"""Are the bounds behind the spectral condition tight? Norm ratios at every layer.
 
-The condition is derived from ‖A + B‖ ≤ ‖A‖ + ‖B‖ and ‖W h‖ ≤ ‖W‖ ‖h‖, and each derivation says that
-the bound has the right order. Whether it has is a matter of alignment: a ratio of the two sides
-that stays away from zero as width, depth or batch grows. `observe` reads what is needed from one
-backward pass; the ratios are properties of what it returns.
+The condition is derived from ‖A + B‖ ≤ ‖A‖ + ‖B‖ and ‖W h‖ ≤ ‖W‖ ‖h‖, each said to have the right
+order. Whether it has is a matter of alignment: a ratio of the two sides that stays away from zero
+as width, depth or batch grows. `observe` reads what is needed from one backward pass.
 """
 
 from __future__ import annotations
@@ -31,18 +29,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Observed:
-    """One linear layer s = W a on a batch: what the loss of every sample asks of its weights.
+    """One linear layer s = W a on a batch of which the loss is the mean.
+
+    Sample i alone asks for the update −η δ_i a_iᵀ, of rank one; the batch asks for their mean.
 
     Attributes
     ----------
     weight : (n_out, n_in)
     inputs : (B, n_in), a_i
-    deltas : (B, n_out), ∂ℓ_i/∂s_i of the samples' own losses, of which the loss is the mean
-
-    Notes
-    -----
-    Sample i alone asks for the update −η δ_i a_iᵀ, of rank one; the batch asks for the mean of
-    these.
+    deltas : (B, n_out), ∂ℓ_i/∂s_i of the samples' own losses
     """
 
     weight: Tensor
@@ -88,17 +83,15 @@ class Observed:
 class Step:
     """A weight (or feature) before and after: ‖W + ΔW‖ against ‖W‖ + ‖ΔW‖ (assumption F.1).
 
+    For a small step the ratio says nothing: it is at least its floor, which tends to 1 with the
+    size. What could fail is only seen when `floor` is well below 1.
+
     Attributes
     ----------
     ratio : ‖W + ΔW‖_R / (‖W‖_R + ‖ΔW‖_R)
     size : ‖ΔW‖_R / ‖W‖_R
     floor : the least that `ratio` can be at this size, |1 − size| / (1 + size)
     cosine : ⟨W, ΔW⟩ / (‖W‖_F ‖ΔW‖_F)
-
-    Notes
-    -----
-    For a small step the ratio says nothing: it is at least its floor, which tends to 1 with the
-    size. What could fail is only seen when `floor` is well below 1.
     """
 
     ratio: float
@@ -110,7 +103,7 @@ class Step:
 def observe(
     model: nn.Module, losses: Callable[[nn.Module], Tensor], layers: Iterable[str]
 ) -> dict[str, Observed]:
-    """Run one forward and one backward pass, and return inputs and δ of some linear layers.
+    """Return inputs and δ of some linear layers, from one forward and one backward pass.
 
     Parameters
     ----------
@@ -144,6 +137,7 @@ def observe(
             raise ValueError(
                 f"{name!r} was called with {shapes}; expected one call with ({len(each)}, n_in)"
             )
+    # δ of every sample at once: sample i's loss alone depends on row i of an output
     deltas = torch.autograd.grad(each.sum(), [out for ((_, out),) in calls.values()])
     return {
         name: Observed(linear[name].weight.detach(), a, delta)
@@ -176,19 +170,11 @@ def contributions(
     changes: Sequence[Mapping[str, Tensor]],
     features: Callable[[nn.Module], Tensor],
 ) -> Tensor:
-    """Return what each group of parameter changes alone does to the features, (groups, …): the
-    terms of equation (36).
+    """Return what each group of changes (name → ΔW) alone does to the features, (groups, …).
 
-    Parameters
-    ----------
-    model : its parameters are put back
-    changes : groups of parameter name → ΔW
-    features : model → tensor, such as the output of the last block
-
-    Notes
-    -----
-    ‖Σ terms‖ / Σ ‖terms‖ is 1 when they all point one way, and about groups^(−1/2) when their
-    directions are unrelated. Cost: one forward pass a group, and one more.
+    These are the terms of equation (36): ‖Σ terms‖ / Σ ‖terms‖ is 1 when all point one way, and
+    about groups^(−1/2) when their directions are unrelated. The model's parameters are put back.
+    Cost: one forward pass a group, and one more.
     """
     parameters = dict(model.named_parameters())
     if unknown := sorted({name for group in changes for name in group} - set(parameters)):
@@ -196,6 +182,7 @@ def contributions(
     terms = []
     with torch.no_grad():
         start = features(model).clone()
+        # one group at a time, each taken back before the next
         for group in changes:
             saved = {name: parameters[name].clone() for name in group}
             try:
@@ -209,13 +196,9 @@ def contributions(
 
 
 def submultiplicative(vector: Tensor, *weights: Tensor) -> float:
-    """Return ‖W_k … W_1 h‖_R / (‖W_k‖_R … ‖W_1‖_R ‖h‖_R), at most 1: how tight the bound on a block
-    is (claims E.1, E.2).
+    """Return ‖W_k … W_1 h‖_R / (‖W_k‖_R … ‖W_1‖_R ‖h‖_R), at most 1 (claims E.1, E.2).
 
-    Parameters
-    ----------
-    vector : (n,) or (B, n); the mean over rows is returned
-    weights : W_1, …, W_k in the order of application
+    Of rows h, (B, n), it is the mean; the weights stand in the order of application.
     """
     h, bound = vector, rms_norm(vector)
     for W in weights:

@@ -145,26 +145,20 @@ def audit_update_norms(
     blocks: int = 2,
     roles: Roles = None,
 ) -> UpdateAudit:
-    """Measure the exponents of one step at several widths (at the base's depth) and depths (at the
-    base's width).
+    """Measure the exponents of one step at several widths and depths.
+
+    Cost: one forward-plus-backward pass for each size and seed, and for each matrix and optimizer
+    one step and one norm.
 
     Parameters
     ----------
     factory, loss, widths, depths, base, k, seeds : as `grsd.mup.coord_check`. Exponents are stated
-        for a ∂ℓ/∂f of fixed size: give a loss that is linear in the output, or contamination by f₀
-        = O(n^-½) shows.
-    optimizers : names of `grsd.mup.rules.OPTIMIZERS`. Matrix optimizers are given all matrices, as
-        in the tables.
-    tolerance : of an exponent, or (role, quantity, axis) → it; finite sizes leave about 0.1 of an
-        exact value.
+        for a ∂ℓ/∂f of fixed size: give a loss that is linear in the output, or f₀ = O(n^-½) shows.
+    optimizers : names of rows. Matrix optimizers are given all matrices, as in the tables.
+    tolerance : of an exponent, or (role, quantity, axis) → it; finite sizes leave about 0.1.
     rules : (optimizer, role) → Rule, in place of the table: a rule to be tried.
     blocks : residual blocks that are looked at, evenly spread, the first and the last among them.
     roles : as `grsd.mup.planning`.
-
-    Notes
-    -----
-    Cost: one forward-plus-backward pass for each size and seed, and for each matrix and optimizer
-    one step and one norm.
     """
     cases = dict.fromkeys([*((w, base[1]) for w in widths), *((base[0], d) for d in depths)])
     more: dict[str, Any] = {
@@ -299,6 +293,7 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
         if known.matrices_only:
             group |= {"split": entry.split, "transposed": entry.transposed}
         groups.append(group)
+    # A is what the step did, over its rate
     optimizer = assemble({name: groups}, known.first_lr, {name: known.exact})
     before = [q.detach().clone() for q in copies]
     known.first(optimizer)

@@ -1,5 +1,4 @@
-"""Coordinate check: do features move by the same amount at every width and depth, and if not, which
-condition is broken?
+"""Coordinate check: do features move alike at every width and depth; if not, what is broken?
 
 Each model is trained for a few steps; what is fitted is the slope of log ‖Δh_L‖_R against log size.
 The diagnosis looks at what the features are made of: α‖W‖_R and α‖ΔW‖_R of every role, which the
@@ -37,8 +36,7 @@ FLAT = 0.25  # |slope| up to which a check passes: what finite sizes leave of an
 
 @dataclass(frozen=True)
 class Run:
-    """One model, trained for a few steps on one batch. Norms that are not finite are kept: a
-    diverged run is data.
+    """One model, trained for a few steps on one batch; norms that are not finite are kept.
 
     Attributes
     ----------
@@ -97,10 +95,8 @@ class CoordCheck:
 
     Attributes
     ----------
-    slopes : "width" and "depth" → slope of ‖Δh_L‖_R after the last step; an axis with one size is
-        left out.
+    slopes, first : axis → slope of ‖Δh_L‖_R after the last and the first step, with two sizes.
     output_slopes : the same of the output.
-    first : the same of ‖Δh_L‖_R after the first step.
     verdict : "flat", "not flat", "diverged" when a run left the numbers, or "not fitted" when no
         axis has two sizes.
     findings : conditions that the measured norms break.
@@ -151,30 +147,24 @@ def coord_check(
     outputs: Callable[[nn.Module], Tensor] | None = None,
     make_plan: Callable[[nn.Module, nn.Module], Plan] | None = None,
 ) -> CoordCheck:
-    """Train models of several widths (at the base's depth) and depths (at the base's width) for
-    some steps, and fit exponents.
+    """Train models of several widths and depths for some steps, and fit exponents.
+
+    Widths are at the base's depth, depths at the base's width. Cost: for each size and seed steps +
+    1 forward-plus-backward passes, and two norms for each matrix.
 
     Parameters
     ----------
-    factory : (width, depth) → model, with residual blocks in one `nn.ModuleList`. Dropout must be
-        off.
+    factory : (width, depth) → model, with residual blocks in one `nn.ModuleList`, without dropout.
     loss : model → scalar loss on a fixed batch.
-    widths, depths : sizes; the base's own size may be among them. An axis with fewer than two sizes
-        is not fitted.
-    base : (width, depth) whose hyperparameters are given.
+    base : (width, depth) whose hyperparameters are given; it may be among the sizes.
     optimizer, other, k : as `grsd.mup.planning`.
     lr, eps, options : base values, as `Plan.make_optimizer`.
     seeds : of the initial weights.
-    parametrization : "mup", or "sp": variance 1/fan-in for every matrix and one learning rate,
-        without multipliers.
-    outputs : model → output on the batch, by default not recorded apart from the loss.
+    parametrization : "mup", or "sp": variance 1/fan-in for every matrix, one learning rate, and no
+        multipliers.
+    outputs : model → output on the batch; without it only the loss is recorded.
     make_plan : (model, base model) → Plan, in place of `grsd.mup.planning`: for roles of your own,
         or a rule to be tested.
-
-    Notes
-    -----
-    Cost: (len(widths) + len(depths)) · len(seeds) · (steps + 1) forward-plus-backward passes, and
-    two norms for each matrix.
     """
     checks.one_of("parametrization", parametrization, ("mup", "sp"))
     sizes = [*((w, base[1]) for w in widths), *((base[0], d) for d in depths)]
@@ -228,6 +218,7 @@ def _run(
     def watch(module: nn.Module, inputs: Any, out: Any) -> None:
         seen.append((out[0] if isinstance(out, tuple) else out).detach().double())
 
+    # the last block of the residual stack, whose output are the features
     stack, depth = stack_of(model)
     last = {plain(name): m for name, m in model.named_modules()}[f"{stack}.{depth - 1}"]
     parameters = {plain(name): p for name, p in model.named_parameters()}
@@ -239,6 +230,7 @@ def _run(
     handle = last.register_forward_hook(watch)
     try:
         for step in range(steps + 1):
+            # what the model does before the step
             seen.clear()
             optimizer.zero_grad()
             now = loss(model)
@@ -252,6 +244,7 @@ def _run(
             if step < steps:
                 backward(now, optimizer)
                 optimizer.step()
+            # the first update, whose norms the condition fixes
             if step == 0:
                 change = {name: p.detach() - before[name] for name, p in parameters.items()}
                 updates = _by_role(made, change, rows)

@@ -1,9 +1,8 @@
-"""What can be read off U-curves: the best learning rate, its drift with size, and what carrying it
-over costs.
+"""What can be read off U-curves: the best rate, its drift with size, what carrying it over costs.
 
-All functions take arrays, of runs or of a published table. The best rate of a curve is the vertex
-of the parabola through its smallest mean loss and the two neighbours, in log₂ η. A curve whose
-smallest loss stands at the end of the grid gives a bound, and says so.
+All functions take arrays, of runs or of a published table. The best rate is the vertex of the
+parabola through the smallest mean loss and its two neighbours, in log₂ η. A curve whose smallest
+loss stands at the end of the grid gives a bound, and says so.
 """
 
 from __future__ import annotations
@@ -34,18 +33,14 @@ class Optimum:
     Attributes
     ----------
     value : vertex of the parabola; the end of the grid for a bound; NaN when every run diverged.
-    low, high : 95 % interval over seeds, over the noise that was given, or over both; NaN when
-        neither is known, and for a bound.
+    low, high : 95 % interval over seeds, given noise, or both; NaN when unknown, and for a bound.
     loss : the parabola's smallest loss (the smallest mean loss for a bound).
-    bound : "" for an optimum inside the grid, "at most" or "at least" when it stands at the left or
-        right end (to half a step of the grid), "unknown" when fewer than two rates gave a loss.
-    cliff : the next larger rate diverged. The optimum is then known to lie between the two
-        neighbours and no better; so says the interval.
-    index : which rate had the smallest mean loss, counted in the sorted grid of the rates that were
-        run; −1 when none.
+    bound : "" inside the grid; "at most" or "at least" at its left or right end (to half a step);
+        "unknown" when fewer than two rates gave a loss.
+    cliff : the next larger rate diverged; the interval is then the bracket of the two neighbours.
+    index : of the smallest mean loss, in the sorted grid of the rates that were run; −1 when none.
     draws : (B,), resampled values, empty when there is no interval.
-    dof : degrees of freedom of the spread over seeds, seeds − 1; infinite when only `noise` is
-        known.
+    dof : of the spread over seeds, seeds − 1; infinite when only `noise` is known.
     """
 
     value: float
@@ -70,11 +65,10 @@ class Drift:
     Attributes
     ----------
     value : least-squares slope of log₂ η∗ against log₂ size.
-    low, high : 95 % interval; from the optima's own resamples when all have them, else from the
-        scatter about the line (three sizes or more). NaN for a bound.
+    low, high : 95 % interval, from the optima's own resamples when all have them, else from the
+        scatter about the line (three sizes or more); NaN for a bound.
     bound : "" when every optimum is inside its grid; "at least" or "at most" when the bounded ones
-        all push the slope one way; "unknown" when they do not, or when fewer than two optima are
-        left.
+        all push the slope one way; else "unknown", as with fewer than two optima.
     scatter : root mean square distance of the optima from the line, octaves.
     points : optima used; those that are NaN are left out.
     """
@@ -95,18 +89,15 @@ class Drift:
 class Regret:
     """Loss that each size pays for the best rate of the source size.
 
+    The smallest of several noisy means is too small: a regret below the noise floor is none.
+
     Attributes
     ----------
     at : log₂ of the rate that is carried over.
     values : (sizes,), mean loss at that rate minus the smallest mean loss of the size; infinite
         when it diverges there, NaN when not run.
     low, high : (sizes,), 95 % interval over seeds, NaN with one seed.
-    censored : the size's own best rate is at an end of its grid: its regret is then at least this.
-
-    Notes
-    -----
-    The smallest of several noisy means is too small, so a regret below the noise floor is no
-    regret.
+    censored : the size's own best rate is at an end of its grid: its regret is at least this.
     """
 
     at: float
@@ -131,15 +122,13 @@ def optimum(
     ----------
     log2_lr : (G,), rates in any order, none twice.
     losses : (G,) or (seeds, G). NaN and infinity are diverged runs: a rate at which one seed
-        diverged counts as diverged. Mask (`numpy.ma`) what was not run: a seed that is missing at
-        some rates is filled in by the additive model seed + rate, so that no rate gains by which
-        seeds ran.
-    noise : standard deviation of one run's loss, for a curve of one seed or on top of the seeds.
-    ceiling : losses from here on count as diverged too, e.g. that of the untrained model: a
-        parabola through a run that exploded says nothing.
-    draws : resamples of the seeds (rows) and of the noise. With S seeds the resampled means are
-        spread by √(S/(S−1)), and the interval by the ratio of Student's to the normal quantile at S
-        − 1 degrees of freedom: three seeds resampled as they are cover far too little.
+        diverged counts as diverged. Mask (`numpy.ma`) what was not run: it is filled in by the
+        additive model seed + rate, so that no rate gains by which seeds ran.
+    noise : standard deviation of one run's loss, for one seed or on top of the seeds.
+    ceiling : losses from here on count as diverged, e.g. that of the untrained model: a parabola
+        through a run that exploded says nothing.
+    draws : resamples of seeds and noise. Means of S seeds are spread by √(S/(S−1)), and the
+        interval as in `statistics.percentile`: three seeds as they are cover far too little.
     """
     x, means, rows, kept = _curve(log2_lr, losses, ceiling)
     checks.at_least("noise", noise, 0, "it is a standard deviation, at least 0")
@@ -166,11 +155,8 @@ def optimum(
 def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Drift:
     """Return the slope of the best rate against log₂ size.
 
-    Parameters
-    ----------
-    sizes : (N,), positive
-    optima : N times `Optimum`, or (N,) log₂ rates. With `Optimum`, bounds are carried through: the
-        slope is Σ wᵢ log₂ ηᵢ with known weights, so a bound on ηᵢ bounds it in the direction of wᵢ.
+    Optima, one for each positive size, are `Optimum` or log₂ rates. Bounds are carried through: the
+    slope is Σ wᵢ log₂ ηᵢ with known weights, so a bound on ηᵢ bounds it in the direction of wᵢ.
     """
     listed: list[Any] = list(optima)  # type: ignore[arg-type]
     x = np.log2(np.asarray(sizes, dtype=float))

@@ -155,12 +155,10 @@ class Muon(_Matrix):
     params : matrices (n_out, n_in), or groups of them. A group may set ``split`` = k for k matrices
         fused along the outputs (GPT-2's QKV), or (h, k) when the k alternate in h blocks
         (GPT-NeoX's, by head), and ``transposed`` = True for weights stored (n_in, n_out).
-    lr : η.
     scaling : "bare": s = 1, equation (21) of 2603.00541; "keller": √max(1, n_out/n_in), torch's
         default; "kimi": 0.2 √max(n_out, n_in), torch's "match_rms_adamw".
-    momentum, nesterov, steps, weight_decay : as `torch.optim.Muon`.
     exact : use the singular value decomposition in place of Newton–Schulz.
-    dtype : of the iteration, as in `newton_schulz`.
+    lr, momentum, nesterov, steps, weight_decay, dtype : as `torch.optim.Muon`, `newton_schulz`.
     """
 
     def __init__(
@@ -190,17 +188,11 @@ class Muon(_Matrix):
 
 
 class Shampoo(_Matrix):
-    """ΔW = −η ((Λ + εI)^{-1/4} G (Ρ + εI)^{-1/4} + λ W) with exponential averages Λ of G Gᵀ and Ρ
-    of GᵀG (bias-corrected).
+    """ΔW = −η ((Λ + εI)^{-1/4} G (Ρ + εI)^{-1/4} + λ W), Λ and Ρ averages of G Gᵀ and GᵀG.
 
-    The first step is U Vᵀ for ε → 0. ε stands inside the root, where it is compared with squares of
-    singular values. Source: 2603.00541, equations (32)–(33).
-
-    Parameters
-    ----------
-    params, lr, weight_decay, momentum : as `Muon`.
-    beta : of the averages; 0 keeps the last gradient alone.
-    every : steps between two eigendecompositions.
+    The averages are exponential (`beta`; 0 keeps the last gradient) and bias-corrected; roots are
+    taken `every` so many steps. The first step is U Vᵀ for ε → 0, which stands inside the root,
+    beside squares of singular values. The rest is as in `Muon`. Source: 2603.00541, (32)–(33).
     """
 
     def __init__(
@@ -249,18 +241,12 @@ def _inverse_fourth_root(S: Tensor, eps: float) -> Tensor:
 
 
 class SSO(_Matrix):
-    """Steepest descent on the spectral sphere ‖W‖₂ = R, R = c √(n_out/n_in): tangent step −η R Φ,
-    then back to the sphere.
+    """Steepest descent on the spectral sphere ‖W‖₂ = R = c √(n_out/n_in): −η R Φ, then back to it.
 
     Φ = msign(G + μ u₁v₁ᵀ) with u₁, v₁ the leading singular vectors of W and μ such that ⟨u₁v₁ᵀ, Φ⟩
-    = 0, by bisection. Source: 2603.00541, C.7, after arXiv:2601.08393. Weight decay acts before the
-    retraction, which undoes its scaling part.
-
-    Parameters
-    ----------
-    params, lr, momentum, weight_decay, steps, exact : as `Muon`.
-    radius : c.
-    bisections : for μ; 0 leaves the constraint out (μ = 0).
+    = 0, by `bisections` (0: μ = 0). `radius` is c; the rest is as in `Muon`. Weight decay acts
+    before the retraction, which undoes its scaling part. Source: 2603.00541, C.7, after
+    arXiv:2601.08393.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
-"""A plan: the role of every parameter with its multiplier, variance, η, λ and ε, and what a model
-does with it.
+"""A plan: every parameter's role, multiplier, variance, η, λ and ε, and what a model does with it.
 
-Nothing of the plan lives on tensors: it is a table of names and numbers, so that saving, compiling
-and wrapping the model leave it alone. `grsd.mup.planning` makes it.
+Nothing of it lives on tensors: it is a table of names and numbers, so that saving, compiling and
+wrapping the model leave it alone. `grsd.mup.planning` makes it.
 """
 
 from __future__ import annotations
@@ -95,14 +94,14 @@ class Plan:
         raise KeyError(f"the plan has no parameter {name!r}")
 
     def table(self) -> str:
-        """Return the plan laid out as the paper's tables: a row for every hyperparameter, a column
-        for every role and optimizer.
+        """Return the plan laid out as the paper's tables, a column for every role and optimizer.
 
         A cell is the factor on the base value, as a formula and, where it is not 1, as a number.
         """
         seen: dict[tuple[str, str], list[Entry]] = {}
         for entry in sorted(self.entries, key=lambda e: ROLES.index(e.role)):
             seen.setdefault((entry.role, entry.optimizer), []).append(entry)
+        # one column for every role and optimizer; then what no column has is left out
         columns = [["", "optimizer", "tensors", *_ROWS]]
         for (role, optimizer), group in seen.items():
             e = group[0]
@@ -125,12 +124,10 @@ class Plan:
     def initialize_(
         self, model: nn.Module, *, seed: int, std: Mapping[str, float] | None = None
     ) -> None:
-        """Draw the weights again: normal with the base model's standard deviation times √(variance
-        factor), at the base's mean.
+        """Draw the weights again: the base's mean, its deviation times √(variance factor).
 
-        Tensors that are constant in the base model (zero biases, gains of one) are set to that
-        constant. `std` (role → σ_b) takes the place of the base model's; a plan without a base
-        model needs it for every role.
+        What is constant in the base model (zero biases, gains of one) is set to that constant.
+        `std` (role → σ_b) takes the place of the base model's, or of one that was not given.
         """
         generator = torch.Generator().manual_seed(seed)
         given = std or {}
@@ -151,12 +148,12 @@ class Plan:
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Multiply by forward hooks; return their handles (`handle.remove()` takes one off).
 
-        `torch.compile` by default reuses a graph for a model of the same class whose hooks differ,
-        and would so give it the multipliers of another plan; this method makes it look at hooks
-        (`torch._dynamo.config.skip_nnmodule_hook_guards = False`).
+        By default `torch.compile` would give a model the graph, and so the multipliers, of another
+        of its class; this makes it look at hooks (`skip_nnmodule_hook_guards = False`).
         """
         tracer: Any = importlib.import_module("torch._dynamo.config")
         tracer.skip_nnmodule_hook_guards = False
+        # hooks of two plans would multiply twice
         self.matched(model)
         modules = {plain(name): module for name, module in model.named_modules()}
         for name, module in modules.items():
@@ -175,18 +172,11 @@ class Plan:
         return handles
 
     def fold_(self, model: nn.Module) -> Plan:
-        """Multiply the multipliers into the weights instead, and return the plan whose η, λ and ε
-        make the same training.
+        """Multiply the multipliers into the weights, and return the plan of the same training.
 
         With W' = αW: a normalised update needs η' = αη and λ' = λ/α (AdamW: ε' = ε/α), a gradient
-        step η' = α²η, λ' = λ/α².
-
-        Raises
-        ------
-        ValueError
-            A weight that is used elsewhere too (tied embeddings): it would be scaled there as well.
-            A branch that does not end in a linear layer of its own (a container,
-            `nn.MultiheadAttention`): there is no weight to fold into.
+        step η' = α²η, λ' = λ/α². Refused are a weight that is used elsewhere too (tied embeddings)
+        and a branch that does not end in a linear layer of its own.
         """
         matched = {entry.name: parameter for parameter, entry in self.matched(model)}
         shared = {name for group in self.tied for name in group}
@@ -220,8 +210,7 @@ class Plan:
     def param_groups(
         self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, eps: float | None = None
     ) -> dict[str, list[dict[str, Any]]]:
-        """Return optimizer name → parameter groups with `lr`, `weight_decay`, `eps` of this model
-        from the base values.
+        """Return optimizer name → parameter groups of this model from the base values.
 
         Groups carry `role` and `mup_lr`, the factor on η, so that a scheduler that scales every
         group's `lr` keeps their ratios.
@@ -254,15 +243,11 @@ class Plan:
         eps: float | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> torch.optim.Optimizer:
-        """Return one optimizer for the model; several are combined, and a scheduler drives all of
-        their groups.
+        """Return one optimizer for the model; a scheduler drives all of its groups.
 
-        Lion, SOAP and Sophia need `pytorch_optimizer`.
-
-        Parameters
-        ----------
-        lr, weight_decay, eps : base values, those of the base model.
-        options : optimizer name → further arguments, e.g. ``{"adamw": {"betas": (0.9, 0.95)}}``.
+        `lr`, `weight_decay` and `eps` are those of the base model; `options` are further arguments
+        by optimizer, ``{"adamw": {"betas": (0.9, 0.95)}}``. Lion, SOAP and Sophia need
+        `pytorch_optimizer`.
         """
         groups = self.param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps)
         return assemble(groups, lr, options)

@@ -1,9 +1,7 @@
-"""The optimizers, one row each: what tables, plans, audits, coordinate checks and experiments know
-about them.
+"""The optimizers, one row each: what tables, plans, audits and checks know about them.
 
 To add one, write a row of `OPTIMIZERS`, and its builder if no library has the optimizer.
-`grsd.mup.rules.derive` derives the row's table a second time from its update, so that neither is
-believed on the other's word.
+`grsd.mup.rules.derive` derives the row's table a second time from its update.
 """
 
 from __future__ import annotations

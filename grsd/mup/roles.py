@@ -1,10 +1,9 @@
-"""Where the parameters of a model stand: inside the residual stack, before it or after it, and
-which of their sides grow.
+"""Where the parameters of a model stand in its residual stack, and which of their sides grow.
 
 What `grsd.mup.planning` reads off two sizes of one architecture: the stack and its depth, each
-parameter's partner in the base model, its role, and the modules whose inputs or outputs get a
-multiplier. Names are those of the bare model, whatever wraps it. What names alone can say of a
-model family (the ends of its residual branches, its fused matrices) is a row of `FAMILIES`.
+parameter's partner in the base model, its role, and the modules that get a multiplier. Names are
+those of the bare model, whatever wraps it. What names alone can say of a model family is a row of
+`FAMILIES`.
 """
 
 from __future__ import annotations
@@ -123,6 +122,7 @@ class Layout:
 
     def role(self, name: str, p: Tensor, partner: Tensor) -> str:
         """Return a parameter's role: what the user says, where it stands, which sides grow."""
+        # what the user says comes first
         for pattern, role in self.roles.items():
             if fnmatch.fnmatchcase(name, pattern):
                 if role not in ROLES:
@@ -136,6 +136,7 @@ class Layout:
             return "hidden_bias" if inside else "input_bias" if grows else "output_bias"
         if isinstance(owner, nn.Embedding):
             return "input"
+        # of a matrix it is the sides that grow; in the stack both must
         rows, columns = (1, 0) if self.transposed(name) else (0, 1)
         out, into = (self._grows(p, partner, axis, name) for axis in (rows, columns))
         if inside and out and into:
@@ -274,11 +275,10 @@ def compare(
     r_L: float | None,
     roles: Mapping[str, str],
 ) -> tuple[Layout, dict[str, tuple[Tensor, Tensor]], float, float]:
-    """Return the model's layout, name → (tensor, the base model's), and the ratios of width and
-    depth.
+    """Return the model's layout, name → (tensor, the base model's), and the two ratios.
 
-    Tied tensors stand under each of their names. Block i stands beside block i modulo the base's
-    depth. Without a base model a tensor is its own partner.
+    Tied tensors stand under each of their names; block i beside block i modulo the base's depth.
+    Without a base model a tensor is its own partner.
     """
     if (base is None) == (r_n is None and r_L is None):
         raise ValueError(
@@ -299,6 +299,7 @@ def compare(
         raise ValueError(
             f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model"
         )
+    # every parameter beside the base model's
     there = {plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
     pairs = {}
     for name, p in every.items():

@@ -1,11 +1,9 @@
 """Learning-rate schedules that keep the ratios between the groups of a plan.
 
-A plan sets η group by group, in ratios that are the point of it. A schedule must multiply every
-group by one factor: `LambdaLR` and everything that multiplies does. Two of torch's schedulers take
-absolute rates, and with one number for all groups they erase the ratios: `OneCycleLR(max_lr=...)`
-(give it `relative(optimizer, peak)`) and `CosineAnnealingLR(eta_min=...)` (use `LambdaLR` with
-`cosine`). `base_lr` reads the rate of the base model back and refuses an optimizer whose groups
-have lost their ratios.
+A schedule must multiply every group by one factor: `LambdaLR` and all that multiply do. Two of
+torch's take absolute rates, and with one number for all groups they erase the ratios:
+`OneCycleLR(max_lr=...)` (give it `relative(optimizer, peak)`) and `CosineAnnealingLR(eta_min=...)`
+(use `LambdaLR` with `cosine`). `base_lr` refuses an optimizer whose groups have lost their ratios.
 """
 
 from __future__ import annotations
@@ -19,27 +17,18 @@ __all__ = ["base_lr", "cosine", "relative"]
 
 
 def relative(optimizer: Optimizer, lr: float) -> list[float]:
-    """Return the rate of every group for the base rate `lr`: what `OneCycleLR` wants as ``max_lr``.
+    """Return the rate of every group for the base rate `lr`: `OneCycleLR`'s ``max_lr``.
 
     Momentum is not part of a plan: `OneCycleLR` needs ``cycle_momentum=False`` with several
     optimizers combined.
-
-    Raises
-    ------
-    ValueError
-        Groups that no plan made.
     """
     return [lr * factor for factor in _factors(optimizer)]
 
 
 def base_lr(optimizer: Optimizer) -> float:
-    """Return the base model's rate that the groups' rates stand for; NaN when a schedule has set
-    every group to 0.
+    """Return the base model's rate that the groups' rates stand for; NaN when all are 0.
 
-    Raises
-    ------
-    ValueError
-        Groups that disagree, to rounding: something set rates without their factors.
+    Groups that disagree, to rounding, are refused: something set rates without their factors.
     """
     rates = [g["lr"] / f for g, f in zip(optimizer.param_groups, _factors(optimizer), strict=True)]
     low, high = min(rates), max(rates)
@@ -54,13 +43,9 @@ def base_lr(optimizer: Optimizer) -> float:
 
 
 def cosine(steps: int, *, warmup: int = 0, floor: float = 0.0) -> Callable[[int], float]:
-    """Return step → factor for `LambdaLR`: linear from 1/warmup to 1, then half a cosine to
-    `floor`, which it keeps after `steps`.
+    """Return step → factor for `LambdaLR`: a linear warm-up from 1/warmup, then half a cosine.
 
-    Parameters
-    ----------
-    steps, warmup : int, steps in all and those of the warm-up.
-    floor : float in [0, 1], last rate as a share of the peak, not an absolute rate.
+    It ends at `floor`, a share of the peak and no absolute rate, which it keeps after `steps`.
     """
     if not 0 <= warmup < steps or not 0 <= floor <= 1:
         raise ValueError(

@@ -1,8 +1,7 @@
-"""Sweeps of learning rate and weight decay over sizes and seeds: runs that are kept one by one, so
-that a killed sweep goes on.
+"""Sweeps of learning rate and weight decay over sizes and seeds, kept run by run.
 
-What is read off them (`optimum`, `drift`, `regret`) is in `grsd.mup.optima` and takes arrays, so
-that it reads a published table as well.
+What is read off them (`optimum`, `drift`, `regret`) is in `grsd.mup.optima`, which reads a
+published table as well.
 """
 
 from __future__ import annotations
@@ -49,9 +48,8 @@ class Sweep:
     ----------
     sizes : (width, depth) of each.
     log2_lr : (G,), sorted base rates.
-    weight_decays : base values.
-    losses : masked array (sizes, weight decays, seeds, G). NaN is a run that diverged; masked is a
-        run that was not made.
+    losses : masked array (sizes, weight decays, seeds, G). NaN is a run that diverged; masked is
+        one that was not made.
     """
 
     sizes: tuple[Size, ...]
@@ -117,8 +115,9 @@ def train(
     clip: float | None = None,
     **options: Any,
 ) -> tuple[float, int]:
-    """Draw the weights, train under a plan, and return (loss, steps made); NaN and fewer steps when
-    the run left the numbers.
+    """Draw the weights, train under a plan, return (loss, steps made); NaN if the run diverged.
+
+    torch's generators are seeded with `seed` for the run and put back after it.
 
     Parameters
     ----------
@@ -128,11 +127,7 @@ def train(
     score : model → number to be compared, called once at the end without gradients; by default the
         mean training loss of the last quarter of the steps
     clip : largest norm of the gradient
-    options : further arguments of `Plan.make_optimizer` (eps, options)
-
-    Notes
-    -----
-    torch's generators are seeded with `seed` for the run and put back after it.
+    options : further arguments of `Plan.make_optimizer`
     """
     seen: list[float] = []
     handles = []
@@ -144,6 +139,7 @@ def train(
             optimizer = made.make_optimizer(model, lr=lr, weight_decay=weight_decay, **options)
             rates = [group["lr"] for group in optimizer.param_groups]
             for step in range(steps):
+                # every group by one factor: a schedule keeps the plan's ratios
                 factor = 1.0 if schedule is None else schedule(step)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
@@ -156,6 +152,7 @@ def train(
                 if clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), clip)
                 optimizer.step()
+            # the number that is compared
             if score is None:
                 value = math.fsum(seen[-max(1, steps // 4) :]) / max(1, steps // 4)
             else:
@@ -261,6 +258,7 @@ def sweep(
                 progress(", ".join(f"{name} {value}" for name, value in inputs.items()))
         return math.nan if content["loss"] is None else float(content["loss"])
 
+    # every size and weight decay; masked is what was not run
     rates, decays = sorted(lrs), tuple(weight_decays)
     shape = (len(sizes), len(decays), len(seeds), len(rates))
     losses = np.ma.masked_array(np.full(shape, math.nan), mask=True)
