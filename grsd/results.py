@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from grsd import __version__
-from grsd.scale import cache_dir as cache_dir
 from grsd.scale import scale
 
 ID = re.compile(r"[a-z0-9][a-z0-9._-]*")

@@ -34,11 +34,13 @@ def _folder(variable: str) -> Path | None:
     return Path(value).expanduser().absolute() if value else None
 
 
-def cache_dir() -> Path:
-    """Folder for suites, corpora and runs: `GRSD_CACHE`, else the user's cache folder.
+def cache_dir(given: Path | str | None = None) -> Path:
+    """Folder for suites, corpora and runs: the one given, `GRSD_CACHE`, or the user's cache folder.
 
-    An absolute path, which may not exist yet.
+    It may not exist yet. What the environment names is made absolute.
     """
+    if given is not None:
+        return Path(given)
     return _folder("GRSD_CACHE") or (_folder("XDG_CACHE_HOME") or Path.home() / ".cache") / "grsd"
 
 

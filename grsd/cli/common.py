@@ -16,6 +16,7 @@ import click
 
 from grsd import __version__
 from grsd import results as stored
+from grsd.scale import cache_dir
 
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, MemoryError, ArithmeticError, ImportError)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -47,7 +48,7 @@ def _said(error: BaseException) -> str:
     """The failure in words; of the system's own with the file and, in our folder, what to do."""
     if not isinstance(error, OSError) or not error.strerror or not error.filename:
         return str(error)
-    ours = str(error.filename).startswith(str(stored.cache_dir()))
+    ours = str(error.filename).startswith(str(cache_dir()))
     advice = "; set GRSD_CACHE to a folder that can be written" if ours else ""
     return f"cannot use {error.filename}: {error.strerror}{advice}"
 

@@ -159,8 +159,7 @@ def run(
     kind = experiment.parameters
     if not isinstance(asked, kind):
         raise TypeError(f"{experiment.name} takes {kind.__name__}, not {type(asked).__name__}")
-    folder = (cache_dir() if cache is None else Path(cache)) / "experiments" / experiment.name
-    store = Store(folder, code(kind))
+    store = Store(cache_dir(cache) / "experiments" / experiment.name, code(kind))
     pieces = experiment.pieces(asked)
     data = []
     for done, piece in enumerate(pieces, 1):

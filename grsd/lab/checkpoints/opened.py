@@ -207,7 +207,7 @@ def load(
         everywhere; in float64 ``"sdpa"``, because the eager one computes its softmax in float32.
         The operator of `grsd.spectrum` selects the mathematical backend of the latter by itself.
     cache : path, optional
-        Where the mini suite is looked for; default `grsd.results.cache_dir`.
+        Where the mini suite is looked for; default `grsd.scale.cache_dir`.
 
     Raises
     ------

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from grsd import pieces, results
+from grsd import pieces, results, scale
 from grsd.lab.checkpoints import training
 from grsd.lab.checkpoints.training import Preset, Recipe, Training, build, checkpoint_steps
 from grsd.lab.data import corpora, windows
@@ -120,7 +120,7 @@ def _placed(
     }
     if recipe.schedule == "cosine":  # only then does a long run not begin like a short one
         inputs["steps"] = steps
-    base = Path(cache) if cache is not None else results.cache_dir()
+    base = scale.cache_dir(cache)
     code = pieces.code(training, windows)
     return recipe, pieces.Store(base / "suites" / size.name, code), inputs
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grsd import pieces, results
+from grsd import pieces, scale
 from grsd.checks import at_least, one_of
 from grsd.lab.data import windows
 from grsd.lab.data.windows import Tokens
@@ -125,7 +125,7 @@ def embedded(
 
     A byte-level BPE of ``vocab_size`` entries (257 or more) is trained on the text, in seconds,
     unless a transformers ``tokenizer`` is given, e.g. that of the model to be measured. The text is
-    read each time; the tokens in ``cache`` (default `grsd.results.cache_dir`) are used when it is
+    read each time; the tokens in ``cache`` (default `grsd.scale.cache_dir`) are used when it is
     unchanged.
     """
     return _source_text("embedded", standard_library(), vocab_size, cache, tokenizer)
@@ -325,7 +325,7 @@ def from_texts(
     else:  # what such a tokenizer does cannot be named, so it is asked every time
         return _corpus(name, *encoded())
     inputs = {"tokenizer": _sha256(maker), "documents": _sha256(" ".join(ordered)), "held": held}
-    base = Path(cache) if cache is not None else results.cache_dir()
+    base = scale.cache_dir(cache)
     folder = pieces.Store(base / "corpora", pieces.code(from_texts)).folder(inputs, make)
     with np.load(folder / "tokens.npz", allow_pickle=False) as stored:
         tokens, boundary = stored["tokens"], int(stored["boundary"])

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from grsd import pieces, results
+from grsd import pieces, results, scale
 from grsd.lab.checkpoints import hub
 from grsd.lab.checkpoints.opened import Loaded, Model, open_model
 from grsd.lab.data import corpora
@@ -59,7 +59,7 @@ def shell_run(
     progress : callable, optional
         Called with (pieces done, pieces in all, description) after each piece.
     cache : path, optional
-        Default `grsd.results.cache_dir`.
+        Default `grsd.scale.cache_dir`.
     model, corpus : Model, Corpus, optional
         Opened ones in place of those that the spec names.
     memory : int, optional
@@ -133,7 +133,7 @@ class _Job:
         self.batches: list[Batch] = [(k, *pair) for k, pair in enumerate(cut)]
         self.spec, self.corpus = spec, corpus
 
-        base = Path(cache) if cache is not None else results.cache_dir()
+        base = scale.cache_dir(cache)
         self.store = pieces.Store(base / "runs", pieces.code(spectra, hub))
 
     def _inputs(self, at: int, index: int) -> dict[str, Any]:
