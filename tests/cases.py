@@ -1,15 +1,17 @@
-"""Small models with inputs and observables that several tests share. All are float64 and seeded."""
+"""Small models with inputs and observables that several tests share, float64 and seeded, and the Jacobian oracle."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from grsd.spectrum import ClassLogits, Outputs, TokenLogProb
-from grsd.spectrum.observables import Observable
+from grsd.spectrum.observables import Observable, raw_output
 
 Case = tuple[nn.Module, Tensor, Observable]
 VOCABULARY = 23
@@ -79,3 +81,31 @@ CASES: dict[str, Callable[[], Case]] = {
     "gpt-neox-untied": gpt_neox,
     "gpt-neox-tied": lambda: gpt_neox(tie=True),
 }
+
+
+def jacobian(model: nn.Module, inputs: Any, observable: Observable) -> dict[str, Tensor]:
+    """Parameter → its columns of J, (T, P_k) float64: one ordinary backward pass a row, on a copy of the model.
+
+    No transformation of torch.func, no retained graph and no double backward: nothing of the operators is used.
+    """
+    model, inputs = copy.deepcopy((model, inputs))
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
+    rows = observable.rows(raw_output(model(*args, **(inputs if isinstance(inputs, dict) else {}))))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = [
+        torch.autograd.grad(row, [*named.values()], retain_graph=True, materialize_grads=True)
+        for row in rows
+    ]
+    columns = zip(*gradients, strict=True)
+    return {
+        name: torch.stack([g.reshape(-1).double() for g in column])
+        for name, column in zip(named, columns, strict=True)
+    }
+
+
+def dense(model: nn.Module, inputs: Any, observable: Observable) -> Tensor:
+    """J Jᵀ, (T, T) float64, of all parameters that require a gradient: the truth of every operator M."""
+    return sum(
+        (J @ J.T for J in jacobian(model, inputs, observable).values()),
+        torch.zeros((), dtype=torch.float64),
+    )

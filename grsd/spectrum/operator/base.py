@@ -166,6 +166,13 @@ class NTKBase:
         tf32 = 2.0**-11 if single and torch.backends.cuda.matmul.allow_tf32 else 0.0
         return max(tf32, *(torch.finfo(dtype).eps for dtype in self._dtypes()))
 
+    def __matmul__(self, u: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """Return M as a (T, T) matrix by T products; no (T, P) matrix is formed."""
+        return self @ torch.eye(self.outputs.numel(), dtype=self.dtype, device=self.device)
+
     def _dtypes(self) -> set[torch.dtype]:
         """Return the types of numbers that a product is made of: of the rows, and of the parameters behind them."""
         return {self.dtype, *(p.dtype for p in self._parameters)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 
 import torch
@@ -41,8 +40,9 @@ from grsd.spectrum.programs.transpose import transpose
 
 BLOCK_BYTES = 2**28  # what the temporaries of a block product may take
 FOLD_LIMIT = 8192  # rows; a larger T × T matrix takes too much memory
-# FLOPs of a matrix product in the time in which `spread` and `collect` go over one number (a CPU, float32)
-MEMORY_PASS = 128
+# What bytes cost, in FLOPs of a matrix product that take as long (a CPU, float32): `spread` and `collect` of one number, and
+# one number of a T × T matrix that multiplies a vector
+BORDER_COST, SHARE_COST = 128, 8
 
 Placed = dict[
     int, list[tuple[Use, int]]
@@ -75,7 +75,6 @@ class Factored:
         self._parameters = trace.parameters
         self.plan_rows: list[PlanRow] = []
         self.share: Tensor | None = None
-        self._shares: list[Share] = []
         self._factors: list[Factor] = []
         self._folded_ties: list[FoldedTie] = []
         self._grams = Grams()
@@ -97,7 +96,6 @@ class Factored:
 
         # Choose the blocks of K, and fold.
         self.slots = sorted(self._build(placed, region.rows, values))
-        self._fold()
         self._check_finite()
         last = {slot: k for k, factor in enumerate(self._factors) for slot in factor.slots}
         self._done = [[s for s, at in last.items() if at == k] for k in range(len(self._factors))]
@@ -182,28 +180,51 @@ class Factored:
                 singles.setdefault(uses[0][1], []).append(uses[0][0])
             else:
                 needed |= self._several(uses, own, values, singles)
+        folded = self._fold(singles, own, values)
         for slot, single in singles.items():
-            if not self._folded(slot, single, values[slot], own.get(slot)):
-                needed.add(slot)
+            if slot in folded:
+                continue
+            needed.add(slot)
+            at = Setting(slot, values[slot], self.groups, self._products, self._grams)
+            for group, factor, form in blocks_of(single, at):
+                self._factors.append(factor)
+                self._note(group, form)
         return needed
 
-    def _folded(self, slot: int, uses: list[Use], delta: Tensor, rows: Rows | None) -> bool:
-        """Fold the uses with one δ where that is possible and pays; make their factors otherwise."""
-        size, pays = self._size // self.groups, None
-        shares = None if rows is None or size > FOLD_LIMIT else shares_of(uses, delta, rows)
-        at = Setting(slot, delta, self.groups, self._products, self._grams)
-        if shares is not None:
+    def _fold(
+        self, singles: dict[int, list[Use]], own: dict[int, Rows], values: dict[int, Tensor]
+    ) -> set[int]:
+        """Make one matrix of the own-position uses for which that pays; return their slots."""
+        size, chosen = self._size // self.groups, {}
+        if size > FOLD_LIMIT:
+            why = f"not folded: T = {size} is above {FOLD_LIMIT}"
+            self.plan_rows.append(PlanRow("(own positions)", "share of M", why, 0, 0))
+            return set()
+        # What each slot costs once, and what it would cost in every product.
+        for slot, uses in singles.items():
+            shares = shares_of(uses, values[slot], own[slot]) if slot in own else None
+            if shares is None:
+                continue
+            at = Setting(slot, values[slot], self.groups, 0, self._grams)
+            saved = sum(form.flops for _, _, form in blocks_of(uses, at))
+            saved += BORDER_COST * values[slot].numel()
             setup = sum(share.flops(size) for share in shares)
-            forms = [form for _, _, form in blocks_of(uses, replace(at, products=0))]
-            pays = setup / (sum(form.flops for form in forms) + MEMORY_PASS * delta.numel())
-            if pays <= self._products:
-                self._shares += shares
-                self._note(uses, Form("folded into T × T", 0, 0, setup, pays))
-                return True
-        for group, factor, form in blocks_of(uses, at):
-            self._factors.append(factor)
-            self._note(group, form if pays is None else replace(form, pays=pays))
-        return False
+            if setup <= saved * self._products:
+                chosen[slot] = (shares, setup, saved)
+        # The matrix itself multiplies a vector in every product.
+        once = sum(setup for _, setup, _ in chosen.values())
+        each = sum(saved for *_, saved in chosen.values()) - SHARE_COST * self._size * size
+        if not chosen or each <= 0 or once > each * self._products:
+            return set()
+        self.share = total(
+            [x for shares, *_ in chosen.values() for x in shares], self.groups, self._dtype
+        )
+        for slot, (_, setup, saved) in chosen.items():
+            self._note(singles[slot], Form("folded into T × T", 0, 0, setup, setup / saved))
+        numbers = self.share.numel()
+        costs = (2 * numbers, numbers * self.share.element_size(), 0, once / each)
+        self.plan_rows.append(PlanRow("(own positions)", "share of M", "folded into T × T", *costs))
+        return set(chosen)
 
     def _several(
         self,
@@ -247,20 +268,6 @@ class Factored:
             return 1.0
         ones = like.new_ones(n // self.groups, m // self.groups)
         return torch.block_diag(*[ones] * self.groups)  # type: ignore[no-untyped-call]
-
-    def _fold(self) -> None:
-        """Make the one matrix of all that was folded."""
-        size = self._size // self.groups
-        if self._shares:
-            self.share = total(self._shares, self.groups, self._dtype)
-            self._shares = []
-            numbers = self.share.numel()
-            costs = (2 * numbers, numbers * self.share.element_size())
-            row = PlanRow("(own positions)", "share of M", "folded into T × T", *costs)
-            self.plan_rows.append(row)
-        if size > FOLD_LIMIT:
-            why = f"not folded: T = {size} is above {FOLD_LIMIT}"
-            self.plan_rows.append(PlanRow("(own positions)", "share of M", why, 0, 0))
 
     def _check_groups(
         self, placed: Placed, adjoint: Program, start: Tensor, values: dict[int, Tensor]

@@ -254,10 +254,6 @@ class NTK(NTKBase):
         units = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return torch.stack([torch.cat([g.reshape(-1) for g in self.vjp(u)]) for u in units])
 
-    def to_dense(self) -> Tensor:
-        """Return M as a (T, T) matrix by T products; no (T, P) matrix is formed."""
-        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-
     def scipy(self) -> LinearOperator:
         """Return M as a `scipy.sparse.linalg.LinearOperator` on NumPy vectors (for `eigsh` and friends)."""
 

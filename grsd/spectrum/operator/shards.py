@@ -207,10 +207,6 @@ class NTKShards(NTKBase):
         changes = torch.cat([self._jvp(k, gradients) for k in range(len(pieces))])
         return self._processes.gather(changes, self._counts) * self.inner_weight
 
-    def to_dense(self) -> Tensor:
-        """Return M as a (T, T) matrix by T products."""
-        return self @ torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
-
     def __repr__(self) -> str:
         count = sum(self._parameters[k].numel() for k in self._used)
         return (

@@ -19,7 +19,8 @@ from grsd import pieces
 from grsd.lab.checkpoints import opened, suites
 from grsd.lab.data import corpora
 from grsd.lab.runs import RunResult, RunSpec, shell_run, spectra
-from grsd.spectrum import LogShells
+from grsd.spectrum import LogShells, TokenLogProb
+from tests.cases import dense
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def _numbers(run: RunResult) -> dict[str, Any]:
 
 
 def _dense(spec: RunSpec, revision: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """J Jᵀ/T and e of one batch, by one backward pass per token: no code of the operator is used."""
+    """J Jᵀ/T and e of one batch, by one backward pass per token: nothing of the operator is used."""
     loaded = opened.load(spec.model, revision, dtype=torch.float64)
     text = corpora.open_corpus(spec.corpus, loaded.tokenizer)
     inputs, targets = list(
@@ -53,20 +54,9 @@ def _dense(spec: RunSpec, revision: str, index: int) -> tuple[np.ndarray, np.nda
     )[index]
     logq = torch.log_softmax(loaded.model(input_ids=inputs, use_cache=False).logits, -1)
     rows = logq.gather(-1, targets[..., None]).flatten()
-    parameters = list(loaded.model.parameters())
-    jacobian = []
-    for row in rows:
-        parts = torch.autograd.grad(row, parameters, retain_graph=True, allow_unused=True)
-        jacobian.append(
-            torch.cat(
-                [
-                    torch.zeros_like(p).flatten() if g is None else g.flatten()
-                    for p, g in zip(parameters, parts, strict=True)
-                ]
-            )
-        )
-    J = torch.stack(jacobian)
-    return (J @ J.T / len(rows)).numpy(), -rows.detach().numpy()
+    asked = {"input_ids": inputs, "use_cache": False}
+    M = dense(loaded.model, asked, TokenLogProb(targets)) / len(rows)
+    return M.numpy(), -rows.detach().numpy()
 
 
 def test_spectra_are_those_of_the_dense_operator(spec: RunSpec) -> None:

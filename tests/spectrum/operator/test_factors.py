@@ -1,10 +1,11 @@
-"""The factored product against the Jacobian that jacrev forms, over layers, ties, frozen subsets and random networks."""
+"""The factored product against the dense Jacobian, over layers, ties, frozen subsets and random networks."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,24 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grsd.spectrum import NTK, ClassLogits, Outputs, TokenLogProb
 from grsd.spectrum.observables import Observable, raw_output
-from grsd.spectrum.operator import factored
-from grsd.spectrum.operator.factors import Factor, accumulate
+from grsd.spectrum.operator import factored, trace
+from grsd.spectrum.operator.base import Plan
+from grsd.spectrum.operator.factors import Factor, Use, accumulate
 from grsd.spectrum.programs.record import CrossEntropy
-from tests.cases import CASES, Case, gpt2, gpt_neox
+from tests.cases import CASES, Case, dense, gpt2, gpt_neox
 
 V = 23
-
-
-def dense(model: nn.Module, x: Tensor, observable: Observable) -> Tensor:
-    """J Jᵀ, one ordinary backward pass a row, with the gradients of all parameters, on a copy of the model."""
-    model = copy.deepcopy(model)
-    rows = observable.rows(raw_output(model(x.clone())))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    J = []
-    for row in rows:
-        gradients = torch.autograd.grad(row, parameters, retain_graph=True, materialize_grads=True)
-        J.append(torch.cat([g.reshape(-1) for g in gradients]))
-    return torch.stack(J) @ torch.stack(J).T
 
 
 def rules(M: NTK) -> set[str]:
@@ -429,6 +419,63 @@ def test_the_loss_of_every_token_is_one_operation(monkeypatch: pytest.MonkeyPatc
     assert (
         "folded into T × T" not in rules(M) and large() > 0
     )  # the control: without folding it must be kept
+
+
+def test_a_form_is_taken_where_its_set_up_pays() -> None:
+    """Few products: no T × T matrix is made. The product is the same, and the plan says from when each form pays."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 1)).double()
+    x = torch.randn(20, 200, dtype=torch.float64)
+    truth, u = dense(model, x, Outputs()), torch.randn(20, dtype=torch.float64)
+
+    def plan(products: int) -> Plan:
+        M = NTK(model, x, Outputs(), normalize="sum", method="factored", products=products)
+        assert torch.linalg.norm(M @ u - truth @ u) < 1e-13 * torch.linalg.norm(truth @ u)
+        return M.plan()
+
+    few, many = plan(1), plan(1000)
+    folded = [row for row in many.rows if row.association == "folded into T × T"]
+    assert len(folded) == 3 and many.setup > few.setup and many.flops < few.flops
+    assert all(row.pays is not None and row.pays < 1000 for row in folded)
+    # one product fewer than the largest number of the table, and one more
+    last = max(row.pays for row in folded if row.pays is not None)
+    for products, everything in ((int(last), False), (int(last) + 1, True)):
+        rows = plan(products).rows
+        assert (sum(row.association == "folded into T × T" for row in rows) == 3) == everything
+    with pytest.raises(ValueError, match="products is 0"):
+        NTK(model, x, Outputs(), products=0)
+
+
+def test_a_rule_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that no rule knows leaves its parameter in the graph; a class with a reader takes it out of there."""
+
+    @dataclass(eq=False)
+    class Divided(Use):
+        """s = x / w, so that ds = −x / w² dw."""
+
+        name = "divided"
+
+        def gradient(self, delta: Tensor) -> Tensor:
+            return -(delta * self.tensor / self.parameter**2).sum_to_size(self.parameter.shape)
+
+        def change(self, g: Tensor) -> Tensor:
+            return -self.tensor / self.parameter**2 * g
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weight = nn.Linear(3, 4), nn.Parameter(torch.rand(4) + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.div(torch.tanh(self.first(x)), self.weight)
+
+    model, x = Net().double(), torch.randn(5, 3, dtype=torch.float64)
+    assert "plain" in {row.rule for row in check(model, x, Outputs()).plan().rows}
+    monkeypatch.setattr(trace, "READERS", dict(trace.READERS))
+    read = trace.reads(torch.div, form=lambda input, other: ...)
+    read(lambda call: (Divided(call.other, call.input),))
+    names = {row.rule for row in check(model, x, Outputs()).plan().rows}
+    assert "divided" in names and "plain" not in names
 
 
 def test_two_threads_on_one_model() -> None:

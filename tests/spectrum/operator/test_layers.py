@@ -1,27 +1,15 @@
-"""Layers of M against blocks of a Jacobian that jacrev forms, and J_εᵀ u against leaves that hooks put into the model."""
+"""Layers of M against blocks of the dense Jacobian, and J_εᵀ u against leaves that hooks put into the model."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
 
 from grsd.spectrum import NTK, Outputs, lanczos
 from grsd.spectrum.observables import raw_output
 from grsd.spectrum.operator.layers import coherence
-from tests.cases import CASES, Case, gpt2, gpt_neox, mlp
-
-
-def blocks(case: Case) -> dict[str, Tensor]:
-    """Parameter → its columns of J, (T, P_k), by reverse mode over a functional call."""
-    model, x, observable = case
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-    def rows(values: dict[str, Tensor]) -> Tensor:
-        return observable.rows(raw_output(functional_call(model, values, (x,))))
-
-    return {name: block.flatten(1) for name, block in jacrev(rows)(parameters).items()}
+from tests.cases import CASES, gpt2, gpt_neox, jacobian, mlp
 
 
 def of_layer(found: dict[str, Tensor], layer: str) -> Tensor:
@@ -35,7 +23,7 @@ def of_layer(found: dict[str, Tensor], layer: str) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_layers_are_blocks_of_the_jacobian_and_sum_to_m(name: str) -> None:
     model, x, observable = case = CASES[name]()
-    M, found = NTK(model, x, observable, normalize="sum"), blocks(case)
+    M, found = NTK(model, x, observable, normalize="sum"), jacobian(*case)
     u = torch.randn(M.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     total, whole = torch.zeros_like(u), M @ u
     for layer in M.layers():
@@ -63,7 +51,7 @@ def test_layers_are_blocks_of_the_jacobian_and_sum_to_m(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_vjp_and_jvp_of_a_layer(name: str) -> None:
-    M, found = NTK(*CASES[name](), normalize="sum"), blocks(CASES[name]())
+    M, found = NTK(*CASES[name](), normalize="sum"), jacobian(*CASES[name]())
     layer = M.layers()[1]
     one, J = M.layer(layer), of_layer(found, layer)
     u = torch.randn(M.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -99,7 +87,7 @@ def test_tied_matrix_is_one_layer_with_its_cross_terms() -> None:
     model, x, observable = case = gpt_neox(tie=True)
     M = NTK(model, x, observable, normalize="sum")
     assert M.layers()[0] == "gpt_neox.embed_in + lm_head"
-    J = blocks(case)["gpt_neox.embed_in.weight"]
+    J = jacobian(*case)["gpt_neox.embed_in.weight"]
     untied = gpt_neox()[0]
     untied.load_state_dict(model.state_dict())
     apart = NTK(untied, x, observable, normalize="sum")
@@ -171,7 +159,7 @@ def test_output_gradients_are_those_of_leaves_on_the_outputs(name: str) -> None:
 
 def test_coherence_is_the_norm_of_the_overlap() -> None:
     model, x, observable = case = gpt_neox()
-    M, found = NTK(model, x, observable), blocks(case)
+    M, found = NTK(model, x, observable), jacobian(*case)
     pairs = [
         ("gpt_neox.embed_in", "lm_head"),
         ("gpt_neox.layers.0.mlp.dense_h_to_4h", "gpt_neox.final_layer_norm"),

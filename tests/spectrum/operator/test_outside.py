@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM, ViTConfig, ViTForImageClassification
 
 from grsd.spectrum import NTK, ClassLogits, NTKBatches, NTKShards, Outputs, TokenLogProb
-from grsd.spectrum.observables import Observable, raw_output
+from grsd.spectrum.observables import Observable
+from tests.cases import dense
 
 Made = tuple[nn.Module, Any, Observable]
 
@@ -40,23 +41,6 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
 
 def weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape))
-
-
-def dense(model: nn.Module, inputs: Any, observable: Observable) -> Tensor:
-    """J Jᵀ in float64, one ordinary backward pass a row, on a copy of the model."""
-    model = copy.deepcopy(model)
-    inputs = copy.deepcopy(inputs)
-    output = (
-        model(**inputs)
-        if isinstance(inputs, dict)
-        else model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-    )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    J = []
-    for row in observable.rows(raw_output(output)):
-        gradients = torch.autograd.grad(row, parameters, retain_graph=True, materialize_grads=True)
-        J.append(torch.cat([g.reshape(-1).double() for g in gradients]))
-    return torch.stack(J) @ torch.stack(J).T
 
 
 def gap(M: Any, truth: Tensor) -> float:

@@ -13,33 +13,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
 
 from grsd.lab.runs.memory import peak
 from grsd.spectrum import NTK, NTKShards, Outputs, TokenLogProb, lanczos, micro_batches
-from grsd.spectrum.observables import raw_output
-from tests.cases import CASES, VOCABULARY, Case, conv, gpt_neox, mlp
+from tests.cases import CASES, VOCABULARY, conv, dense, gpt_neox, mlp
 
 from .two_processes import SILENCE
-
-
-def dense(case: Case) -> Tensor:
-    """J Jᵀ / n by reverse mode over a functional call of the whole batch."""
-    model, x, observable = case
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-    def rows(values: dict[str, Tensor]) -> Tensor:
-        return observable.rows(raw_output(functional_call(model, values, (x,))))
-
-    J = torch.cat([block.flatten(1) for block in jacrev(rows)(parameters).values()], dim=1)
-    return J @ J.T / observable.samples(J[:, 0])
 
 
 @pytest.mark.parametrize("hold", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_micro_batches_are_the_whole_batch(name: str, hold: bool) -> None:
     model, x, observable = case = CASES[name]()
-    truth = dense(case)
+    truth = dense(*case) / NTK(*case).samples
     M = NTKShards(model, micro_batches(x, observable, 2), hold=hold)
     # sums of up to a few thousand products of rounding 1e-16
     assert torch.linalg.norm(M.to_dense() - truth) < 1e-13 * torch.linalg.norm(truth)

@@ -18,7 +18,7 @@ from grsd.spectrum.programs.program import Program
 from grsd.spectrum.programs.record import CrossEntropy, Unrecordable, record
 from grsd.spectrum.programs.simplify import simplify
 from grsd.spectrum.programs.transpose import TRANSPOSES, transpose
-from tests.cases import CASES, gpt2, gpt_neox
+from tests.cases import CASES, dense, gpt2, gpt_neox
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -295,22 +295,7 @@ def test_random_decoders_against_the_dense_jacobian(
     state = {name: x.clone() for name, x in model.state_dict().items()}
     flags = [(p.requires_grad, p.grad) for p in model.parameters()]
     M = NTK(model, tokens[:, :-1], TokenLogProb(targets), normalize="sum", method="factored")
-    rows = M._observable.rows(model(tokens[:, :-1]))
-    free = [p for p in model.parameters() if p.requires_grad]
-    J = torch.stack(
-        [
-            torch.cat(
-                [
-                    g.reshape(-1)
-                    for g in torch.autograd.grad(
-                        row, free, retain_graph=True, materialize_grads=True
-                    )
-                ]
-            )
-            for row in rows
-        ]
-    )
-    truth = J @ J.T
+    truth = dense(model, tokens[:, :-1], TokenLogProb(targets))
     # sums of some hundred products through at most two blocks; norms of one or two features divide by small variances
     assert torch.linalg.norm(M.to_dense() - truth) <= 1e-10 * torch.linalg.norm(truth) + 1e-13
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
