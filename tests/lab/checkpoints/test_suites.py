@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from grsd import pieces
 from grsd.lab.checkpoints import hub, opened, suites
 from grsd.lab.data import corpora
 from tests.lab.cases import RECIPE, TINY
@@ -234,6 +235,19 @@ def test_bad_arguments_are_quoted(
         suite.path("step3")
     with pytest.raises(ValueError, match="-1"):
         suites.checkpoint_steps(-1)
+
+
+def test_the_code_in_a_suites_key_is_what_trains_and_no_more(
+    corpus: corpora.Corpus, suite: suites.Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes of training would be repeated for a change of any other module."""
+    trains = {"grsd.lab.checkpoints.training", "grsd.lab.data.windows"}
+    behind = set().union(*map(pieces.imported, trains))
+    packages = {"grsd", "grsd.lab", "grsd.lab.checkpoints", "grsd.lab.data"}
+    assert behind == trains | packages
+    monkeypatch.setattr(pieces, "code", lambda *parts: f"{sorted(p.__name__ for p in parts)}")
+    named = suites.locate(TINY, corpus, cache=suite.root.parents[2], **RECIPE).root
+    assert named.parent == suite.root.parent and named != suite.root
 
 
 def test_training_json_names_no_path(suite: suites.Suite) -> None:

@@ -345,6 +345,20 @@ def test_killed_run_resumes_to_the_same_numbers(
     )  # finished batches were not measured again
 
 
+def test_what_is_opened_already_is_not_opened_again(
+    spec: RunSpec, corpus: corpora.Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = opened.open_model(spec.model)
+    reference = _numbers(shell_run(spec, resume=False))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a name was resolved twice")
+
+    monkeypatch.setattr("grsd.lab.runs.run.open_model", refuse)
+    monkeypatch.setattr(corpora, "open_corpus", refuse)
+    assert _numbers(shell_run(spec, resume=False, model=model, corpus=corpus)) == reference
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"batch_size": 1, "length": 1, "steps": 1}, "T = batch_size x length is 1; raise length"),
     ({"steps": 17}, "steps = 17 exceeds T = batch_size x length = 16"),
