@@ -43,14 +43,8 @@ class Result:
 
     def __post_init__(self) -> None:
         check_id(self.id)
-        for name in ("data", "provenance"):
-            if not isinstance(value := getattr(self, name), dict):
-                kind = type(value).__name__
-                raise TypeError(f"result {self.id!r}: {name} is a {kind}, expected a dict")
         if missing := sorted(PROVENANCE_KEYS - set(self.provenance)):
-            raise ValueError(
-                f"result {self.id!r}: its provenance lacks {missing}; use provenance()"
-            )
+            raise ValueError(f"{self.id!r}: its provenance lacks {missing}; use provenance()")
 
 
 def check_id(name: str) -> str:
@@ -69,9 +63,7 @@ def _plain(value: Any, where: str) -> Any:
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(
-                f"{where} is {value!r}; only finite numbers are stored (or leave it out)"
-            )
+            raise ValueError(f"{where} is {value!r}; only finite numbers are stored")
         return float(value)
     if isinstance(value, Path):
         return value.as_posix()
@@ -224,13 +216,9 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Result:
     except ValueError as error:
         raise ValueError(f"{path.name} is damaged ({error}); recompute it") from error
     if not isinstance(raw, dict) or set(raw) != {"id", "data", "provenance"}:
-        raise ValueError(
-            f"{path.name} is not a result: expected an object with id, data and provenance"
-        )
+        raise ValueError(f"{path.name} is not a result; expected id, data and provenance")
     if raw["id"] != name:
-        raise ValueError(
-            f"{path.name} holds the result {raw['id']!r}; rename the file or recompute it"
-        )
+        raise ValueError(f"{path.name} holds the result {raw['id']!r}; rename or recompute it")
     return Result(**raw)
 
 
