@@ -76,8 +76,8 @@ def mup_check(
     features move alike.
 
     MODEL is a folder or hub name with a transformers configuration (weights are not read), or a
-    family: gpt2, gpt_neox, llama. The text is Python's own help, byte by byte. Findings name the
-    role, the norm and the condition that it breaks.
+    family such as gpt2, gpt_neox or llama. The text is Python's own help, byte by byte. Findings
+    name the role, the norm and the condition that it breaks.
     """
     from grsd import mup
     from grsd.lab.data import help_text
