@@ -142,8 +142,8 @@ def resolvent_energy(M: Tensor, error: Tensor, edges: ArrayLike, *, power: int =
     Notes
     -----
     With the p roots ω of −1, σ_a(M) = (1/p) Σ_ω M(M − aωI)⁻¹: rotated resolvents, each as well
-    conditioned as that of p = 1 up to a factor 1/sin(π/p); the matrix power (M/a)ᵖ + I would lose
-    its digits. Cost: one dense factorisation per edge and conjugate pair.
+    conditioned as that of p = 1 up to a factor 1/sin(π/p); the matrix power (M/a)ᵖ would not be.
+    Cost: one dense factorisation per edge and conjugate pair.
     """
     places, n = _checked(M, error, edges, power), len(error)
     energies = []
@@ -190,8 +190,7 @@ def resolvent_flux(
 
     Arguments and cost are those of :func:`resolvent_energy`; `rate` = Ṁ, (n, n) float64, symmetric.
     Dσ_a(M)[Ṁ] = −(a/p) Σ_ω ω (M − aω)⁻¹ Ṁ (M − aω)⁻¹; for p = 1 the flux is (a/2)⟨x, Ṁx⟩ with
-    (M + a)x = e. Repeated eigenvalues are harmless. Source: the smooth form of 2512.10427, equation
-    (2), with the term that it lacks.
+    (M + a)x = e. Source: the smooth form of 2512.10427, equation (2), with the term that it lacks.
     """
     m, r, e = (torch.as_tensor(a) for a in (M, rate, error))
     places, n = _checked(m, e, edges, power), len(e)

@@ -49,7 +49,6 @@ class IntegratedBalance:
 
     Attributes
     ----------
-    shells : LogShells
     before, after : (N+3,), energies at the two ends.
     dissipated : (N+3,), ∫ D_α dt.
     exchanged : (N+3, N+3), ∫ F_{β→α} dt.
@@ -147,8 +146,7 @@ def integrated_balance(
         whether it passed an edge; a shorter visit is missed, and shows in the residual. The
         dimension of the kernel must not change.
     tolerance : float
-        Absolute tolerance of the adaptive quadrature (Gauss–Kronrod, split at the crossings), in
-        units of energy.
+        Absolute, of the adaptive quadrature (Gauss–Kronrod, split at the crossings), an energy.
 
     Notes
     -----

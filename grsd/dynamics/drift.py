@@ -194,10 +194,8 @@ def constant_drift_loss(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the loss for v = c₀λ/t and energies measured at `start`: (corrected, printed).
 
-    Corrected: every energy rides its characteristic λ = u (t/t₀)^{c₀} and decays, Σ E_u exp(−K u)
-    with K = (2t₀/(1+c₀))((t/t₀)^{1+c₀} − 1). Printed: equation (13) of 2512.10427, ε₀(u)
-    exp(−2λt/(1+c₀)) per unit of λ, which is (t/t₀)^{c₀} Σ E_u exp(−2u t₀ (t/t₀)^{1+c₀}/(1+c₀)).
-    Both need c₀ > −1.
+    Corrected: Σ E_u exp(−K u) with K = (2t₀/(1+c₀))((t/t₀)^{1+c₀} − 1). Printed: equation (13) of
+    2512.10427 over λ, (t/t₀)^{c₀} Σ E_u exp(−2u t₀ (t/t₀)^{1+c₀}/(1+c₀)). Both need c₀ > −1.
     """
     u, energy, t = (np.asarray(x, dtype=np.float64) for x in (eigenvalues, energies, times))
     checks.between("c0", c0, -1, np.inf, "()", "this form of the solution needs c0 > −1")

@@ -64,10 +64,8 @@ def integrate(
         Ascending, or descending for the flow run backwards; the path starts at `times[0]`.
     rtol, atol, method
         Local tolerances per parameter, and any explicit method, of SciPy's `solve_ivp`.
-    start : (P,), optional
-        θ at `times[0]`; by default `problem.theta`.
-    schedule : callable, optional
-        η(t) > 0.
+    start : (P,), optional, θ at `times[0]`; by default `problem.theta`.
+    schedule : callable, optional, η(t) > 0.
     step : float
         Follow `problem.velocity(theta, step)` instead: the flow nearest to gradient descent of that
         step. `Path.identity` then belongs to the modified loss and is nan.
@@ -147,16 +145,13 @@ def descend(
     momentum : float
         μ in [0, 1): heavy ball. Its clock runs faster, at late times 1/(1 − μ) times; the `times`
         of the path, τ_k = Σ_{j<k} η_j, do not contain this factor.
-    schedule : callable, optional
-        Factor of step k = 0, 1, ...
+    schedule : callable, optional, a factor of step k = 0, 1, ...
     every : int
         Keep every so many steps (the first and the last always).
     """
     if not rate > 0 or steps < 1 or every < 1 or not 0 <= momentum < 1:
-        raise ValueError(
-            "need rate > 0, steps ≥ 1, every ≥ 1 and 0 ≤ momentum < 1; got "
-            f"{rate}, {steps}, {every}, {momentum}"
-        )
+        given = f"{rate}, {steps}, {every}, {momentum}"
+        raise ValueError(f"need rate > 0, steps, every ≥ 1 and 0 ≤ momentum < 1; got {given}")
     begin = (problem.theta if start is None else problem._theta(start)).detach()
     theta, drift = begin.clone(), torch.zeros_like(begin)
     initial = problem.loss(theta)

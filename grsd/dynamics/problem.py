@@ -86,9 +86,8 @@ class Problem:
         targets = targets.detach().to(self.theta.device, torch.float64)
         self.samples = n = len(self.inputs)
         if targets.shape not in ((n,), (n, 1)):
-            raise ValueError(
-                f"targets have shape {tuple(targets.shape)}; expected one for each of {n} inputs"
-            )
+            shape = tuple(targets.shape)
+            raise ValueError(f"targets have shape {shape}; expected one for each of {n} inputs")
         self.targets = targets.reshape(n)
         self._curvature_checked = False
         self.kinks = self._probe()
@@ -196,9 +195,9 @@ class Problem:
     ) -> Tensor:
         """Return Ṁ = (J̇ Jᵀ + J J̇ᵀ)/n along θ̇ (or `direction`), (n, n), by autodiff.
 
-        Exact up to rounding; a difference quotient, taken once per problem, raises an
-        ArithmeticError where autodiff is wrong. `piecewise` allows networks with kinks: the rate is
-        then that between two kinks and knows nothing of the jumps. Cost: about three Jacobians.
+        A difference quotient, taken once per problem, raises an ArithmeticError where autodiff is
+        wrong. `piecewise` allows kinks: the rate between two of them knows nothing of the jumps.
+        Cost: about three Jacobians.
         """
         if self.kinks and not piecewise:
             raise ValueError(
@@ -215,8 +214,8 @@ class Problem:
     def _jacobian_rate(self, theta: Tensor, along: Tensor) -> Tensor:
         """d/ds J(θ + s·along) at s = 0, (n, P): row i is ∇(∇f_i · along), reverse mode twice.
 
-        Forward over reverse mode would cost less, and is wrong for layer and batch normalisation:
-        PyTorch's drops the motion of their statistics (its issues 196699 and 196700).
+        Forward over reverse mode costs less, and PyTorch's is wrong for layer and batch
+        normalisation (its issues 196699 and 196700).
         """
         if not self._rowwise:
 

@@ -86,8 +86,8 @@ def particles(
     """Move lumps of energy by v and let each decay at the rate 2λ; nothing else.
 
     One lump is drawn at random from each of `count` equal strata of log λ and carries its energy,
-    ε0(u) u Δlog u. The Jacobian of the flow is never computed: where lumps spread out, the density
-    falls. Fourth-order Runge–Kutta with `step` in log t.
+    ε0(u) u Δlog u. No Jacobian is computed: where lumps spread out, the density falls. Fourth-order
+    Runge–Kutta with `step` in log t.
     """
     rule, when = _drift(drift), _instants(times)
     low, high = _bounds(window)
