@@ -97,6 +97,7 @@ def block_coherence(
     before, count = blocks.passes, len(blocks)
     norms = np.zeros((count, count))
     if matrices is not None:
+        # ‖J^(l)∗J^(m)‖ is that of the product of the roots of M^(l) and M^(m)
         roots = [_root(kernel) for kernel in matrices.kernels]
         for i in range(count):
             for m in range(i, count):

@@ -122,6 +122,7 @@ def collapse(
     checks.finite("speeds", v)
     count = lam.shape[1]
     checks.at_least("modes", count, LEAST, f"spread over fewer than {LEAST} says nothing")
+    # the two sides that one function would join
     x, y = np.log(lam * t[:, None]), v * t[:, None]
     number = min(40, max(1, x.size // 24)) if bins is None else int(bins)
     if number < 1 or x.size // number < LEAST:

@@ -99,6 +99,7 @@ def report(
             f"right-operator reading of D1 need T × T matrices (rows={base.size}, or a smaller "
             "batch)"
         )
+    # the chosen times, evenly spread, both ends among them
     spread = np.linspace(0, len(states) - 1, min(instants, len(states))).round().astype(int)
     chosen = sorted(set(spread.tolist()))
     measured: list[Instant] = []
@@ -108,13 +109,15 @@ def report(
         time, state = states[index]
         if progress is not None:
             progress(place, len(chosen), f"t = {time:.4g}")
+        # J, J̇ and the matrices of this instant
         blocks = base.at(state, _direction(base, states, index) if along == "path" else None)
         if place == 0:
             notes += _curvature(blocks, seed)
         matrices = block_matrices(blocks) if base.size <= rows else None
+        # D4 and D6, where the spectrum is known; D1 and D2, the dear ones, at both ends only; D3
         rank, shift, rough, speed = _spectral(matrices, time, notes)
         band = overlap = None
-        if place in (0, len(chosen) - 1):  # the dear ones, at both ends only
+        if place in (0, len(chosen) - 1):
             band = _told(
                 notes, "D1", time, bandedness, blocks, probes=probes, matrices=matrices, seed=seed
             )
@@ -156,6 +159,7 @@ def _start(
         observable = Outputs(target) if isinstance(target, Tensor) else target
         base = Blocks(model, inputs, observable, split=split)
         own = {name: p.detach() for name, p in model.named_parameters()}
+    # one random pull-back tells whether J is zero
     u = torch.randn(base.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     if not any(bool(part.any()) for part in base.vjp(u.to(base.outputs))):
         raise ValueError(

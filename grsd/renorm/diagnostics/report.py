@@ -60,6 +60,7 @@ class Report:
             max(i.size.jacobian for i in self.instants),
             max(i.size.rate for i in self.instants),
         ]
+        # the rows' names, and what the condition wants, which may quote a number
         names: list[tuple[str, str]] = []
         for k in bands:
             unlocal = MISSING if last.bandedness is None else _number(last.bandedness.unlocal[k])
@@ -98,6 +99,7 @@ class Report:
         """
         axes = figure.subplots(2, 2)
         tails, overlaps, sizes, fields = axes.ravel()
+        # what was measured at both ends, by distance between blocks
         ends = self.instants[:: max(1, len(self.instants) - 1)]
         for index, instant in enumerate(ends):
             label = f"t = {instant.time:.3g}"
@@ -116,6 +118,7 @@ class Report:
         for ax in (tails, overlaps):
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
+        # what was measured at every time
         times, norms = zip(*((i.time, i.size) for i in self.instants), strict=True)
         sizes.plot(times, [n.jacobian for n in norms], label=r"$\|J\|$", **look(0))
         sizes.plot(times, [n.rate for n in norms], label=r"$\|\dot J\|$ (per time)", **look(1))

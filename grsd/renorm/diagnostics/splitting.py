@@ -71,7 +71,7 @@ def _given(
     else:
         listed = [(entry,) if isinstance(entry, str) else tuple(entry) for entry in how]
         entries = [(" + ".join(parts), parts) for parts in listed]
-    owner: dict[str, str] = {}
+    owner: dict[str, str] = {}  # parameter → title of its block
     for title, parts in entries:
         for part in parts:
             below = [name for name in names if name == part or name.startswith(f"{part}.")]
@@ -135,6 +135,7 @@ def entrances(rows: Tensor, leaves: dict[str, Tensor]) -> dict[str, int]:
     """Return how often each leaf enters the graph of `rows`: from 2 on its uses share one value."""
     index = {id(leaf): name for name, leaf in leaves.items()}
     counts = dict.fromkeys(leaves, 0)
+    # each edge of the graph that ends in a leaf is one use
     seen, todo = set(), [rows.grad_fn]
     while todo:
         node = todo.pop()

@@ -1,14 +1,12 @@
-"""Lemma 1 of 2512.18209 as measurements: the flows of L and aL, one field against itself.
+"""Lemma 1 of 2512.18209 as a measurement: the flows of L and aL side by side.
 
 Between the flow of a loss L and that of aL everything scales exactly: λ_a(t) = aλ(at), v_a(t) =
-a²v(at). That the *same* field serves both, v_a = v, is a hypothesis, (U). `between_flows` measures
-the first and `field_ratio` the second. `weak_balance`, flux = rotation + drift, separates the two
-velocities that the paper calls v. Closed forms are in :mod:`grsd.renorm.theorems.closed_forms`.
+a²v(at). `between_flows` measures that. That the *same* field serves both, v_a = v, is a hypothesis,
+(U). Closed forms are in :mod:`grsd.renorm.theorems.closed_forms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,20 +16,12 @@ from torch import Tensor, nn
 from grsd import checks
 from grsd.dynamics.drift import Drift
 from grsd.dynamics.flow import integrate
-from grsd.dynamics.modes import Modes, divided, instant, modes
+from grsd.dynamics.modes import Modes, instant, modes
 from grsd.dynamics.problem import Problem
 
-__all__ = [
-    "BetweenFlows",
-    "WeakBalance",
-    "between_flows",
-    "field_ratio",
-    "rescaled",
-    "weak_balance",
-]
+__all__ = ["BetweenFlows", "between_flows", "rescaled"]
 
 Array = NDArray[np.float64]
-Function = Callable[[np.ndarray], np.ndarray]
 
 
 class _Scaled(nn.Module):
@@ -110,6 +100,7 @@ def between_flows(
             "the same"
         )
     grid, places = np.asarray(times, float), np.asarray(edges, float)
+    # both flows from their start, and the instants of the two beside each other
     whole = np.concatenate([[0.0], grid])
     here = integrate(first, a * whole, rtol=rtol, atol=atol, estimate=False)
     there = integrate(second, whole, rtol=rtol, atol=atol, estimate=False, method=method)
@@ -137,57 +128,3 @@ def _relative(measured: Array, expected: Array) -> float:
 def _flux_velocity(at: Modes, edges: Array, order: float) -> Array:
     """v = J/ε at the edges, from c = t v/λ at t = 1."""
     return edges * Drift.of([at], np.ones(1), edges, order).c()[0]
-
-
-def field_ratio(
-    lam: ArrayLike, velocity: ArrayLike, later: ArrayLike, later_velocity: ArrayLike, a: float
-) -> Array:
-    """Return v(aλ, t/a)/(a²v(λ, t)) where aλ lies among the modes of the other time.
-
-    It is 1 if one field serves both, (U). λ and λ̇ of one flow at time t, (n,), and the same of the
-    same flow at time t/a, (m,). The field between its modes is interpolated linearly in log λ (v/λ
-    is), which is exact for neither; where v is no function of λ, the numbers scatter. 0/0 is left
-    out.
-    """
-    x, v, x2, v2 = (np.asarray(q, float) for q in (lam, velocity, later, later_velocity))
-    order = np.argsort(x2)
-    order = order[x2[order] > 0]
-    x2, v2 = x2[order], v2[order]
-    inside = (a * x >= x2[0]) & (a * x <= x2[-1]) & (v != 0)
-    if not inside.any():
-        raise ValueError(
-            f"no a·λ lies in [{x2[0]:.3g}, {x2[-1]:.3g}], the spectrum at time t/a; take a = {a} "
-            "nearer to 1"
-        )
-    target = a * x[inside]
-    return target * np.interp(np.log(target), np.log(x2), v2 / x2) / (a**2 * v[inside])
-
-
-class WeakBalance(NamedTuple):
-    """d/dt ½⟨e, χ(M)e⟩ = −dissipation + rotation + drift, for one smooth χ; energy per time."""
-
-    energy: float  # ½ Σ χ(λ_u) g_u²
-    dissipation: float  # Σ λ_u χ(λ_u) g_u²
-    rotation: float  # ½ Σ_{u≠v} χ[λ_u, λ_v] ⟨φ_u, Ṁφ_v⟩ g_u g_v = −Σ_{u≠v} χ(λ_u) g_u g_v Ω_{v→u}
-    drift: float  # ½ Σ χ'(λ_u) λ̇_u g_u²
-
-    @property
-    def rate(self) -> float:
-        """−dissipation + rotation + drift."""
-        return self.rotation + self.drift - self.dissipation
-
-
-def weak_balance(at: Modes, chi: Function, slope: Function) -> WeakBalance:
-    """Return the balance of the energy that a smooth weight χ of λ sees: (25) in weak form.
-
-    A rising step χ gives the energy above an edge, and then `rotation` + `drift` is the flux J
-    through it; a bump gives a soft shell. By Daleckii and Krein's formula, which needs no gap
-    between eigenvalues. For logistic steps the same numbers come from
-    `grsd.dynamics.drift.edge_flux`. Cost: O(n²). Source: 2512.18209.
-    """
-    g, lam = at.coefficients, at.eigenvalues
-    weight = chi(lam)
-    whole = 0.5 * float(g @ divided(at, chi, slope) @ g)
-    drift = 0.5 * float(np.sum(slope(lam) * at.rates * g**2))
-    energy, dissipation = 0.5 * float(weight @ g**2), float(lam * weight @ g**2)
-    return WeakBalance(energy, dissipation, whole - drift, drift)

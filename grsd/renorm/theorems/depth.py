@@ -92,6 +92,7 @@ class ResidualFactors:
         shapes = {tuple(h.shape) for h in self.states}
         if len(shapes) > 1 or len(self.states[0].shape) != 2:
             raise ValueError(f"states have shapes {sorted(shapes)}; expected one shape (N, w)")
+        # every block must be a near-identity map of its state
         for k, (a, distance) in enumerate(zip(self.transfers, self.distances, strict=True)):
             skip = float(a.diagonal(dim1=1, dim2=2).mean())
             if skip < 0.5:
@@ -138,6 +139,7 @@ class ResidualFactors:
         """
         last = len(self.blocks) - 1
         checks.between("block", block, 0, last)
+        # ∂f/∂h_L through the blocks above, then through the parameters of this one
         row = self.downstream[-1][:, None, :]
         chosen = self.transfers[block + 1 :]
         for a in chosen if increasing else chosen[::-1]:

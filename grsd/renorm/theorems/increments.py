@@ -175,6 +175,7 @@ class Increments:
     def exact(self) -> tuple[float, float]:
         """E δ and Var δ: δ = ½ log(ε²X/n), X ~ χ² with n + 2K degrees, K ~ Poisson(n/2ε²)."""
         half = self._kappa / 2
+        # the Poisson weights that float64 sees, and the moments of log χ² given K
         low, high = stats.poisson.ppf([1e-17, 1 - 1e-16], half)
         k = np.arange(max(low, 0), high + 1)
         w = stats.poisson.pmf(k, half)
@@ -251,9 +252,11 @@ class Increments:
         checks.at_least("n", n, 3, "the expansion in harmonics of the sphere needs n ≥ 3")
         mass = n * self.overlap(layers) ** 2
         checks.between("n a₁^(2L)", mass, 0, 16, why="too far from mixed to sum (needs ≤ 16)")
+        # angles on the sphere, with the uniform law's weight
         theta = (np.arange(points) + 0.5) * np.pi / points
         x, weight = np.cos(theta), np.exp((n - 2) * np.log(np.sin(theta)))
         weight /= weight.sum()
+        # d_k a_k^L
         k = np.arange(1, 400)
         log_dim = np.log(2 * k + n - 2) + special.gammaln(k + n - 2)
         log_dim = log_dim - special.gammaln(k + 1) - special.gammaln(n - 1)
@@ -271,6 +274,7 @@ class Increments:
     def mixing_time(self, eta: float) -> float:
         """t = ε²L at which `mixing` falls to η < 0.9; about log n + 2 log(1/η) − log 2π."""
         checks.between("eta", eta, 0, 0.9, "()")
+        # bisection between the first layer that can be summed and one that is surely mixed
         low = max(math.ceil(math.log(16 / self.n) / (2 * math.log(self.overlap(1)))), 1)
         high = math.ceil(4 * (math.log(self.n) + 2 * math.log(1 / eta) + 4) / self.epsilon**2)
         if self.mixing(low) <= eta:

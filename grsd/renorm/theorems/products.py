@@ -72,6 +72,8 @@ class Graded:
             eye = torch.eye(len(pending), dtype=pending.dtype, device=pending.device)
             self._parts = (eye, torch.zeros_like(pending[0]), eye)
         q, logs, t = self._parts
+        # Q′ D′ R′ of the pending factors times Q D, relative to the largest entry of D; R′ goes
+        # into T
         top = logs.max()
         scaled = (pending @ q) * torch.exp(logs - top)
         order = torch.argsort(scaled.norm(dim=0), descending=True)  # pivoting once per step
@@ -170,6 +172,7 @@ class Bulk:
         With ψ = −½ + x + iy the argument of the equation gives x² = ¼ − y² + y/tan 2ty, its modulus
         s, for 0 < y ≤ π · `centre`.
         """
+        # the curve s(y), y from the centre's height to 0, read backwards
         v = np.linspace(0, 1, 4001)[:-1]
         y = math.pi * self.centre * (1 - v**2)
         x = np.sqrt(np.maximum(0.25 - y**2 + y / np.tan(2 * self.t * y), 0))
@@ -229,6 +232,7 @@ def training_kernel(matrices: Tensor) -> Training:
     value is rounding. Cost: 5 L matrix products and one SVD.
     """
     checks.shape("matrices", matrices, ("L", "n", "n"))
+    # the basis: singular vectors of the product
     product = matrices[0]
     for matrix in matrices[1:]:
         product = matrix @ product

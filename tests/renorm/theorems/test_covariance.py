@@ -8,8 +8,7 @@ import sympy as sp
 import torch
 from scipy.integrate import solve_ivp
 
-from grsd.dynamics.drift import edge_flux
-from grsd.dynamics.flow import around, central, integrate
+from grsd.dynamics.flow import integrate
 from grsd.dynamics.modes import Modes, instant, modes
 from grsd.dynamics.problem import Problem
 from grsd.dynamics.transport import CovariantDrift
@@ -22,7 +21,7 @@ from grsd.renorm.theorems.closed_forms import (
     scale_free_exponent,
     scale_free_velocity,
 )
-from grsd.renorm.theorems.covariance import between_flows, field_ratio, rescaled, weak_balance
+from grsd.renorm.theorems.covariance import between_flows, rescaled
 
 EDGES = np.geomspace(1e-2, 1.0, 4)
 Data = tuple[torch.nn.Module, torch.Tensor, torch.Tensor]
@@ -33,12 +32,6 @@ def data() -> Data:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(10, 2, dtype=torch.float64, generator=generator)
     return mlp([2, 8, 1], seed=0), x, torch.sin(2 * x[:, 0])
-
-
-@pytest.fixture(scope="module")
-def moved(data: Data) -> tuple[Problem, np.ndarray]:
-    problem = Problem(*data)
-    return problem, integrate(problem, [0.0, 1.0], rtol=1e-11, estimate=False).thetas[-1]
 
 
 def look(problem: Problem, theta: np.ndarray | torch.Tensor) -> Modes:
@@ -202,98 +195,7 @@ def test_covariance_tells_the_scale_free_family_from_one_with_a_scale() -> None:
     )
 
 
-def test_field_ratio_on_fields_with_a_known_answer() -> None:
-    y = np.geomspace(1e-2, 3, 4000)
-    for start, expected in (
-        (BalancedModes.scale_free(y, 0.1), 1.0),
-        (BalancedModes.common_target(0.01 * y), None),
-    ):
-        a, t = 1.5, 1.2
-        found = field_ratio(
-            start.eigenvalues(t),
-            start.velocities(t),
-            start.eigenvalues(t / a),
-            start.velocities(t / a),
-            a,
-        )
-        if expected:
-            np.testing.assert_allclose(
-                found, expected, atol=1e-4
-            )  # linear interpolation over steps of 0.14 %
-        else:  # λ(2y − λ): the ratio is (2y − aλ)/(a(2y − λ)), which is near 1/a for small λ
-            assert abs(np.median(found) - 1 / a) < 0.02
-    random = BalancedModes.random(200, seed=0)
-    noise = field_ratio(
-        random.eigenvalues(1.2),
-        random.velocities(1.2),
-        random.eigenvalues(0.8),
-        random.velocities(0.8),
-        1.5,
-    )
-    assert np.std(noise) > 0.3
-    few = np.array(
-        [1e-3, 1e-2, 1e-1, 1.0]
-    )  # v = λ/t: v/λ is constant, so its interpolation is exact however far modes are apart
-    np.testing.assert_allclose(
-        field_ratio(few[:3], few[:3] / 2, few, few / (2 / 1.5), 1.5), 1.0, rtol=1e-14
-    )
-    with pytest.raises(ValueError, match="nearer to 1"):
-        field_ratio([1.0], [1.0], [0.1, 0.2], [1.0, 1.0], 2.0)
-
-
 def test_fields_refuse_what_they_cannot_reach() -> None:
     for kappa in (0.0, 2.0, -1.0):
         with pytest.raises(ValueError, match="between 0 and 2"):
             scale_free_velocity(0.1, 1.0, kappa)
-
-
-# --- two velocities -----------------------------------------------------------------------------------
-
-
-def test_weak_balance_is_the_derivative_of_the_energy(moved: tuple[Problem, np.ndarray]) -> None:
-    problem, theta = moved
-    centre, width = np.log(0.05), 1.0
-
-    def bump(x: np.ndarray) -> np.ndarray:
-        found: np.ndarray = np.exp(
-            -((np.log(np.maximum(x, 1e-300)) - centre) ** 2) / (2 * width**2)
-        )
-        return found
-
-    def slope(x: np.ndarray) -> np.ndarray:
-        safe = np.maximum(x, 1e-300)
-        found: np.ndarray = -bump(x) * (np.log(safe) - centre) / (width**2 * safe)
-        return found
-
-    h = 0.02
-    energies = np.array(
-        [
-            weak_balance(look(problem, at), bump, slope).energy
-            for at in around(problem, theta, h).thetas
-        ]
-    )
-    found = weak_balance(look(problem, theta), bump, slope)
-    expected = float(central(energies, h))
-    scale = abs(found.rotation) + abs(found.drift) + found.dissipation
-    assert abs(found.rate - expected) < 1e-8 * scale  # h⁸, and rounding over h
-    assert (
-        abs(found.rate - found.drift - expected) > 1e-3 * scale
-    )  # without drift, as the shell derivation has it
-    assert abs(found.rate - found.rotation - expected) > 1e-3 * scale
-
-
-def test_weak_balance_of_a_logistic_step_is_the_edge_flux(
-    moved: tuple[Problem, np.ndarray],
-) -> None:
-    found, a = look(*moved), 0.03
-    mine = weak_balance(found, lambda x: x / (x + a), lambda x: a / (x + a) ** 2)
-    edge = edge_flux(found, [a])
-    np.testing.assert_allclose(
-        [mine.rotation, mine.drift], [edge.kato[0], edge.advective[0]], rtol=1e-6
-    )
-
-
-def test_parallel_modes_drift_and_do_not_turn() -> None:
-    step = (lambda x: x / (x + 1), lambda x: 1 / (1 + x) ** 2)
-    still = weak_balance(look(*(m := parallel_modes([1.0, 2.0], [0.1, 0.2]), m.theta)), *step)
-    assert still.rotation == pytest.approx(0, abs=1e-15) and still.drift > 0.01
