@@ -39,13 +39,7 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
     Cost: m products, 8 m² T further operations, m T numbers of memory. No step waits for the
     device. Source: 2512.10427, appendix B; "twice is enough": Parlett 1998, section 6.9.
     """
-    size = int(M.shape[0])
-    if tuple(start.shape) != (size,) or start.dtype != M.dtype or start.device != M.device:
-        raise ValueError(
-            f"M is {tuple(M.shape)} {M.dtype} on {M.device}; the start vector is "
-            f"{tuple(start.shape)} {start.dtype} on {start.device}"
-        )
-    checks.between("steps", steps, 1, size, why=f"steps lie between 1 and T = {size}")
+    size = _size(M, start, steps)
     norm = float(torch.linalg.vector_norm(start))
     if not 0 < norm < np.inf:
         raise ValueError(f"the start vector has norm {norm}; it must be finite and not zero")
@@ -61,25 +55,28 @@ def lanczos_batches(M: NTKBatches, starts: Tensor, steps: int) -> list[Tridiagon
     One `Tridiagonal` a batch, as `lanczos` would give it. Cost: m products, 8 m² T operations a
     batch and G m T numbers.
     """
-    groups, size, _ = M.shape
-    if starts.shape != (groups, size) or starts.dtype != M.dtype or starts.device != M.device:
-        raise ValueError(
-            f"the start vectors must be {(groups, size)}, {M.dtype} on {M.device}; got "
-            f"{tuple(starts.shape)}, {starts.dtype} on {starts.device}"
-        )
-    if not 1 <= steps <= size:
-        raise ValueError(f"steps must be between 1 and T = {size}, got {steps}")
+    size = _size(M, starts, steps)
     norms = torch.linalg.vector_norm(starts, dim=1)
-    bad = [k for k, norm in enumerate(norms.tolist()) if not (np.isfinite(norm) and norm > 0)]
-    if bad:
+    if bad := [k for k, norm in enumerate(norms.tolist()) if not 0 < norm < np.inf]:
         raise ValueError(f"the start vectors of batches {bad} are zero or not finite")
-
     alphas, betas = recurrence(M, starts / norms[:, None], steps)
     masses = norms.to("cpu", torch.float64).numpy() ** 2 * M.inner_weight
     return [
         tridiagonal(a, b, float(mass), M.eps, size)
         for a, b, mass in zip(alphas, betas, masses, strict=True)
     ]
+
+
+def _size(M: Operator, start: Tensor, steps: int) -> int:
+    """Return T once start vectors and steps are what M takes."""
+    if start.shape != M.shape[:-1] or start.dtype != M.dtype or start.device != M.device:
+        raise ValueError(
+            f"M is {tuple(M.shape)} {M.dtype} on {M.device}; start vectors must be "
+            f"{tuple(M.shape[:-1])}, and not {tuple(start.shape)} {start.dtype} on {start.device}"
+        )
+    size = int(M.shape[-1])
+    checks.between("steps", steps, 1, size, why=f"steps lie between 1 and T = {size}")
+    return size
 
 
 def recurrence(

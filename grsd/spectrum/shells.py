@@ -1,7 +1,6 @@
 """Logarithmic shells of the λ axis, and the profile of energy over them.
 
-A profile never loses mass: what lies below or above the edges or in the kernel of M is reported
-beside the shells. Statistics of a profile (peak, frontier, unimodality) carry its intervals.
+A profile never loses mass: what lies below or above the edges or in ker M stands beside the shells.
 """
 
 from __future__ import annotations
