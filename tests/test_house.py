@@ -321,7 +321,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ORDER = "cli chapter experiments lab renorm mup dynamics spectrum claims figures statistics pieces results checks scale"
+ORDER = (
+    "cli chapter experiments lab renorm mup dynamics spectrum "
+    "claims figures statistics pieces results checks dependencies scale"
+)
 
 
 def test_the_contract_names_every_module_and_keeps_the_order(copy: Path) -> None:
