@@ -35,7 +35,7 @@ from grsd.spectrum.operator.rules import Embedding, Linear
 from grsd.spectrum.operator.trace import Place, Trace
 from grsd.spectrum.programs.program import Program, Rows
 from grsd.spectrum.programs.record import record
-from grsd.spectrum.programs.simplify import simplify
+from grsd.spectrum.programs.simplify import absorb, simplify
 from grsd.spectrum.programs.transpose import transpose
 
 BLOCK_BYTES = 2**28  # what the temporaries of a block product may take
@@ -107,7 +107,7 @@ class Factored:
         numbers = sum(prod(adjoint.kinds[slot][0]) for slot in self.slots)
         self._column_bytes = 3 * start.element_size() * numbers
         if self.slots:
-            needed = unfold(adjoint, values, region.rows, self.slots)
+            needed = absorb(unfold(adjoint, values, region.rows, self.slots))
             self.adjoint = simplify(needed)
             self.forward = simplify(transpose(needed, start.device))
             for name, program in (("(J_εᵀ)", self.adjoint), ("(J_ε)", self.forward)):
@@ -301,7 +301,7 @@ class Factored:
         blocks = [f.gram for f in self._factors if isinstance(f, Gram)]
         blocks += [] if self.share is None else [self.share]
         sums = [x.diagonal(dim1=-2, dim2=-1) for x in blocks]
-        sums += [a.sum(-1) for f in self._factors if isinstance(f, Span) for a in f.inputs]
+        sums += [f.inputs.sum(-1) for f in self._factors if isinstance(f, Span)]
         if any(not bool(torch.isfinite(x).all()) for x in sums):
             raise ValueError(
                 "activations or their gradients are not finite although the outputs are, so M is not "

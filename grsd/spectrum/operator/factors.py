@@ -198,18 +198,17 @@ class Gram(OneSlot):
 
 @dataclass(frozen=True)
 class Span(OneSlot):
-    """Linear layers and biases with one δ, associated as A (Aᵀ δ) + b 1 (1ᵀ δ). Cost 4 n in out FLOPs."""
+    """Linear layers and biases with one δ, associated as A (Aᵀ δ) with a column of ones for a bias.
 
-    inputs: tuple[Tensor, ...]  # each (groups, n / groups, in)
-    biases: int
+    Cost 4 n in out FLOPs.
+    """
+
+    inputs: Tensor  # (groups, n / groups, in)
 
     def add(self, deltas: Vectors, out: Vectors) -> None:
         delta = deltas[self.slot]
-        rows = delta.reshape(*self.inputs[0].shape[:-1], delta.shape[-1])
-        total = (self.biases * rows.sum(-2, keepdim=True)).expand_as(rows)
-        for a in self.inputs:
-            total = torch.baddbmm(total, a, a.mT @ rows)
-        accumulate(out, self.slot, total.view(delta.shape))
+        rows = delta.reshape(*self.inputs.shape[:-1], delta.shape[-1])
+        accumulate(out, self.slot, (self.inputs @ (self.inputs.mT @ rows)).view(delta.shape))
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from grsd.spectrum.operator.factors import (
     Span,
     Tokens,
     Use,
+    grouped,
     matrix,
 )
 from grsd.spectrum.operator.own_positions import Share
@@ -78,9 +79,12 @@ class Linear(Use):
         if pays is not None and pays <= at.products:
             form = Form("(A Aᵀ + b 1 1ᵀ) δ", gram, n * rows * item, made, pays)
             return Gram(at.slot, at.grams.of(*key)), form
-        blocks = [matrix(a).to(at.delta.dtype).view(at.groups, rows, -1) for a in inputs]
-        form = Form("A (Aᵀ δ) + b 1 (1ᵀ δ)", span, n * fan_in * item, 0, pays)
-        return Span(at.slot, tuple(blocks), biases), form
+        blocks = [matrix(a).to(at.delta.dtype) for a in inputs]
+        if biases:  # whole vectors of eight numbers are quicker to multiply
+            blocks.append(functional.pad(blocks[0].new_full((n, 1), biases**0.5), (0, 7)))
+        joined = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
+        form = Form("A (Aᵀ δ) + b 1 (1ᵀ δ)", span, joined.numel() * item, 0, pays)
+        return Span(at.slot, grouped(joined, at.groups)), form
 
     def rowwise(self, rows: Rows, front: int) -> bool:
         return _whole_rows(self, rows, front)

@@ -1,7 +1,7 @@
 """Fewer passes over memory for a linear program: the same map with fused operations.
 
-Slices that fill one tensor are joined, sums go into matrix products, and operations that do nothing are dropped. What is
-computed does not change but for the order of additions.
+Slices that fill one tensor are joined, sums and factors go into matrix products, and operations that do nothing are dropped.
+What is computed does not change but for rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grsd.spectrum.programs.program import RESHAPING, Kind, Node, Program, Slot, fill, reachable
+from grsd.spectrum.programs.program import (
+    RESHAPING,
+    Kind,
+    Node,
+    Program,
+    Slot,
+    fill,
+    pullback,
+    reachable,
+)
 
 aten = torch.ops.aten
 
@@ -32,6 +41,21 @@ NAMES: dict[Any, Any] = {
     aten.transpose.int: torch.transpose,
 }
 SLICES = (aten.slice.Tensor, aten.slice_backward.default)
+SCALING = (aten.mul.Tensor, aten.mul.Scalar)
+PRODUCTS = (aten.mm.default, aten.bmm.default)
+IN_PLACE: dict[Any, Any] = {
+    torch.add: torch.Tensor.add_,
+    torch.mul: torch.Tensor.mul_,
+    torch.addcmul: torch.Tensor.addcmul_,
+    torch.addmm: torch.Tensor.addmm_,
+    torch.baddbmm: torch.Tensor.baddbmm_,
+}
+FRESH = (
+    torch.mm,
+    torch.bmm,
+    torch.cat,
+    pullback,
+)  # with those above: results that nothing else holds
 INTO_SUM: dict[Any, Any] = {torch.mm: torch.addmm, torch.bmm: torch.baddbmm}
 
 
@@ -41,7 +65,31 @@ def simplify(program: Program) -> Program:
     nodes, swap = _without_idle(program, kinds)
     outputs = [swap.get(slot, slot) for slot in program.outputs]
     nodes = reachable(_joined(nodes, outputs), outputs)
-    return Program(_added(nodes, outputs, kinds), program.inputs, outputs, kinds)
+    nodes = _reusing(_added(nodes, outputs, kinds), outputs, kinds)
+    return Program(nodes, program.inputs, outputs, kinds)
+
+
+def absorb(program: Program) -> Program:
+    """Return the same map, where constants of matrix products have taken over the numbers by which values are scaled."""
+    kinds, nodes = dict(program.kinds), []
+    scaled: dict[int, tuple[Slot, float]] = {}  # slot → what it is a multiple of, and by how much
+    for node in program.nodes:
+        first, second = (*node.args, None, None)[:2]
+        at = next((s for s in node.sources if s in scaled), None)
+        if node.func in SCALING and isinstance(first, Slot) and isinstance(second, float):
+            scaled[node.outs[0]] = (first, second)
+        elif at is not None and node.func in RESHAPING:
+            plain = Slot(max(kinds) + 1)
+            kinds[plain.index] = kinds[node.outs[0]]
+            base, factor = scaled[at]
+            nodes.append(replace(node, args=(base, *node.args[1:]), outs=(plain.index,)))
+            scaled[node.outs[0]] = (plain, factor)
+        elif at is not None and node.func in PRODUCTS and len(node.sources) == 1:
+            base, factor = scaled[at]
+            args = tuple(base if isinstance(x, Slot) else x * factor for x in node.args)
+            node = replace(node, args=args)
+        nodes.append(node)
+    return Program(nodes, program.inputs, program.outputs, kinds)
 
 
 def _without_idle(program: Program, kinds: dict[int, Kind]) -> tuple[list[Node], dict[int, int]]:
@@ -169,6 +217,22 @@ def _fused(
         Node(func, (Slot(first), *maker.args), {}, (second,), maker.flops),
         Node(torch.reshape, (Slot(second), kinds[node.outs[0]][0]), {}, node.outs),
     ]
+
+
+def _reusing(nodes: list[Node], outputs: list[int], kinds: dict[int, Kind]) -> list[Node]:
+    """Let an operation write into a new value that it alone reads."""
+    uses = _uses(nodes, outputs)
+    fresh: set[int] = set()
+    result = []
+    for node in nodes:
+        first, out = node.args[0], node.outs[0]
+        alone = isinstance(first, Slot) and first.index in fresh and uses[first.index] == 1
+        if node.func in IN_PLACE or node.func in FRESH:
+            fresh.add(out)
+        if alone and node.func in IN_PLACE and kinds[first.index] == kinds[out]:
+            node = replace(node, func=IN_PLACE[node.func])
+        result.append(node)
+    return result
 
 
 def _uses(nodes: list[Node], outputs: list[int]) -> Counter[int]:
