@@ -198,17 +198,18 @@ class Gram(OneSlot):
 
 @dataclass(frozen=True)
 class Span(OneSlot):
-    """Linear layers and biases with one δ, associated as A (Aᵀ δ) with a column of ones for a bias.
-
-    Cost 4 n in out FLOPs.
-    """
+    """Linear layers and biases with one δ, associated as A (Aᵀ δ) + b 1 (1ᵀ δ). Cost 4 n in out FLOPs."""
 
     inputs: Tensor  # (groups, n / groups, in)
+    biases: int
 
     def add(self, deltas: Vectors, out: Vectors) -> None:
         delta = deltas[self.slot]
         rows = delta.reshape(*self.inputs.shape[:-1], delta.shape[-1])
-        accumulate(out, self.slot, (self.inputs @ (self.inputs.mT @ rows)).view(delta.shape))
+        value = self.inputs @ (self.inputs.mT @ rows)
+        if self.biases:
+            value += self.biases * rows.sum(-2, keepdim=True)
+        accumulate(out, self.slot, value.view(delta.shape))
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,9 @@ class Linear(Use):
             form = Form("(A Aᵀ + b 1 1ᵀ) δ", gram, n * rows * item, made, pays)
             return Gram(at.slot, at.grams.of(*key)), form
         blocks = [matrix(a).to(at.delta.dtype) for a in inputs]
-        if biases:  # whole vectors of eight numbers are quicker to multiply
-            blocks.append(functional.pad(blocks[0].new_full((n, 1), biases**0.5), (0, 7)))
         joined = torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]
         form = Form("A (Aᵀ δ) + b 1 (1ᵀ δ)", span, joined.numel() * item, 0, pays)
-        return Span(at.slot, grouped(joined, at.groups)), form
+        return Span(at.slot, grouped(joined, at.groups), biases), form
 
     def rowwise(self, rows: Rows, front: int) -> bool:
         return _whole_rows(self, rows, front)

@@ -15,16 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grsd.spectrum.programs.program import (
-    RESHAPING,
-    Kind,
-    Node,
-    Program,
-    Slot,
-    fill,
-    pullback,
-    reachable,
-)
+from grsd.spectrum.programs.program import RESHAPING, Kind, Node, Program, Slot, fill, reachable
 
 aten = torch.ops.aten
 
@@ -43,19 +34,6 @@ NAMES: dict[Any, Any] = {
 SLICES = (aten.slice.Tensor, aten.slice_backward.default)
 SCALING = (aten.mul.Tensor, aten.mul.Scalar)
 PRODUCTS = (aten.mm.default, aten.bmm.default)
-IN_PLACE: dict[Any, Any] = {
-    torch.add: torch.Tensor.add_,
-    torch.mul: torch.Tensor.mul_,
-    torch.addcmul: torch.Tensor.addcmul_,
-    torch.addmm: torch.Tensor.addmm_,
-    torch.baddbmm: torch.Tensor.baddbmm_,
-}
-FRESH = (
-    torch.mm,
-    torch.bmm,
-    torch.cat,
-    pullback,
-)  # with those above: results that nothing else holds
 INTO_SUM: dict[Any, Any] = {torch.mm: torch.addmm, torch.bmm: torch.baddbmm}
 
 
@@ -65,8 +43,7 @@ def simplify(program: Program) -> Program:
     nodes, swap = _without_idle(program, kinds)
     outputs = [swap.get(slot, slot) for slot in program.outputs]
     nodes = reachable(_joined(nodes, outputs), outputs)
-    nodes = _reusing(_added(nodes, outputs, kinds), outputs, kinds)
-    return Program(nodes, program.inputs, outputs, kinds)
+    return Program(_added(nodes, outputs, kinds), program.inputs, outputs, kinds)
 
 
 def absorb(program: Program) -> Program:
@@ -217,22 +194,6 @@ def _fused(
         Node(func, (Slot(first), *maker.args), {}, (second,), maker.flops),
         Node(torch.reshape, (Slot(second), kinds[node.outs[0]][0]), {}, node.outs),
     ]
-
-
-def _reusing(nodes: list[Node], outputs: list[int], kinds: dict[int, Kind]) -> list[Node]:
-    """Let an operation write into a new value that it alone reads."""
-    uses = _uses(nodes, outputs)
-    fresh: set[int] = set()
-    result = []
-    for node in nodes:
-        first, out = node.args[0], node.outs[0]
-        alone = isinstance(first, Slot) and first.index in fresh and uses[first.index] == 1
-        if node.func in IN_PLACE or node.func in FRESH:
-            fresh.add(out)
-        if alone and node.func in IN_PLACE and kinds[first.index] == kinds[out]:
-            node = replace(node, func=IN_PLACE[node.func])
-        result.append(node)
-    return result
 
 
 def _uses(nodes: list[Node], outputs: list[int]) -> Counter[int]:
