@@ -5,6 +5,7 @@ What Sphinx itself finds under ``-W -n`` (roles, equation and citation targets) 
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -49,6 +50,18 @@ def ledger_ids(chapter: str) -> list[str]:
     return [claim.id for claim in claims.load() if f"book/{claim.chapter}.md" == chapter]
 
 
+def set_up(source: str) -> bool:
+    """Whether the bootstrap is followed by one import line of grsd.chapter and `start`; warnings may be silenced."""
+    rest = ast.parse(source).body[3:]
+    names = [ast.unparse(node) for node in rest]
+    return (
+        len(rest) in (2, 4)
+        and names[0].startswith("from grsd.chapter import ")
+        and names[1].startswith("start(")
+        and all("warnings" in name for name in names[2:])
+    )
+
+
 def faults(text: str, wanted: list[str]) -> list[str]:
     """What a chapter lacks: claim box, bootstrap, records, assertions, closing sections, exercise with a folded solution."""
     notebook = jupytext.reads(text, fmt="md:myst")
@@ -64,6 +77,8 @@ def faults(text: str, wanted: list[str]) -> list[str]:
         )
     elif "hide-cell" not in code[0].metadata.get("tags", []):
         found.append("bootstrap: the first code cell is not hidden")
+    elif not set_up(code[0].source):
+        found.append("bootstrap: behind it stand one import from grsd.chapter and start(), no more")
     source = "\n".join(cell.source for cell in code)
     visible = [
         cell.source
@@ -111,6 +126,9 @@ kernelspec: {{display_name: Python 3, language: python, name: python3}}
 :tags: [hide-cell]
 
 {chr(10).join(BOOTSTRAP)}
+
+from grsd.chapter import claims, start
+start()
 ```
 
 ## Check
@@ -146,6 +164,8 @@ def test_a_complete_chapter_has_no_fault() -> None:
         ("{claim-box} origin.kl-identity", "{note}", "claim box"),
         ('REPOSITORY = ""', 'REPOSITORY = "git+https://example.org/x"', "bootstrap"),
         (":tags: [hide-cell]\n", "", "bootstrap"),
+        ("start()\n", "", "bootstrap"),
+        ("start()\n", "start()\nimport numpy as np\n", "bootstrap"),
         ("assert gap < bound\n", "", "check: no visible assertion"),
         (
             'found = claims.record("origin.kl-identity", measured=gap, bound=bound)\n',
