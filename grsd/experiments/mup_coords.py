@@ -24,7 +24,7 @@ from torch.nn import functional
 from grsd import checks
 from grsd.experiments.engine import Experiment, Piece
 from grsd.lab.nets import architectures
-from grsd.mup.coordcheck import coord_check, fit_slope
+from grsd.mup.coordcheck import coord_check, fit_slope, sizes_along
 from grsd.mup.planning import Plan, plan
 from grsd.mup.registry import OPTIMIZERS, row
 
@@ -117,7 +117,7 @@ def pieces(p: Parameters) -> list[Piece]:
     for name in p.optimizers:
         known = row(name)
         widths = [w for w in p.widths if name not in p.slow or w <= p.slow_width]
-        sizes = [*((w, p.base_depth) for w in widths), *((p.base_width, d) for d in p.depths)]
+        sizes = sizes_along(widths, p.depths, (p.base_width, p.base_depth))
         for parametrization in SCHEMES[p.trained]:
             if parametrization == "sp" and known.variant_of is not None:
                 continue  # it differs from the other in its rule alone
@@ -136,7 +136,7 @@ def pieces(p: Parameters) -> list[Piece]:
                     "trained": p.trained,
                     "device": p.device,
                 }
-                for size in dict.fromkeys(sizes)
+                for size in sizes
                 for seed in range(p.seeds)
             ]
     return listed

@@ -19,6 +19,7 @@ from grsd.experiments.engine import Experiment, Piece, rounded
 from grsd.lab.nets import architectures
 from grsd.mup import audit as audits
 from grsd.mup.audit import Sizes, UpdateAudit
+from grsd.mup.coordcheck import sizes_along
 from grsd.mup.registry import OPTIMIZERS, row
 
 __all__ = ["EXPERIMENT", "Parameters", "audit", "network", "one_sample", "sizes"]
@@ -87,8 +88,7 @@ def one_sample(model: nn.Module) -> Tensor:
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per k, size and seed."""
     listed: list[Piece] = []
-    widths, depths = ((n, p.base_depth) for n in p.widths), ((p.base_width, d) for d in p.depths)
-    cases = dict.fromkeys([*widths, *depths])
+    cases = sizes_along(p.widths, p.depths, (p.base_width, p.base_depth))
     settings = {
         "base": [p.base_width, p.base_depth],
         "blocks": p.blocks,

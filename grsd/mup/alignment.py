@@ -8,7 +8,9 @@ as width, depth or batch grows. `observe` reads what is needed from one backward
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,41 +18,21 @@ from torch import Tensor, nn
 from grsd import checks
 from grsd.mup.norms import rms_norm, rms_operator_norm
 
-__all__ = [
-    "Observed",
-    "Step",
-    "contributions",
-    "observe",
-    "stable_activation",
-    "step",
-    "submultiplicative",
-]
-
 
 @dataclass(frozen=True)
 class Observed:
     """One linear layer s = W a on a batch of which the loss is the mean.
 
     Sample i alone asks for the update −η δ_i a_iᵀ, of rank one; the batch asks for their mean.
-
-    Attributes
-    ----------
-    weight : (n_out, n_in)
-    inputs : (B, n_in), a_i
-    deltas : (B, n_out), ∂ℓ_i/∂s_i of the samples' own losses
     """
 
-    weight: Tensor
-    inputs: Tensor
-    deltas: Tensor
-
-    @property
-    def samples(self) -> int:
-        return len(self.inputs)
+    weight: Tensor  # (n_out, n_in)
+    inputs: Tensor  # (B, n_in), a_i
+    deltas: Tensor  # (B, n_out), ∂ℓ_i/∂s_i of the samples' own losses
 
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss, (n_out, n_in)."""
-        return self.deltas.T @ self.inputs / self.samples
+        return self.deltas.T @ self.inputs / len(self.inputs)
 
     def one(self, i: int) -> Tensor:
         """Return the gradient of the loss of sample i."""
@@ -70,7 +52,7 @@ class Observed:
 
     def own_share(self) -> float:
         """Return the median of ‖G a_i‖ / ‖(1/B) G_i a_i‖: the batch in units of a sample."""
-        own = self.deltas * (self.inputs.square().sum(1, keepdim=True) / self.samples)
+        own = self.deltas * (self.inputs.square().sum(1, keepdim=True) / len(self.inputs))
         both = self.inputs @ self.gradient().T
         norms = torch.linalg.vector_norm(own, dim=1)
         seen = norms > 0
@@ -85,19 +67,12 @@ class Step:
 
     For a small step the ratio says nothing: it is at least its floor, which tends to 1 with the
     size. What could fail is only seen when `floor` is well below 1.
-
-    Attributes
-    ----------
-    ratio : ‖W + ΔW‖_R / (‖W‖_R + ‖ΔW‖_R)
-    size : ‖ΔW‖_R / ‖W‖_R
-    floor : the least that `ratio` can be at this size, |1 − size| / (1 + size)
-    cosine : ⟨W, ΔW⟩ / (‖W‖_F ‖ΔW‖_F)
     """
 
-    ratio: float
-    size: float
-    floor: float
-    cosine: float
+    ratio: float  # ‖W + ΔW‖_R / (‖W‖_R + ‖ΔW‖_R)
+    size: float  # ‖ΔW‖_R / ‖W‖_R
+    floor: float  # the least that `ratio` can be at this size, |1 − size| / (1 + size)
+    cosine: float  # ⟨W, ΔW⟩ / (‖W‖_F ‖ΔW‖_F)
 
 
 def observe(
@@ -105,31 +80,24 @@ def observe(
 ) -> dict[str, Observed]:
     """Return inputs and δ of some linear layers, from one forward and one backward pass.
 
-    Parameters
-    ----------
-    losses : model → (B,), one loss a sample, in the order of the batch
-    layers : names of `nn.Linear` modules, each called once a pass on (B, n_in)
+    `losses` gives one loss a sample, (B,), in the order of the batch. The layers are `nn.Linear`,
+    each called once a pass on (B, n_in).
     """
-    modules = dict(model.named_modules())
-    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-
-    def keep(name: str, args: tuple[Tensor, ...], out: Tensor) -> None:
-        calls[name].append((args[0].detach(), out))
-
-    handles = []
-    try:
-        for name in calls:
+    with ExitStack() as hooks:
+        for name, made in calls.items():
             if name not in linear:
                 known = ", ".join(linear)
                 raise ValueError(f"{name!r} is no nn.Linear of this model; it has {known}")
-            hook = lambda _, args, out, name=name: keep(name, args, out)  # noqa: E731
+
+            def keep(_: Any, args: Any, out: Any, made: Any = made) -> None:
+                made.append((args[0].detach(), out))
+
             # before other hooks, which may scale the output: δ is that of s = W a itself
-            handles.append(linear[name].register_forward_hook(hook, prepend=True))
+            handle = linear[name].register_forward_hook(keep, prepend=True)
+            hooks.callback(handle.remove)
         each = losses(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     checks.shape("losses", each, ("B",), "they must give one number a sample, shape (B,)")
     for name, made in calls.items():
         shapes = [tuple(a.shape) for a, _ in made]

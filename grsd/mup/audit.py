@@ -19,41 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from grsd import checks
-from grsd.mup.coordcheck import Factory, Loss, Size, Slope, fit_slope, geometric_means
-from grsd.mup.norms import rms_norm, rms_operator_norm
-from grsd.mup.optimizers import pieces
+from grsd.mup.coordcheck import (
+    Factory,
+    Loss,
+    Size,
+    Slope,
+    entry_norms,
+    fit_along,
+    geometric_means,
+    sizes_along,
+)
 from grsd.mup.planning import Entry, Plan, plan
 from grsd.mup.registry import assemble, row
 from grsd.mup.roles import tables
-from grsd.mup.rules import (
-    MATRICES,
-    ROLES,
-    Rule,
-    gradient_norm,
-    rule,
-    sizes,
-    update_norm,
-    weight_norm,
-)
+from grsd.mup.rules import ROLES, SIZES, Rule, gradient_norm, rule, update_norm, weight_norm
 from grsd.mup.scales import HALF, ONE, Scale
 from grsd.spectrum.operator.ntk import refuse_dropout
-
-__all__ = [
-    "QUANTITIES",
-    "Exponent",
-    "Sizes",
-    "UpdateAudit",
-    "audit_update_norms",
-    "measure_sizes",
-    "summarize",
-]
 
 QUANTITIES = ("weight", "gradient", "update", "condition")
 """α‖W‖_R of the initial weights, root mean square of ∇W, ‖A‖_R of the first update ΔW = −ηA, and α
 η ‖A‖_R."""
+DENSE = 1 << 14  # entries up to which a singular value decomposition is taken: there are many norms
 Tolerance = float | Callable[[str, str, str], float]
 Rules = Mapping[tuple[str, str], Rule]
-Roles = Mapping[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -142,8 +130,7 @@ def audit_update_norms(
     seeds: Sequence[int] = (0, 1, 2),
     tolerance: Tolerance = 0.1,
     rules: Rules | None = None,
-    blocks: int = 2,
-    roles: Roles = None,
+    **more: Any,
 ) -> UpdateAudit:
     """Measure the exponents of one step at several widths and depths.
 
@@ -157,25 +144,15 @@ def audit_update_norms(
     optimizers : names of rows. Matrix optimizers are given all matrices, as in the tables.
     tolerance : of an exponent, or (role, quantity, axis) → it; finite sizes leave about 0.1.
     rules : (optimizer, role) → Rule, in place of the table: a rule to be tried.
-    blocks : residual blocks that are looked at, evenly spread, the first and the last among them.
-    roles : as `grsd.mup.planning`.
+    more : as `measure_sizes`.
     """
-    cases = dict.fromkeys([*((w, base[1]) for w in widths), *((base[0], d) for d in depths)])
-    more: dict[str, Any] = {
-        "base": base,
-        "optimizers": optimizers,
-        "k": k,
-        "blocks": blocks,
-        "roles": roles,
-    }
+    who: dict[str, Any] = {"base": base, "optimizers": optimizers, "k": k}
     measured = [
-        measure_sizes(factory, loss, width=width, depth=depth, seed=seed, **more)
-        for width, depth in cases
+        measure_sizes(factory, loss, width=width, depth=depth, seed=seed, **who, **more)
+        for width, depth in sizes_along(widths, depths, base)
         for seed in seeds
     ]
-    return summarize(
-        measured, base=base, optimizers=optimizers, k=k, tolerance=tolerance, rules=rules
-    )
+    return summarize(measured, **who, tolerance=tolerance, rules=rules)
 
 
 def measure_sizes(
@@ -189,11 +166,15 @@ def measure_sizes(
     optimizers: Sequence[str],
     k: int = 2,
     blocks: int = 2,
-    roles: Roles = None,
+    roles: Mapping[str, str] | None = None,
 ) -> Sizes:
-    """Return the norms of one model under μP. Arguments: `audit_update_norms`."""
+    """Return the norms of one model under μP.
+
+    Looked at are so many blocks, evenly spread, the first and the last among them. Roles as in
+    `grsd.mup.planning`, the rest as in `audit_update_norms`.
+    """
     checks.at_least("width, depth, base and blocks", (width, depth, *base, blocks), 1)
-    takes = {name: MATRICES if row(name).matrices_only else ROLES for name in optimizers}
+    takes = {name: row(name).takes for name in optimizers}
     # one backward pass of the model that the plan starts
     start, model = factory(*base), factory(width, depth)
     refuse_dropout(start)
@@ -211,17 +192,21 @@ def measure_sizes(
         for p, e in made.matched(model)
         if e.name in chosen and p.grad is not None
     ]
+
+    def norms(x: Tensor, e: Entry) -> list[tuple[str, float]]:
+        return [(e.role, norm) for norm in entry_norms(x, e, tabled, apart=True, dense=DENSE)]
+
     # norms of weights and gradients, and of what every optimizer makes of these
-    weights = [(e.role, norm) for e, W, _ in held for norm in _norms(W, e, tabled)]
+    weights = [norm for e, W, _ in held for norm in norms(W, e)]
     gradients = [(e.role, float(G.square().mean().sqrt())) for e, _, G in held]
     updates = {}
     for name in optimizers:
         asked = [one for one in held if one[0].role in takes[name]]
         good = [one for one in asked if bool(torch.isfinite(one[2]).all())]
-        norms = [(e.role, math.nan) for e, *_ in asked if not any(e is one[0] for one in good)]
+        sizes = [(e.role, math.nan) for e, *_ in asked if not any(e is one[0] for one in good)]
         for (e, *_), A in zip(good, _step(name, good), strict=True):
-            norms += [(e.role, norm) for norm in _norms(A, e, tabled)]
-        updates[name] = geometric_means(norms)
+            sizes += norms(A, e)
+        updates[name] = geometric_means(sizes)
     return Sizes(width, depth, seed, geometric_means(weights), geometric_means(gradients), updates)
 
 
@@ -235,40 +220,36 @@ def summarize(
     rules: Rules | None = None,
 ) -> UpdateAudit:
     """Fit the exponents of sizes that were measured before. Arguments: `audit_update_norms`."""
-    # (optimizer, role, quantity), its prediction, the norms it is read off, and the rule's part in
-    # it
-    rows: list[
-        tuple[tuple[str, str, str], Scale, Callable[[Sizes], Mapping[str, float]], Scale]
-    ] = []
+    sizes = [(s.width, s.depth) for s in measured]
+    exponents: list[Exponent] = []
+
+    def add(
+        name: str, role: str, quantity: str, wanted: Scale, norms: list[dict[str, float]], by: Scale
+    ) -> None:
+        """Fit one quantity of one role, its norms times a factor, along both axes."""
+        factors = (by.at(width / base[0], depth / base[1]) for width, depth in sizes)
+        values = [one.get(role, math.nan) * f for one, f in zip(norms, factors, strict=True)]
+        for axis, slope in fit_along(sizes, values, base).items():
+            allowed = tolerance(role, quantity, axis) if callable(tolerance) else tolerance
+            target = float(wanted.n if axis == "width" else wanted.L)
+            exponents.append(Exponent(name, role, quantity, axis, slope, target, allowed))
+
+    # what no optimizer has a part in: weights and gradients
     for role in ROLES:
-        table, (out, into) = rule("adamw", role, k), sizes(role)
-        norm = table.multiplier * weight_norm(role, table.variance)
-        rows.append((("", role, "weight"), norm, lambda s: s.weights, table.multiplier))
-        entry = gradient_norm(role, k) / (out * into) ** HALF
-        rows.append((("", role, "gradient"), entry, lambda s: s.gradients, ONE))
+        table, (out, into) = rule("adamw", role, k), SIZES[role]
+        alpha, entry = table.multiplier, gradient_norm(role, k) / (out * into) ** HALF
+        norm = alpha * weight_norm(role, table.variance)
+        add("", role, "weight", norm, [s.weights for s in measured], alpha)
+        add("", role, "gradient", entry, [s.gradients for s in measured], ONE)
+    # the updates, and the condition with the rate of the table, or the one that is tried
     for name in optimizers:
-        for role in MATRICES if row(name).matrices_only else ROLES:
+        for role in row(name).takes:
             right, size = rule(name, role, k), update_norm(name, role, k)
             tried = (rules or {}).get((name, role), right)
-            norms = lambda s, name=name: s.updates[name]  # noqa: E731
-            rows.append(((name, role, "update"), size, norms, ONE))
+            norms = [s.updates[name] for s in measured]
+            add(name, role, "update", size, norms, ONE)
             wanted, factor = right.multiplier * right.lr * size, tried.multiplier * tried.lr
-            rows.append(((name, role, "condition"), wanted, norms, factor))
-
-    exponents = []
-    for (optimizer, of, quantity), wanted, read, factor in rows:
-        for place, axis in enumerate(("width", "depth")):
-            points = []
-            for s in measured:
-                at = (s.width, s.depth)
-                if at[1 - place] == base[1 - place]:
-                    value = read(s).get(of, math.nan)
-                    points.append((at[place], value * factor.at(at[0] / base[0], at[1] / base[1])))
-            slope = fit_slope(points)
-            if slope is not None:
-                allowed = tolerance(of, quantity, axis) if callable(tolerance) else tolerance
-                target = float(wanted[place])
-                exponents.append(Exponent(optimizer, of, quantity, axis, slope, target, allowed))
+            add(name, role, "condition", wanted, norms, factor)
     return UpdateAudit(tuple(measured), tuple(exponents))
 
 
@@ -298,16 +279,3 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
     before = [q.detach().clone() for q in copies]
     known.first(optimizer)
     return [(b - q.detach()) / known.first_lr for b, q in zip(before, copies, strict=True)]
-
-
-def _norms(x: Tensor, entry: Entry, tabled: set[str]) -> list[float]:
-    """Return ‖·‖_R of a matrix, its fused parts, a vector, or a table's largest row; NaN passes."""
-    if not bool(torch.isfinite(x).all()):
-        return [math.nan]
-    if entry.name in tabled:
-        return [float(rms_norm(x).max())]
-    if entry.role not in MATRICES:
-        return [float(rms_norm(x.reshape(-1)))]
-    group = {"split": entry.split, "transposed": entry.transposed}
-    parts = pieces(x, group) if x.ndim == 2 else [x.flatten(1)]
-    return [rms_operator_norm(part.reshape(-1, part.shape[-1]), dense=1 << 14) for part in parts]

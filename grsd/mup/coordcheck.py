@@ -8,29 +8,28 @@ spectral condition fixes one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from grsd import checks, statistics
-from grsd.mup.norms import rms_norm, rms_operator_norm
-from grsd.mup.optimizers import backward
-from grsd.mup.planning import Plan, plan, unscaled
+from grsd.mup.norms import DENSE, rms_norm, rms_operator_norm
+from grsd.mup.optimizers import backward, pieces
+from grsd.mup.planning import Entry, Plan, plan, unscaled
 from grsd.mup.registry import row
 from grsd.mup.roles import plain, stack_of, tables
-from grsd.mup.rules import rule, update_norm, weight_norm
+from grsd.mup.rules import MATRICES, rule, update_norm, weight_norm
 from grsd.spectrum.operator.ntk import refuse_dropout
-
-__all__ = ["CoordCheck", "Finding", "Run", "Slope", "coord_check", "fit_slope"]
 
 Factory = Callable[[int, int], nn.Module]
 Loss = Callable[[nn.Module], Tensor]
-Parametrization = Literal["mup", "sp"]
-Size = tuple[int, int]
+Size = tuple[int, int]  # width, depth
+Label = tuple[int, int, int]  # width, depth, seed
 FLAT = 0.25  # |slope| up to which a check passes: what finite sizes leave of an exact 0
 
 
@@ -40,8 +39,7 @@ class Run:
 
     Attributes
     ----------
-    features : (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch.
-    outputs, losses : (steps+1,), the same of the model's output, and the loss.
+    features, losses : (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch; the loss.
     weights : role → α ‖W‖_R before training, geometric mean over the role's tensors (RMS norm for
         biases). Input and output matrices are divided by 1 + √(d/n), d their fixed side: what a
         Gaussian matrix of finite width n has above its limit.
@@ -52,7 +50,6 @@ class Run:
     depth: int
     seed: int
     features: tuple[float, ...]
-    outputs: tuple[float, ...]
     losses: tuple[float, ...]
     weights: dict[str, float]
     updates: dict[str, float]
@@ -96,7 +93,6 @@ class CoordCheck:
     Attributes
     ----------
     slopes, first : axis → slope of ‖Δh_L‖_R after the last and the first step, with two sizes.
-    output_slopes : the same of the output.
     verdict : "flat", "not flat", "diverged" when a run left the numbers, or "not fitted" when no
         axis has two sizes.
     findings : conditions that the measured norms break.
@@ -106,7 +102,6 @@ class CoordCheck:
     optimizer: str
     parametrization: str
     slopes: dict[str, Slope]
-    output_slopes: dict[str, Slope]
     first: dict[str, Slope]
     verdict: str
     findings: tuple[Finding, ...]
@@ -140,12 +135,10 @@ def coord_check(
     lr: float,
     steps: int = 5,
     seeds: Sequence[int] = (0, 1, 2),
-    parametrization: Parametrization = "mup",
+    parametrization: Literal["mup", "sp"] = "mup",
     k: int = 2,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    eps: float | None = None,
-    outputs: Callable[[nn.Module], Tensor] | None = None,
     make_plan: Callable[[nn.Module, nn.Module], Plan] | None = None,
+    **more: Any,
 ) -> CoordCheck:
     """Train models of several widths and depths for some steps, and fit exponents.
 
@@ -158,16 +151,14 @@ def coord_check(
     loss : model → scalar loss on a fixed batch.
     base : (width, depth) whose hyperparameters are given; it may be among the sizes.
     optimizer, other, k : as `grsd.mup.planning`.
-    lr, eps, options : base values, as `Plan.make_optimizer`.
-    seeds : of the initial weights.
+    lr, and `more` : base values, as `Plan.make_optimizer`.
     parametrization : "mup", or "sp": variance 1/fan-in for every matrix, one learning rate, and no
         multipliers.
-    outputs : model → output on the batch; without it only the loss is recorded.
     make_plan : (model, base model) → Plan, in place of `grsd.mup.planning`: for roles of your own,
         or a rule to be tested.
     """
     checks.one_of("parametrization", parametrization, ("mup", "sp"))
-    sizes = [*((w, base[1]) for w in widths), *((base[0], d) for d in depths)]
+    sizes = sizes_along(widths, depths, base)
     if steps < 1 or not seeds or not sizes or min(min(s) for s in (*sizes, base)) < 1:
         raise ValueError(
             f"need steps ≥ 1, a seed and positive sizes; got {steps}, {tuple(seeds)}, {sizes}, "
@@ -175,21 +166,24 @@ def coord_check(
         )
     start = factory(*base)
     refuse_dropout(start)
+    who: dict[str, Any] = {"optimizer": optimizer, "other": other, "k": k}
     runs = []
-    for size in dict.fromkeys(sizes):
+    for size in sizes:
         for seed in seeds:
             model = factory(*size)
-            if make_plan is not None:
-                made = make_plan(model, start)
-            else:
-                made = plan(model, base=start, optimizer=optimizer, other=other, k=k)
+            made = make_plan(model, start) if make_plan else plan(model, base=start, **who)
             if parametrization == "sp":
                 made = _standard(made)
             made.initialize_(model, seed=seed)
             made.attach(model)
-            stepper = made.make_optimizer(model, lr=lr, eps=eps, options=options)
-            runs.append(_run(model, made, stepper, loss, outputs, (*size, seed), steps))
-    return _judge(tuple(runs), base, optimizer, parametrization, k, other)
+            stepper = made.make_optimizer(model, lr=lr, **more)
+            runs.append(_run(model, made, stepper, loss, (*size, seed), steps))
+    return _judge(runs, base, parametrization, **who)
+
+
+def sizes_along(widths: Iterable[int], depths: Iterable[int], base: Size) -> list[Size]:
+    """Return widths at the base's depth, then depths at its width, each size once."""
+    return list(dict.fromkeys([*((w, base[1]) for w in widths), *((base[0], d) for d in depths)]))
 
 
 def _standard(made: Plan) -> Plan:
@@ -204,13 +198,7 @@ def _standard(made: Plan) -> Plan:
 
 
 def _run(
-    model: nn.Module,
-    made: Plan,
-    optimizer: torch.optim.Optimizer,
-    loss: Loss,
-    outputs: Callable[[nn.Module], Tensor] | None,
-    label: tuple[int, int, int],
-    steps: int,
+    model: nn.Module, made: Plan, optimizer: Optimizer, loss: Loss, label: Label, steps: int
 ) -> Run:
     """Train, and watch what leaves the last block."""
     seen: list[Tensor] = []
@@ -226,7 +214,7 @@ def _run(
     rows = tables(model)
     weights = _by_role(made, before, rows, gaussian=True)
     updates: dict[str, float] = {}
-    features, values, losses = [], [], []
+    features, losses = [], []
     handle = last.register_forward_hook(watch)
     try:
         for step in range(steps + 1):
@@ -235,11 +223,9 @@ def _run(
             optimizer.zero_grad()
             now = loss(model)
             h = seen[0]
-            f = h if outputs is None else outputs(model).detach().double()
             if step == 0:
-                first_h, first_f = h, f
-            features.append(_typical(h - first_h))
-            values.append(_typical(f - first_f) if outputs is not None else math.nan)
+                start = h
+            features.append(float(rms_norm(h - start).square().mean().sqrt()))
             losses.append(float(now.detach()))
             if step < steps:
                 backward(now, optimizer)
@@ -250,11 +236,7 @@ def _run(
                 updates = _by_role(made, change, rows)
     finally:
         handle.remove()
-    return Run(*label, tuple(features), tuple(values), tuple(losses), weights, updates)
-
-
-def _typical(x: Tensor) -> float:
-    return float(rms_norm(x).square().mean().sqrt())
+    return Run(*label, tuple(features), tuple(losses), weights, updates)
 
 
 def _by_role(
@@ -264,20 +246,30 @@ def _by_role(
     norms = []
     for e in made:
         x = tensors[e.name]
-        W = x.mT if e.transposed else x
-        if not bool(torch.isfinite(x).all()):
-            size = math.nan
-        elif e.name in rows:
-            size = float(rms_norm(W).max())
-        elif W.ndim < 2:
-            size = float(rms_norm(W.reshape(-1)))
-        else:
-            size = rms_operator_norm(W.flatten(1))
-            if gaussian and e.role in ("input", "output"):
-                fan_out, fan_in = W.flatten(1).shape
-                size /= 1 + math.sqrt(fan_in / fan_out if e.role == "input" else fan_out / fan_in)
+        (size,) = entry_norms(x, e, rows)
+        if gaussian and x.ndim > 1 and e.role in ("input", "output") and e.name not in rows:
+            fan_out, fan_in = (x.mT if e.transposed else x).flatten(1).shape
+            size /= 1 + math.sqrt(fan_in / fan_out if e.role == "input" else fan_out / fan_in)
         norms.append((e.role, size * e.multiplier))
     return geometric_means(norms)
+
+
+def entry_norms(
+    x: Tensor, e: Entry, tabled: set[str], *, apart: bool = False, dense: int = DENSE
+) -> list[float]:
+    """Return ‖·‖_R of a vector, a table's largest row, a matrix or, `apart`, the fused ones.
+
+    NaN stands for what is not finite.
+    """
+    if not bool(torch.isfinite(x).all()):
+        return [math.nan]
+    if e.name in tabled:
+        return [float(rms_norm(x).max())]
+    if x.ndim < 2 or e.role not in MATRICES:
+        return [float(rms_norm(x.reshape(-1)))]
+    group = {"split": e.split if apart else 1, "transposed": e.transposed}
+    parts = pieces(x, group) if x.ndim == 2 else [x.flatten(1)]
+    return [rms_operator_norm(part.reshape(-1, part.shape[-1]), dense=dense) for part in parts]
 
 
 def geometric_means(norms: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -299,23 +291,22 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> Slope | None:
     return Slope(line.value, line.low, line.high, int(good.sum()))
 
 
+def fit_along(sizes: Iterable[Size], values: Iterable[float], base: Size) -> dict[str, Slope]:
+    """Return axis → slope of the values against this size, at the base's size of the other."""
+    pairs, slopes = list(zip(sizes, values, strict=True)), {}
+    for place, axis in enumerate(("width", "depth")):
+        slope = fit_slope([(n[place], y) for n, y in pairs if n[1 - place] == base[1 - place]])
+        if slope is not None:
+            slopes[axis] = slope
+    return slopes
+
+
 def _judge(
-    runs: tuple[Run, ...], base: Size, optimizer: str, parametrization: str, k: int, other: str
+    runs: list[Run], base: Size, parametrization: str, optimizer: str, other: str, k: int
 ) -> CoordCheck:
     sizes = [(r.width, r.depth) for r in runs]
-
-    def fits(values: Sequence[float]) -> dict[str, Slope]:
-        """Fit one number of every run along each axis, at the base's size of the other."""
-        slopes = {}
-        for place, axis in enumerate(("width", "depth")):
-            pairs = zip(sizes, values, strict=True)
-            slope = fit_slope([(n[place], y) for n, y in pairs if n[1 - place] == base[1 - place]])
-            if slope is not None:
-                slopes[axis] = slope
-        return slopes
-
     # the verdict, from the change of features
-    slopes, first = (fits([r.features[step] for r in runs]) for step in (-1, 1))
+    slopes, first = (fit_along(sizes, [r.features[i] for r in runs], base) for i in (-1, 1))
     broken = any(not math.isfinite(v) for r in runs for v in (*r.features, *r.losses))
     flat = all(abs(s.value) <= FLAT for s in slopes.values())
     verdict = (
@@ -333,15 +324,15 @@ def _judge(
             ("initial norm", norm, [r.weights for r in runs]),
             ("update norm", change, [r.updates for r in runs]),
         ):
-            for axis, slope in fits([one.get(role, math.nan) for one in norms]).items():
+            values = [by_role.get(role, math.nan) for by_role in norms]
+            for axis, slope in fit_along(sizes, values, base).items():
                 wanted = float(size.n if axis == "width" else size.L)
                 off = abs(slope.value - wanted) > FLAT
                 if off and not slope.low <= wanted <= slope.high:
                     condition = _condition(role, quantity, k)
                     findings.append(Finding(role, quantity, axis, slope, wanted, condition))
-    outs = fits([r.outputs[-1] for r in runs])
     return CoordCheck(
-        runs, optimizer, parametrization, slopes, outs, first, verdict, tuple(findings)
+        tuple(runs), optimizer, parametrization, slopes, first, verdict, tuple(findings)
     )
 
 

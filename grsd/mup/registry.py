@@ -126,9 +126,14 @@ class Optimizer:
         return rules
 
     @property
+    def takes(self) -> tuple[Role, ...]:
+        """The roles that it has rules for: `ROLES`, or matrices alone."""
+        return tuple(self.rules[2])
+
+    @property
     def matrices_only(self) -> bool:
         """It cannot take vectors; biases then go to another optimizer."""
-        return set(self.rules[2]) == set(MATRICES)
+        return self.takes == MATRICES
 
     @property
     def clips(self) -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "OPTIMIZERS",
     "ROLES",
     "RULES",
+    "SIZES",
     "Optimizer",
     "Role",
     "Rule",
@@ -27,7 +28,6 @@ __all__ = [
     "gradient_norm",
     "rule",
     "scale",
-    "sizes",
     "update_norm",
     "weight_norm",
 ]
@@ -68,7 +68,7 @@ def rule(optimizer: str, role: str, k: int = 2) -> Rule:
 
 # --- The same table again, from the condition -----------------------------------------------------
 
-_SIZES: dict[str, tuple[Scale, Scale]] = {
+SIZES: dict[str, tuple[Scale, Scale]] = {
     "input": (scale(1), ONE),
     "hidden": (scale(1), scale(1)),
     "output": (ONE, scale(1)),
@@ -76,16 +76,12 @@ _SIZES: dict[str, tuple[Scale, Scale]] = {
     "hidden_bias": (scale(1), ONE),
     "output_bias": (ONE, ONE),
 }
-
-
-def sizes(role: str) -> tuple[Scale, Scale]:
-    """Return how (n_out, n_in) of a role grow; a bias is a vector of n_out."""
-    return _SIZES[role]
+"""How (n_out, n_in) of a role grow; a bias is a vector of n_out."""
 
 
 def _rms(role: str, spectral: Scale) -> Scale:
     """Return ‖·‖_R from ‖·‖₂: times √(n_in/n_out) for a matrix, over √n_out for a vector."""
-    out, into = _SIZES[role]
+    out, into = SIZES[role]
     return spectral * (into / out) ** HALF if role in MATRICES else spectral / out**HALF
 
 
@@ -93,7 +89,7 @@ def weight_norm(role: str, variance: Scale) -> Scale:
     """Return how ‖W‖_R of independent entries of a variance scales; σ itself for a bias."""
     if role not in MATRICES:
         return variance**HALF
-    return _rms(role, variance**HALF * larger(*_SIZES[role]) ** HALF)
+    return _rms(role, variance**HALF * larger(*SIZES[role]) ** HALF)
 
 
 def gradient_norm(role: str, k: int) -> Scale:
@@ -117,7 +113,7 @@ def gradient_norm(role: str, k: int) -> Scale:
 
 def update_norm(optimizer: str, role: str, k: int = 2) -> Scale:
     """Return how ‖A‖_R of the first update ΔW = −η A scales, at η = 1 (2603.00541, (11)–(35))."""
-    known, (out, into) = row(optimizer), _SIZES[role]
+    known, (out, into) = row(optimizer), SIZES[role]
     if known.kind == "gradient":
         return _rms(role, gradient_norm(role, k))
     if known.kind == "sign":  # entries ±1: norm √(n_in n_out)
@@ -139,7 +135,7 @@ def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
     """
     known = row(optimizer)
     derived: dict[Role, Rule] = {}
-    for role in MATRICES if known.matrices_only else ROLES:
+    for role in known.takes:
         inside = role in ("hidden", "hidden_bias")
         # σ² for which ‖W‖_R = Θ(1); for the output ‖W‖_R = Θ(n), which its α takes back
         variance = scale(-1) if role == "hidden" else ONE
@@ -151,7 +147,7 @@ def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
         change = (scale(0, -1) if inside else ONE) / multiplier
         size = update_norm(optimizer, role, k)
         # ε and ρ: compared with the gradient's entries (root mean square), or with its norm squared
-        out, into = _SIZES[role]
+        out, into = SIZES[role]
         entry = gradient_norm(role, k) / (out * into) ** HALF
         eps = {None: None, "entry": entry, "square": gradient_norm(role, k) ** 2}[known.eps]
         clip = ONE / entry if known.clips else None  # m/(ρh) with h like m²
