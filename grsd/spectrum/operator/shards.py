@@ -64,11 +64,10 @@ class NTKShards(NTKBase):
     Notes
     -----
     Vectors are global: every process passes the same u, (T,), and gets the same M u, so that `lanczos` runs unchanged in all
-    of them. Cost of a product: two activation-only passes and two products per weight matrix, about 4/3 of a forward and
-    backward pass, one all-reduce of the gradients in use and one gather of T numbers. With hold=False, a forward and backward
-    pass for the first half and the set-up of an operator for the second are added. Measured for h = 256, 4 layers, V = 2048,
-    T = 1024 on two cores, in units of a forward and backward pass, with the peak of memory beyond the weights (17 MB): `NTK`
-    0.80, 351 MB; four micro-batches held 1.3, 165 MB; made anew 3.9, 113 MB.
+    of them. Cost of a product: about 4/3 of a forward and backward pass, one all-reduce of the gradients in use and one gather
+    of T numbers; hold=False adds a forward and backward pass and the set-up of an operator. For h = 256, 4 layers, V = 2048,
+    T = 1024 on two cores, in units of a forward and backward pass, with the peak of memory beyond the weights (17 MB):
+    `NTK` 0.80, 351 MB; four micro-batches held 1.3, 165 MB; made anew 3.9, 113 MB.
     """
 
     def __init__(
@@ -163,8 +162,8 @@ class NTKShards(NTKBase):
             total[1] = total[1] + row.bytes if self._hold else max(total[1], row.bytes)
         rows = [PlanRow(*key, *total) for key, total in merged.items()]
         if any(isinstance(h, RetainedHalves) for h in self._halves) or not rows:
-            how = ("cannot be recorded", "VJP, then JVP; not counted")
-            rows.append(PlanRow("all parameters", *how, 0, 0))
+            why = "cannot be recorded"
+            rows.append(PlanRow("all parameters", why, "VJP, then JVP; not counted", 0, 0))
         gradients = sum(self._parameters[k].numel() for k in self._used)
         what = f"summed over {len(self._parts)} micro-batches"
         if self._processes.group is not None:
@@ -209,10 +208,9 @@ class NTKShards(NTKBase):
 
     def __repr__(self) -> str:
         count = sum(self._parameters[k].numel() for k in self._used)
-        return (
-            f"NTKShards(T={self.shape[0]}, parameters={count}, micro-batches={len(self._parts)}, "
-            f"processes={len(self._counts)}, normalize={self.normalize!r}, {self.dtype}, {self.device})"
-        )
+        parts = f"micro-batches={len(self._parts)}, processes={len(self._counts)}"
+        how = f"normalize={self.normalize!r}, {self.dtype}, {self.device}"
+        return f"NTKShards(T={self.shape[0]}, parameters={count}, {parts}, {how})"
 
     def _vjp(self, k: int, u: Tensor) -> Gradients:
         if self._hold:
@@ -228,10 +226,7 @@ class NTKShards(NTKBase):
 def micro_batches(inputs: Inputs, observable: Observable, count: int) -> list[Part]:
     """Split a batch along the first axis into `count` micro-batches, whose sizes differ by one at most.
 
-    Raises
-    ------
-    ValueError
-        A count that the batch does not have; inputs without a tensor; an observable that is not a dataclass with targets.
+    The observable must be a dataclass with targets.
     """
     given: Any = inputs
     whole: dict[Any, Any] = dict(given) if isinstance(given, Mapping) else {}
@@ -330,7 +325,7 @@ def _refuse_disagreement(everyone: Sequence[Mapping[str, Any]]) -> None:
         )
     first = everyone[0]
     for k, one in enumerate(everyone):
-        norms = zip(first["norms"], one["norms"], strict=one["marks"] == first["marks"])
+        norms = zip(first["norms"], one["norms"], strict=False)
         if one["marks"] != first["marks"] or any(not abs(a - b) <= 1e-6 * abs(a) for a, b in norms):
             raise RuntimeError(
                 f"process {k} has other parameters than process 0; load the same checkpoint in all of "
@@ -351,8 +346,8 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 class Halves(Factored):
     """J and Jᵀ apart, from the recorded passes of one forward pass: the product cut in two at the parameters.
 
-    K δ = A (Aᵀ δ): the gradient Aᵀδ is summed over all places, and A sends the sum forward. Own-position layers start from
-    their fixed vectors. Cost of each half: one activation-only pass and one product per weight matrix, 2 n in out FLOPs.
+    K δ = A (Aᵀ δ): the gradient Aᵀδ is summed over all places, and A sends the sum forward. Cost of each half: one
+    activation-only pass and one product per weight matrix, 2 n in out FLOPs.
     """
 
     def _build(self, placed: Placed, own: dict[int, Rows], values: dict[int, Tensor]) -> set[int]:
@@ -360,7 +355,7 @@ class Halves(Factored):
         for k, entrances in placed.items():
             uses = [use for use, _ in entrances]
             data = [use.data for use in uses if use.data is not None]
-            held = sum(x.numel() * x.element_size() for x in data)
+            held = sum(x.nbytes for x in data)
             shape = tuple(self._parameters[k].shape)
             self._note(uses, Form(f"its gradient, {shape}", sum(u.flops for u in uses), held))
         return {slot for uses in placed.values() for _, slot in uses}
