@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from grsd.checks import one_of, positive
 from grsd.lab.checkpoints.opened import Model, open_model
@@ -14,8 +13,6 @@ from grsd.lab.data import corpora
 from grsd.lab.runs.record import DTYPES
 from grsd.renorm.diagnostics import conditions
 from grsd.spectrum import TokenLogProb
-
-__all__ = ["conditions_of", "step_of"]
 
 
 def step_of(revision: str) -> int | None:
@@ -36,11 +33,8 @@ def conditions_of(
     dtype: str = "float64",
     device: str = "cpu",
     rate: float = 1.0,
-    probes: int | None = 16,
-    rows: int = 512,
-    along: conditions.Along = "flow",
-    progress: Callable[[int, int, str], None] | None = None,
     cache: Path | str | None = None,
+    **options: Any,
 ) -> conditions.Report:
     """Measure D1–D6 of one model on one batch of text, at every revision.
 
@@ -48,28 +42,20 @@ def conditions_of(
     ----------
     model, revisions
         As for `grsd.lab.checkpoints.opened.load`, or an opened one; no revision means the last one.
-        Several are put in the order of their step numbers.
+        Several are put in the order of their step numbers, which each must have.
     corpus, split, batch_size, length, seed
         The batch: T = batch_size · length tokens, each a row.
     rate : float
         Time of one step, e.g. the learning rate: times are step · rate. D5 does not depend on it.
-    probes, rows, along, progress
+    options
         As for `grsd.renorm.diagnostics.conditions.report`.
-
-    Raises
-    ------
-    ValueError
-        Several revisions one of which has no step number, a rate that is not positive, and what the
-        parts of this raise.
     """
     positive("rate", rate, "the time of one step must be positive")
     one_of("dtype", dtype, DTYPES)
     steps = {name: step_of(name) for name in revisions}
     if len(steps) > 1 and None in steps.values():
-        nameless = next(name for name, step in steps.items() if step is None)
-        raise ValueError(
-            f"revision {nameless!r} has no step number, so its place on a path is unknown"
-        )
+        name = next(name for name, step in steps.items() if step is None)
+        raise ValueError(f"revision {name!r} has no step number: its place on a path is unknown")
 
     # the text is cut with the tokenizer of the first checkpoint
     opened = model if isinstance(model, Model) else open_model(model, cache=cache)
@@ -87,15 +73,6 @@ def conditions_of(
             loaded = opened.checkpoint(name).load(DTYPES[dtype], device)
         state = {key: value.clone() for key, value in loaded.model.state_dict().items()}
         snapshots.append(((step_of(loaded.revision) or 0) * rate, state))
-    where = torch.device(device)
-    return conditions.report(
-        first.model,
-        (inputs.to(where), TokenLogProb(targets.to(where))),
-        snapshots,
-        probes=probes,
-        rows=rows,
-        along=along,
-        instants=len(snapshots),
-        seed=seed,
-        progress=progress,
-    )
+    batch = inputs.to(device), TokenLogProb(targets.to(device))
+    own = {"instants": len(snapshots), "seed": seed}
+    return conditions.report(first.model, batch, snapshots, **own, **options)

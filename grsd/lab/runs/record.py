@@ -5,7 +5,7 @@ How a run is carried out is in :mod:`grsd.lab.runs.run`, which has these names a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +31,19 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What to measure.
+    """What to measure: independent batches of T = batch_size · length rows each.
 
     Attributes
     ----------
-    model : str
-        As `grsd.lab.checkpoints.opened.load`.
-    revisions : tuple of str
-        Checkpoints; empty for the model's last one.
-    corpus : str
-        As `grsd.lab.data.corpora.open_corpus`; tokenized with the model's tokenizer.
-    batches, batch_size, length : int
-        Independent batches, sequences in each, tokens in each: T = batch_size · length rows.
-    steps : int
-        Lanczos steps m, at most T.
-    starts : tuple of str
-        ``"error"`` (e = −log q), ``"ones"`` (what evolves under cross-entropy), and two nulls:
-        ``"signs"`` (e with random signs) and ``"random"`` (Gaussian). Both have the norm of e.
-    seed : int
-        Of the batches, the random start vectors and the shuffled targets.
-    dtype, device : str
-    normalize : str
-        ``"mean"`` for M = J Jᵀ/T, ``"sum"`` for J Jᵀ.
-    targets : str
-        ``"text"``, or ``"shuffled"``: the targets permuted within each batch, a null model.
-    split : str or None
-        Part of the corpus; default ``"heldout"`` for source texts and ``"all"`` for any other.
+    model, corpus : as `grsd.lab.checkpoints.opened.load` and `grsd.lab.data.corpora.open_corpus`
+    revisions : checkpoints; empty for the model's last one
+    steps : Lanczos steps m, at most T
+    starts : ``"error"`` (e = −log q), ``"ones"`` (what evolves under cross-entropy), and two nulls
+        with the norm of e: ``"signs"`` (e with random signs) and ``"random"`` (Gaussian)
+    seed : of the batches, the random start vectors and the shuffled targets
+    normalize : ``"mean"`` for M = J Jᵀ/T, ``"sum"`` for J Jᵀ
+    targets : ``"text"``, or ``"shuffled"``: permuted within each batch, a null model
+    split : part of the corpus; by default ``"heldout"`` of source texts, ``"all"`` of any other
     """
 
     model: str
@@ -88,18 +75,15 @@ class RunSpec:
         rows = self.batch_size * self.length
         at_least("T = batch_size x length", rows, 2, "raise length or batch_size")
         if self.steps > rows:
-            raise ValueError(
-                f"steps = {self.steps} exceeds T = batch_size x length = {rows}; "
-                "lower steps or enlarge the batch"
-            )
+            what = f"steps = {self.steps} exceeds T = batch_size x length = {rows}"
+            raise ValueError(f"{what}; lower steps or enlarge the batch")
         one_of("dtype", self.dtype, DTYPES)
         one_of("normalize", self.normalize, ("mean", "sum"))
         one_of("targets", self.targets, TARGETS)
         one_of("split", self.split or "all", corpora.SPLITS)
         if not self.starts or set(self.starts) - set(STARTS):
-            raise ValueError(
-                f"starts are {self.starts}: expected one or more of {', '.join(STARTS)}"
-            )
+            known = ", ".join(STARTS)
+            raise ValueError(f"starts are {self.starts}: expected one or more of {known}")
 
     @property
     def part(self) -> str:
@@ -109,9 +93,7 @@ class RunSpec:
     @property
     def measurement(self) -> Measurement:
         """What is done with every batch."""
-        return Measurement(
-            self.steps, self.starts, self.seed, self.device, self.normalize, self.targets
-        )
+        return Measurement(**{one.name: getattr(self, one.name) for one in fields(Measurement)})
 
     def argv(self) -> list[str]:
         """The ``grsd`` command line that makes this run."""
@@ -128,18 +110,9 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Spectra of one checkpoint on one batch.
+    """Spectra of one checkpoint, whose weights have this fingerprint, on one batch of T `rows`.
 
-    Attributes
-    ----------
-    fingerprint : str
-        Hash of the checkpoint's weights.
-    loss : float
-        Mean of e over the batch, nats per token.
-    rows : int
-        T.
-    tridiagonals : dict of str to Tridiagonal
-        Start vector to Lanczos matrix.
+    The loss is the mean of e, in nats per token; `tridiagonals` go by start vector.
     """
 
     revision: str
@@ -167,13 +140,9 @@ class RunResult:
 
     Attributes
     ----------
-    spec : RunSpec
-    root : Path
-        Folder of the per-batch files, of this run and of all others.
-    results : dict of str to tuple of BatchResult
-        Revision to its batches, in order.
-    group : Group or None
-        How many batches went in lock-step; None when nothing had to be measured.
+    root : folder of the per-batch files, of this run and of all others
+    results : revision to its batches, in order
+    group : how many batches went in lock-step; None when nothing had to be measured
     """
 
     spec: RunSpec
@@ -213,9 +182,7 @@ class RunResult:
         """Shells that span every Ritz value above its floor, over the whole run."""
         pairs = [(revision, start) for revision in self.revisions for start in self.spec.starts]
         measures = [measure for pair in pairs for measure in self.measures(*pair)]
-        seen = np.concatenate(
-            [measure.nodes[measure.nodes > measure.floor] for measure in measures]
-        )
+        seen = np.concatenate([one.nodes[one.nodes > one.floor] for one in measures])
         if not (seen.size and seen.max() > 0):
             raise ValueError(
                 "no eigenvalue stands above the rounding floor: the operator is zero to precision"
@@ -229,7 +196,6 @@ class RunResult:
 
     def _of(self, revision: str) -> tuple[BatchResult, ...]:
         if revision not in self.results:
-            raise ValueError(
-                f"no revision {revision!r} in this run; it has {', '.join(self.results)}"
-            )
+            has = ", ".join(self.results)
+            raise ValueError(f"no revision {revision!r} in this run; it has {has}")
         return self.results[revision]

@@ -53,27 +53,21 @@ def shell_run(
 
     Parameters
     ----------
-    spec : RunSpec
-    resume : bool
+    resume
         Use the pieces that an earlier run left; False measures all again and replaces them.
-    progress : callable, optional
+    progress
         Called with (pieces done, pieces in all, description) after each piece.
-    cache : path, optional
-        Default `grsd.scale.cache_dir`.
-    model, corpus : Model, Corpus, optional
+    model, corpus
         Opened ones in place of those that the spec names.
-    memory : int, optional
+    memory
         Bytes beyond the weights. Several batches of a checkpoint go in lock-step as far as they
         fit, by the measured peak of one; 0 measures one at a time. Default: 512 MiB on a CPU, four
         fifths of what the weights leave of a GPU.
-    ranks : Ranks, optional
+    ranks
         The processes that share the work; by default this one alone.
 
     Raises
     ------
-    ValueError
-        What `opened.load` and `corpora.open_corpus` raise; a vocabulary or context that does not
-        fit; products that are not finite.
     MemoryError
         A batch does not fit; the message says what to lower.
     RuntimeError
@@ -133,18 +127,16 @@ class _Job:
         self.batches: list[Batch] = [(k, *pair) for k, pair in enumerate(cut)]
         self.spec, self.corpus = spec, corpus
 
-        base = scale.cache_dir(cache)
-        self.store = pieces.Store(base / "runs", pieces.code(spectra, hub))
+        self.store = pieces.Store(scale.cache_dir(cache) / "runs", pieces.code(spectra, hub))
 
     def _inputs(self, at: int, index: int) -> dict[str, Any]:
         """What determines the numbers of one piece."""
         _, inputs, targets = self.batches[index]
         tokens = hashlib.sha256(inputs.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()
-        device = torch.device(self.spec.device).type
         return {
             "format": _FORMAT,
             **asdict(self.spec.measurement),
-            "device": device,
+            "device": torch.device(self.spec.device).type,
             "dtype": self.spec.dtype,
             "weights": self.checkpoints[at].fingerprint,
             "batch": index,

@@ -37,20 +37,11 @@ Spectra = tuple[float, int, dict[str, Tridiagonal]]  # loss, rows, start vector 
 
 @dataclass(frozen=True)
 class Group:
-    """How many batches go in lock-step, and why.
-
-    Attributes
-    ----------
-    batches : int
-    bytes : int
-        Measured peak of one batch beyond the weights, with its Lanczos basis; 0 when not asked for.
-    budget : int
-        Bytes.
-    """
+    """How many batches go in lock-step, and why."""
 
     batches: int
-    bytes: int
-    budget: int
+    bytes: int  # measured peak of one beyond the weights, with its Lanczos basis; 0 if not needed
+    budget: int  # bytes
 
     def __str__(self) -> str:
         size = f"({self.bytes / 1e6:.0f} MB each, budget {self.budget / 1e6:.0f} MB)"
@@ -138,24 +129,20 @@ def measure(measurement: Measurement, model: nn.Module, batches: Sequence[Batch]
     Several batches go in lock-step; when the model does not allow that, one at a time, and when
     memory does not, in halves.
     """
-    with torch.enable_grad():
-        return _measure(measurement, model, [measurement.prepared(batch) for batch in batches])
-
-
-def _measure(measurement: Measurement, model: nn.Module, ready: Sequence[Batch]) -> list[Spectra]:
     try:
-        return _together(measurement, model, ready)
+        with torch.enable_grad():
+            return _together(measurement, model, [measurement.prepared(one) for one in batches])
     except ValueError:
-        if len(ready) == 1:
+        if len(batches) == 1:
             raise
         # what is wrong with a batch of its own is said by the batch of its own
-        parts = [[batch] for batch in ready]
+        parts = [[batch] for batch in batches]
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if len(ready) == 1 or not is_memory(error):
+        if len(batches) == 1 or not is_memory(error):
             raise
-        half = len(ready) // 2
-        parts = [list(ready[:half]), list(ready[half:])]
-    return [spectra for part in parts for spectra in _measure(measurement, model, part)]
+        half = len(batches) // 2
+        parts = [list(batches[:half]), list(batches[half:])]
+    return [spectra for part in parts for spectra in measure(measurement, model, part)]
 
 
 def _together(
@@ -173,11 +160,7 @@ def _together(
         v = torch.stack([each[start] for each in vectors])
         spectra[start] = [lanczos(M, v[0], steps)] if alone else lanczos_batches(M, v, steps)
     return [
-        (
-            float(error.double().mean()),
-            error.numel(),
-            {start: spectra[start][g] for start in spectra},
-        )
+        (float(error.double().mean()), error.numel(), {s: each[g] for s, each in spectra.items()})
         for g, error in enumerate(errors)
     ]
 

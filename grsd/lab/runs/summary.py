@@ -19,13 +19,9 @@ from grsd.spectrum import LogShells, statistics
 def summary(run: RunResult, shells: LogShells) -> dict[str, Any]:
     """Mean profiles of every revision and start; a number that does not exist is None.
 
-    Returns
-    -------
-    dict
-        ``model``, ``spec``, ``edges`` (n+1,) and ``profiles``: one entry per revision and start
-        vector with energies, standard errors and intervals (n,), the energy outside the edges and
-        in the kernel, the mean loss in nats per token, and the statistics of the profile (None when
-        the edges miss the spectrum).
+    Keys are ``model``, ``spec``, ``edges`` (n+1,) and ``profiles``: per revision and start vector
+    energies, standard errors and intervals (n,), the energy outside the edges and in the kernel,
+    the mean loss in nats per token, and the profile's statistics (None when the edges miss it).
     """
     profiles = []
     for revision in run.revisions:
