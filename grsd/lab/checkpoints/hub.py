@@ -20,6 +20,7 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+_AGAIN = "download or train it again"
 _CONVERT = (
     "only safetensors are read, since unpickling runs code. Convert it on a machine you trust "
     "(AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)) and pass the folder, or "
@@ -45,9 +46,8 @@ def check_files(folder: Path) -> list[Path]:
     from safetensors import SafetensorError, safe_open
 
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds no config.json, so it is no checkpoint in Hugging Face format"
-        )
+        what = "so it is no checkpoint in Hugging Face format"
+        raise ValueError(f"{folder} holds no config.json, {what}")
     files = [folder / "model.safetensors"]
     if (index := folder / "model.safetensors.index.json").is_file():
         try:
@@ -59,17 +59,13 @@ def check_files(folder: Path) -> list[Path]:
         if not file.is_file():
             if pickled := sorted(p for p in folder.iterdir() if p.suffix in _PICKLES):
                 raise ValueError(f"{pickled[0]} is a pickled checkpoint; {_CONVERT}")
-            raise ValueError(
-                f"{file} is missing, so the checkpoint is incomplete; download or train it again"
-            )
+            raise ValueError(f"{file} is missing, so the checkpoint is incomplete; {_AGAIN}")
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file} is truncated or damaged ({file.stat().st_size} bytes; {error}); "
-                "download or train it again"
-            ) from error
+            found = f"{file.stat().st_size} bytes; {error}"
+            raise ValueError(f"{file} is truncated or damaged ({found}); {_AGAIN}") from error
     return files
 
 
@@ -102,9 +98,8 @@ def build(folder: Path, dtype: torch.dtype, attention: str) -> Any:
 
     files = check_files(folder)
     if "auto_map" in _configuration(folder):
-        raise ValueError(
-            f"{folder / 'config.json'} asks for code of its own (auto_map), which is never run"
-        )
+        config = folder / "config.json"
+        raise ValueError(f"{config} asks for code of its own (auto_map), which is never run")
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -118,21 +113,16 @@ def build(folder: Path, dtype: torch.dtype, attention: str) -> Any:
             )
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise ValueError(
-            f"{folder} cannot be loaded as a causal language model: {reason}"
-        ) from error
+        why = lines[0] if lines else type(error).__name__
+        raise ValueError(f"{folder} cannot be loaded as a causal language model: {why}") from error
 
     # transformers only warns of what follows
     if absent := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{files[0]} lacks {len(absent)} weights of the model ({absent[0]}, …); "
-            "it would start from random ones"
-        )
-    if misshapen := sorted(str(found[0]) for found in report.get("mismatched_keys", ())):
-        raise ValueError(
-            f"{files[0]}: {misshapen[0]} does not have the shape that config.json says"
-        )
+        what = f"lacks {len(absent)} weights of the model ({absent[0]}, …)"
+        raise ValueError(f"{files[0]} {what}; it would start from random ones")
+    if misshapen := sorted(str(key[0]) for key in report.get("mismatched_keys", ())):
+        what = f"{misshapen[0]} does not have the shape that config.json says"
+        raise ValueError(f"{files[0]}: {what}")
     for name, weight in model.named_parameters():
         if count := int((~torch.isfinite(weight)).sum()):
             raise ValueError(f"{folder}: the weight {name} has {count} values that are not finite")
@@ -160,13 +150,13 @@ def download(name: str, revision: str) -> Path:
     """Folder of a checkpoint of the hub, in the cache of huggingface_hub or downloaded to it."""
     from huggingface_hub import errors, list_repo_refs, snapshot_download
 
-    get = f"run 'hf download {name} --revision {revision} --local-dir FOLDER' and pass the folder"
+    command = f"hf download {name} --revision {revision} --local-dir FOLDER"
+    get = f"on a machine with network run '{command}' and pass the folder"
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except errors.GatedRepoError as error:
-        raise RuntimeError(
-            f"{name} is gated on the hub: log in and accept its terms first"
-        ) from error
+        what = "is gated on the hub: log in and accept its terms first"
+        raise RuntimeError(f"{name} {what}") from error
     except errors.RevisionNotFoundError as error:
         try:
             refs = list_repo_refs(name)
@@ -175,27 +165,20 @@ def download(name: str, revision: str) -> Path:
             have = "unknown, since the list could not be read"
         raise ValueError(f"{name} has no revision {revision!r}; it has {have}") from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(
-            f"unknown model {name!r}: neither a suite, nor a folder, nor on the hub"
-        ) from error
+        what = "neither a suite, nor a folder, nor on the hub"
+        raise ValueError(f"unknown model {name!r}: {what}") from error
     except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        raise RuntimeError(
-            f"cannot reach the hub for {name!r}, revision {revision!r}, and it is not in the local "
-            f"cache; on a machine with network {get}"
-        ) from error
+        what = f"cannot reach the hub for {name!r}, revision {revision!r}, and it is not in the"
+        raise RuntimeError(f"{what} local cache; {get}") from error
     except Exception as error:
         # connection errors of the HTTP client, whichever it is
         kind = type(error).__name__
         if "connect" in kind.lower() or "timeout" in kind.lower():
-            raise RuntimeError(
-                f"no network for {name!r} ({kind}); on a machine with network {get}"
-            ) from error
+            raise RuntimeError(f"no network for {name!r} ({kind}); {get}") from error
         raise ValueError(f"cannot load {name!r}, revision {revision!r}: {error}") from error
     if not list(path.glob("*.safetensors")):
-        raise ValueError(
-            f"{name}, revision {revision!r}, has no safetensors (many Pythia revisions hold only "
-            f"pytorch_model.bin); {_CONVERT}"
-        )
+        what = "has no safetensors (many Pythia revisions hold only pytorch_model.bin)"
+        raise ValueError(f"{name}, revision {revision!r}, {what}; {_CONVERT}")
     return path
 
 
@@ -206,6 +189,5 @@ def branches(name: str) -> list[str]:
     try:
         return sorted(branch.name for branch in list_repo_refs(name).branches)
     except Exception as error:  # the HTTP client's own errors among them
-        raise RuntimeError(
-            f"cannot list the revisions of {name!r} on the hub ({type(error).__name__})"
-        ) from error
+        what = f"cannot list the revisions of {name!r} on the hub ({type(error).__name__})"
+        raise RuntimeError(what) from error

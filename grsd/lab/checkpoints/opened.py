@@ -24,18 +24,10 @@ __all__ = ["Checkpoint", "Loaded", "Model", "load", "open_model", "revisions_in"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to be measured.
+    """A model ready to be measured, in eval mode.
 
-    Attributes
-    ----------
-    model : nn.Module
-        In eval mode; called with token ids (B, L) it gives an output with ``logits`` (B, L, V).
-    tokenizer : object or None
-        None when the checkpoint carries none.
-    name, revision, fingerprint : str
-        As of the `Checkpoint`.
-    config : object
-        The transformers configuration.
+    Called with token ids (B, L), `model` gives an output with ``logits`` (B, L, V). `tokenizer` is
+    None when the checkpoint carries none; `config` is the configuration of transformers.
     """
 
     model: nn.Module = field(repr=False)
@@ -101,20 +93,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Model:
-    """What a name means.
-
-    Attributes
-    ----------
-    name : str
-    root : Path or None
-        A checkpoint's folder, or a folder of one such folder per revision; None on the hub.
-    suite : Suite or None
-        The mini suite of that name, trained or not.
-    """
+    """What a name means."""
 
     name: str
-    root: Path | None
-    suite: suites.Suite | None = None
+    root: Path | None  #: a checkpoint's folder, or one of a folder per revision; None on the hub
+    suite: suites.Suite | None = None  #: the mini suite of that name, trained or not
 
     @property
     def revisions(self) -> list[str]:
@@ -144,18 +127,13 @@ class Model:
         if have:
             raise ValueError(f"{self.name} has no revision {revision!r}; it has {', '.join(have)}")
         if single:
-            raise ValueError(
-                f"{self.name} has no revision {revision!r}: it is a single checkpoint, "
-                "so pass no revision"
-            )
+            why = "it is a single checkpoint, so pass no revision"
+            raise ValueError(f"{self.name} has no revision {revision!r}: {why}")
         if self.suite is not None:
-            raise ValueError(
-                f"the suite {self.name} is not trained yet; run: grsd suite --size {self.name}"
-            )
-        raise ValueError(
-            f"the folder {self.name} holds no checkpoint: expected config.json and "
-            "model.safetensors in it"
-        )
+            do = f"run: grsd suite --size {self.name}"
+            raise ValueError(f"the suite {self.name} is not trained yet; {do}")
+        expected = "expected config.json and model.safetensors in it"
+        raise ValueError(f"the folder {self.name} holds no checkpoint: {expected}")
 
 
 def open_model(model: str | Path, *, cache: Path | str | None = None) -> Model:
@@ -167,15 +145,12 @@ def open_model(model: str | Path, *, cache: Path | str | None = None) -> Model:
     if path.is_dir():
         return Model(name, path)
     if path.is_file():
-        raise ValueError(
-            f"{name} is a file; pass the folder that holds config.json and model.safetensors"
-        )
+        holds = "the folder that holds config.json and model.safetensors"
+        raise ValueError(f"{name} is a file; pass {holds}")
     sizes = ", ".join(suites.MINI)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or "--" in name:
-        raise ValueError(
-            f"unknown model {name!r}: expected one of {sizes}, an existing folder, "
-            "or a name on the hub such as EleutherAI/pythia-70m"
-        )
+        other = "an existing folder, or a name on the hub such as EleutherAI/pythia-70m"
+        raise ValueError(f"unknown model {name!r}: expected one of {sizes}, {other}")
     if "/" not in name and name.startswith(("mini", "step")):
         raise ValueError(f"unknown model {name!r}: the mini suite has {sizes}")
     return Model(name, None)
@@ -194,20 +169,16 @@ def load(
 
     Parameters
     ----------
-    model : str or Path
+    model
         A mini-suite name (``"mini-1.3m"``, trained before with `grsd suite`), a folder in Hugging
         Face format, a folder of such folders (one per revision), or a name on the hub
         (``"EleutherAI/pythia-70m"``).
-    revision : str, optional
+    revision
         ``"step1000"``. Without it the last checkpoint of a suite, or the hub's ``main``.
-    dtype : torch.dtype
-        Floating dtype of the weights.
-    attention : str, optional
+    attention
         Implementation in transformers. Default ``"eager"``, which has a second derivative
         everywhere; in float64 ``"sdpa"``, because the eager one computes its softmax in float32.
         The operator of `grsd.spectrum` selects the mathematical backend of the latter by itself.
-    cache : path, optional
-        Where the mini suite is looked for; default `grsd.scale.cache_dir`.
 
     Raises
     ------

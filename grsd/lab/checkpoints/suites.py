@@ -54,19 +54,11 @@ MINI: dict[str, Preset] = {
 
 @dataclass(frozen=True)
 class Suite:
-    """A folder of checkpoints.
-
-    Attributes
-    ----------
-    size : Preset
-    root : Path
-    steps : int
-        Updates made; the revisions are those up to it.
-    """
+    """A folder of checkpoints."""
 
     size: Preset
     root: Path
-    steps: int
+    steps: int  #: updates made; the revisions are those up to it
 
     @property
     def revisions(self) -> tuple[str, ...]:
@@ -76,9 +68,8 @@ class Suite:
     def path(self, revision: str) -> Path:
         """Folder of one checkpoint, in Hugging Face format."""
         if revision not in self.revisions:
-            raise ValueError(
-                f"{self.size.name} has no revision {revision!r}; it has {', '.join(self.revisions)}"
-            )
+            has = ", ".join(self.revisions)
+            raise ValueError(f"{self.size.name} has no revision {revision!r}; it has {has}")
         return self.root / revision
 
     def training(self) -> dict[str, Any]:
@@ -113,16 +104,12 @@ def _placed(
     own = {"lr": size.lr, "batch_size": size.batch_size, "precision": size.precision}
     recipe = Recipe(**{**own, **options})
     shape = {k: v for k, v in asdict(size).items() if k != "corpus" and k not in own}
-    inputs: dict[str, Any] = {
-        "shape": shape,
-        "recipe": asdict(recipe),
-        "corpus": corpus.fingerprint,
-    }
+    inputs: dict[str, Any] = {"shape": shape, "recipe": asdict(recipe)}
+    inputs["corpus"] = corpus.fingerprint
     if recipe.schedule == "cosine":  # only then does a long run not begin like a short one
         inputs["steps"] = steps
-    base = scale.cache_dir(cache)
-    code = pieces.code(training, windows)
-    return recipe, pieces.Store(base / "suites" / size.name, code), inputs
+    folder = scale.cache_dir(cache) / "suites" / size.name
+    return recipe, pieces.Store(folder, pieces.code(training, windows)), inputs
 
 
 def locate(
@@ -153,16 +140,16 @@ def train(
 
     Parameters
     ----------
-    size : Preset or str
+    size
         A shape, or a name in `MINI`.
-    corpus : Corpus
+    corpus
         Its training part is used, in an order drawn from ``seed``.
-    steps : int
+    steps
         Updates. Checkpoints stand at 0, 1, 2, 4, …, 512, 1000, 2000, 4000, 8000 and at ``steps``.
-    device : str
+    device
         Recorded in ``training.json``, not part of the cache key: devices and thread counts differ
         in rounding only.
-    progress : callable, optional
+    progress
         Called with (step, steps, loss) after each update.
     **recipe
         Fields of `Recipe`: ``lr``, ``batch_size=16``, ``length=128``, ``seed=0``, ``schedule``, …
@@ -190,6 +177,8 @@ def _train(
     suite: Suite, recipe: Recipe, corpus: Corpus, device: torch.device, progress: Progress | None
 ) -> None:
     """Fill the folder of a suite, from where an earlier training left it."""
+    from safetensors.torch import save
+
     for leftover in suite.root.glob(".draft-*"):  # the store is locked: no living process owns one
         shutil.rmtree(leftover, ignore_errors=True)
     run = Training(suite.size, recipe, device)
@@ -206,13 +195,11 @@ def _train(
         _save_revision(run, suite.root / f"step{step}", corpus)
         if longer:
             return
-        _save_progress(run, suite, heldout)
+        state = save(run.state(), metadata={"heldout": json.dumps(heldout)})
+        results.atomic_write(suite.root / _PROGRESS, state)
         spent = (time.monotonic() - begun) / (step - first) if step > first else None
-        text = {
-            "name": corpus.name,
-            "fingerprint": corpus.fingerprint,
-            "tokens": len(corpus.tokens),
-        }
+        text: dict[str, Any] = {"name": corpus.name, "fingerprint": corpus.fingerprint}
+        text["tokens"] = len(corpus.tokens)
         record = {
             "size": asdict(suite.size),
             "parameters": suite.size.parameters,
@@ -256,13 +243,6 @@ def _save_revision(run: Training, target: Path, corpus: Corpus) -> None:
         os.rename(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _save_progress(run: Training, suite: Suite, heldout: dict[str, float | None]) -> None:
-    from safetensors.torch import save
-
-    content = save(run.state(), metadata={"heldout": json.dumps(heldout)})
-    results.atomic_write(suite.root / _PROGRESS, content)
 
 
 def _resume(run: Training, suite: Suite) -> dict[str, float | None]:

@@ -42,16 +42,14 @@ class Corpus:
 
     Attributes
     ----------
-    name : str
-    tokens : ndarray of uint16 or int32, shape (N,)
+    tokens : (N,) uint16 or int32
         All documents, each followed by the end-of-text token (where the tokenizer has one).
-    boundary : int
+    boundary
         ``tokens[:boundary]`` are the training documents, ``tokens[boundary:]`` the held-out ones.
         Whole documents are held out, and equal ones are kept once, so the two parts share none.
-    vocab_size : int
-    fingerprint : str
+    fingerprint
         SHA-256 over the tokens and the boundary: equal ones give the same batches.
-    tokenizer : object
+    tokenizer
         The transformers tokenizer that made the tokens; it has ``vocab_size`` entries.
     """
 
@@ -88,10 +86,11 @@ class Corpus:
             raise ValueError(f"{sizes}: batch size and length must be at least 1, the count 0")
         available = windows.count_windows(tokens, length)
         if available < batch_size:
+            has = f"{len(tokens)} tokens, {available} windows of {length}"
             raise ValueError(
-                f"corpus {self.name!r} is too short: its {split!r} part has {len(tokens)} "
-                f"tokens, {available} windows of {length}, and one batch needs {batch_size}; "
-                "take a smaller batch size or length, another split, or more text"
+                f"corpus {self.name!r} is too short: its {split!r} part has {has}, and one batch "
+                f"needs {batch_size}; take a smaller batch size or length, another split, or more "
+                "text"
             )
         return windows.batches(tokens, count, batch_size, length, seed)
 
@@ -169,21 +168,19 @@ def files(
     Without a ``tokenizer`` one of ``vocab_size`` entries is trained on the text, as by `embedded`.
     """
     asked = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    found: set[str] = set()
+    matching: set[str] = set()
     for item in asked:
         if not (matches := _matches(item)):
-            raise FileNotFoundError(
-                f"no text file matches {str(item)!r}; give a file or a pattern in quotes"
-            )
-        found.update(matches)
+            wanted = "give a file or a pattern in quotes"
+            raise FileNotFoundError(f"no text file matches {str(item)!r}; {wanted}")
+        matching.update(matches)
     texts = []
-    for path in sorted(found):
+    for path in sorted(matching):
         try:
             texts.append(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
-            ) from error
+            where = f"{error.reason} at byte {error.start}"
+            raise ValueError(f"{path} is not UTF-8 text ({where})") from error
     name = ",".join(map(str, asked))
     return from_texts(name, texts, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
 
@@ -207,10 +204,8 @@ def hub(
     try:
         from datasets import load_dataset  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
-        raise RuntimeError(
-            f"the corpus 'hub:{name}' needs the package datasets: pip install datasets, "
-            "or pass text files"
-        ) from error
+        do = "pip install datasets, or pass text files"
+        raise RuntimeError(f"the corpus 'hub:{name}' needs the package datasets: {do}") from error
     try:
         stream = load_dataset(name, config, split=split, streaming=True)
         columns = list(next(iter(stream)).keys())
@@ -242,9 +237,8 @@ def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = 
     name, _, size = spec.partition(":")
     if name in SOURCES:
         if size and not size.isdecimal():
-            raise ValueError(
-                f"corpus {spec!r} is not of the form {name}[:VOCAB], such as {name}:4096"
-            )
+            form = f"{name}[:VOCAB], such as {name}:4096"
+            raise ValueError(f"corpus {spec!r} is not of the form {form}")
         options = {"vocab_size": int(size)} if size else {}
         make = embedded if name == "embedded" else installed
         return make(**options, cache=cache, tokenizer=tokenizer)
@@ -254,9 +248,8 @@ def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = 
             raise ValueError(f"corpus {spec!r} is not of the form hub:NAME[:config[:split]]")
         return hub(dataset, config or None, split or "train", tokenizer=tokenizer, cache=cache)
     if not spec.strip():
-        raise ValueError(
-            "the corpus has an empty name; expected embedded, a text file or pattern, or hub:NAME"
-        )
+        wanted = "embedded, a text file or pattern, or hub:NAME"
+        raise ValueError(f"the corpus has an empty name; expected {wanted}")
     if os.path.isdir(os.path.expanduser(spec)):
         raise ValueError(
             f"the corpus {spec!r} is a folder; name its text files by a pattern in quotes, "

@@ -48,9 +48,8 @@ def _sides(classes: Classes) -> list[tuple[int, ...]]:
     sides = [(side,) if isinstance(side, (int, np.integer)) else tuple(side) for side in classes]
     labels = [label for side in sides for label in side]
     if not all(sides) or len(set(labels)) < len(labels) or set(labels) - set(range(10)):
-        raise ValueError(
-            f"classes are {classes!r}; expected different labels from 0 to 9 on both sides"
-        )
+        expected = "different labels from 0 to 9 on both sides"
+        raise ValueError(f"classes are {classes!r}; expected {expected}")
     return sides
 
 
@@ -65,10 +64,8 @@ def _draw(
     for side, count in zip(_sides(classes), counts, strict=True):
         there = np.flatnonzero(np.isin(labels, side))
         if len(there) < count:
-            raise ValueError(
-                f"{count} images of {side} were asked for and there are {len(there)}: "
-                "take fewer samples"
-            )
+            asked = f"{count} images of {side} were asked for"
+            raise ValueError(f"{asked} and there are {len(there)}: take fewer samples")
         chosen.append(rng.choice(there, count, replace=False))
     order = rng.permutation(samples)
     return np.concatenate(chosen)[order], np.repeat([-1.0, 1.0], counts)[order]
@@ -88,24 +85,16 @@ def digits(classes: Classes = (0, 1), samples: int = 48, *, seed: int) -> Images
 
     Parameters
     ----------
-    classes : pair of int or of sequences of int
-        Labels 0 to 9, e.g. ``(3, 8)`` or ``((0, 2, 4, 6, 8), (1, 3, 5, 7, 9))``.
-    samples : int, n
+    classes
+        Two disjoint sets of labels 0 to 9, e.g. ``(3, 8)`` or ``((0, 2, 4), (1, 3, 5, 7, 9))``.
+    samples : n
         Half of each class (one more of the first when n is odd), drawn without repetition. A digit
         occurs 174 to 183 times.
 
     Returns
     -------
     Images
-        Inputs (n, 1, 8, 8), mean 0 and mean square 1 over all pixels of the sample; targets (n,),
-        −1 and +1.
-
-    Raises
-    ------
-    ImportError
-        Without scikit-learn.
-    ValueError
-        Classes that are not two disjoint sets of labels, or more samples than images.
+        Inputs (n, 1, 8, 8), mean 0 and mean square 1 over all pixels of the sample; targets (n,).
     """
     try:
         from sklearn.datasets import load_digits
@@ -129,30 +118,27 @@ def cifar(
 
     Parameters
     ----------
-    root : path
+    root
         A folder that holds ``cifar-10-batches-bin`` or is it.
     classes, samples, seed
         As `digits`; a label occurs 5000 times in the training files and 1000 times in the test
         file. 0 airplane, 1 automobile, 2 bird, 3 cat, 4 deer, 5 dog, 6 frog, 7 horse, 8 ship, 9
         truck.
-    train : bool
+    train
         The five training files, or the test file.
-    download : bool
+    download
         If the folder is not there, get the published archive (162 MB), compare its MD5 sum, and
         unpack the six files that are read here. The network is not touched otherwise.
 
     Returns
     -------
     Images
-        Inputs (n, 3, 32, 32), mean 0 and mean square 1 per channel over the sample; targets (n,),
-        ±1.
+        Inputs (n, 3, 32, 32), mean 0 and mean square 1 per channel over the sample; targets (n,).
 
     Raises
     ------
     FileNotFoundError
         If files are missing and `download` is not set, with what to do.
-    ValueError
-        A file of the wrong length, a label above 9, an archive with another MD5 sum; as `digits`.
 
     Notes
     -----
@@ -188,9 +174,8 @@ def _records(path: Path) -> np.ndarray:
     """A file as uint8 (records, 3073), mapped and not read."""
     size, expected = path.stat().st_size, CIFAR_RECORDS * _RECORD
     if size != expected:
-        raise ValueError(
-            f"{path} has {size} bytes; a file of CIFAR-10 has {expected}: it is cut off or another"
-        )
+        what = f"a file of CIFAR-10 has {expected}: it is cut off or another"
+        raise ValueError(f"{path} has {size} bytes; {what}")
     records = np.memmap(path, dtype=np.uint8, mode="r", shape=(CIFAR_RECORDS, _RECORD))
     if (label := int(records[:, 0].max())) > 9:
         raise ValueError(f"{path} has the label {label}; labels go to 9: it is damaged")
