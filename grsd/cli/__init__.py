@@ -7,7 +7,7 @@ doctor` works where torch does not. One module holds one family of commands; imp
 to `main`.
 """
 
-from grsd.cli import (
+from grsd.cli import (  # noqa: F401
     authoring,
     diagnostics,
     environment,
@@ -19,14 +19,4 @@ from grsd.cli import (
 )
 from grsd.cli.common import main
 
-__all__ = [
-    "authoring",
-    "diagnostics",
-    "environment",
-    "ledger",
-    "main",
-    "measurements",
-    "parametrization",
-    "profiles",
-    "training",
-]
+__all__ = ["main"]

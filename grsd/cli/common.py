@@ -20,6 +20,7 @@ from grsd.scale import cache_dir
 
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, MemoryError, ArithmeticError, ImportError)
 Command = TypeVar("Command", bound=Callable[..., Any])
+Progress = Callable[[int, int, str], None]  # (done, in all, what)
 
 
 class Group(click.Group):
@@ -72,9 +73,8 @@ def shown(name: str, default: Any, help: str, **options: Any) -> Callable[[Comma
 
 
 def json_option(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(
-        command
-    )
+    words = "Print one JSON object on stdout."
+    return click.option("--json", "as_json", is_flag=True, help=words)(command)
 
 
 def file_option(name: str, help: str) -> Callable[[Command], Command]:
@@ -118,7 +118,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 
 @contextmanager
-def bar(label: str, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+def bar(label: str, quiet: bool = False) -> Iterator[Progress]:
     """A progress bar on an interactive stderr, shown at step 0 or after a second."""
     from tqdm import tqdm
 
@@ -136,6 +136,11 @@ def bar(label: str, quiet: bool = False) -> Iterator[Callable[[int, int, str], N
         yield update
     finally:
         steps.close()
+
+
+def losses(update: Progress) -> Callable[[int, int, float], None]:
+    """What a training calls with (step, steps, loss), for a bar."""
+    return lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}")
 
 
 def device_of(name: str) -> str:
@@ -175,7 +180,6 @@ def _target(option: str, name: str, suffixes: Sequence[str]) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{option} {name}: the folder {folder} does not exist")
     if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ValueError(
-            f"{option} {path} cannot be written: no permission; name a file in another folder"
-        )
+        why = "no permission; name a file in another folder"
+        raise ValueError(f"{option} {path} cannot be written: {why}")
     return path

@@ -25,11 +25,12 @@ def claims(paper: str | None, verdict: str | None, missing: bool, as_json: bool)
     """List the ledger: what the papers state, the verdict, and whether this machine has the
     evidence."""
     from grsd import claims as ledger
+    from grsd.checks import one_of
 
-    asked = (("paper", paper, ledger.PAPERS), ("verdict", verdict, ledger.VERDICTS))
-    for kind, value, known in asked:
-        if value is not None and value not in known:
-            raise ValueError(f"unknown {kind} {value!r}: expected one of {', '.join(known)}")
+    if paper is not None:
+        one_of("paper", paper, ledger.PAPERS)
+    if verdict is not None:
+        one_of("verdict", verdict, ledger.VERDICTS)
     listed = ledger.missing() if missing else ledger.load()
     chosen = [c for c in listed if paper in (None, c.paper) and verdict in (None, c.verdict)]
     recorded = {claim.id: ledger.evidence(claim.id) for claim in chosen}
@@ -93,10 +94,8 @@ def recompute(id: str, output: str | None, as_json: bool) -> None:
     old = stored.load(id)
     argv = list(old.provenance["command"])
     if not argv or argv[0] not in ("shells", "protocol", "experiment"):
-        raise ValueError(
-            f"result {id!r} is made by {argv!r}, not by grsd shells, protocol or experiment; "
-            "run that by hand"
-        )
+        by = "not by grsd shells, protocol or experiment; run that by hand"
+        raise ValueError(f"result {id!r} is made by {argv!r}, {by}")
     target = common.output_file(output)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / f"{old.id}.json"

@@ -30,16 +30,13 @@ def protocol(name: str, resume: bool, output: str | None, as_json: bool) -> None
     Every net, checkpoint, batch size and null model of the protocol becomes one averaged profile.
     What was measured before is read from the cache, so a run that was stopped goes on where it was.
     """
+    from grsd.checks import one_of
     from grsd.experiments import protocol as protocols
 
-    if name not in protocols.PROTOCOLS:
-        known = ", ".join(protocols.PROTOCOLS)
-        raise ValueError(f"unknown protocol {name!r}: expected one of {known}")
-    asked, target = protocols.PROTOCOLS[name], common.output_file(output)
+    asked = protocols.PROTOCOLS[one_of("protocol", name, protocols.PROTOCOLS)]
+    target = common.output_file(output)
     with common.bar("training") as update:
-        protocols.train(
-            asked, progress=lambda step, steps, loss: update(step, steps, f"loss {loss:.3f}")
-        )
+        protocols.train(asked, progress=common.losses(update))
     with common.bar(name) as update:
         cells = protocols.measure(asked, resume=resume, progress=update)
     training, profiles = protocols.curves(asked), [cell.to_json() for cell in cells]

@@ -1,17 +1,15 @@
-"""`grsd mup-check`: the coordinate check of a model's architecture, with a verdict and a "
-"diagnosis."""
+"""`grsd mup-check`: the coordinate check of an architecture, with a verdict and a diagnosis."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
-from grsd.cli.common import emit, json_option, main, table
+from grsd.cli.common import emit, json_option, main, shown, table
 
-F = TypeVar("F", bound=Callable[..., Any])
 EPILOG = """\b
 Examples:
   grsd mup-check gpt2 --optimizer adamw --lr 0.004
@@ -37,24 +35,19 @@ class Sizes(click.ParamType):
             self.fail(f"{value!r} is not a list of whole numbers between commas", param, ctx)
 
 
-def option(name: str, default: Any, help: str, kind: Any = None) -> Callable[[F], F]:
-    """Return an option that shows its default."""
-    return click.option(name, default=default, type=kind, show_default=True, help=help)
-
-
 @main.command("mup-check", epilog=EPILOG)
 @click.argument("model")
-@option("--widths", "64,128,256", "Hidden sizes, at the base's depth.", Sizes())
-@option("--depths", "2,4,8", "Numbers of blocks, at the base's width.", Sizes())
-@option("--base", "64,2", "WIDTH,DEPTH that the learning rate is for.", Sizes())
-@option("--optimizer", "muon_kimi", "Of the hidden matrices; an unknown name lists all.")
-@option("--other", "adamw", "Of what a matrix optimizer cannot take.")
-@option("--lr", 2.0**-6, "Base learning rate.")
-@option("--steps", 4, "Updates of every model.", click.IntRange(1))
-@option("--seeds", 2, "Initial weights of every size.")
-@option("--layers", 2, "k, layers of a residual branch: 1, or 2 for more.")
-@option("--batch-size", 8, "Sequences in the batch.")
-@option("--length", 64, "Bytes of a sequence.")
+@shown("--widths", "64,128,256", "Hidden sizes, at the base's depth.", type=Sizes())
+@shown("--depths", "2,4,8", "Numbers of blocks, at the base's width.", type=Sizes())
+@shown("--base", "64,2", "WIDTH,DEPTH that the learning rate is for.", type=Sizes())
+@shown("--optimizer", "muon_kimi", "Of the hidden matrices; an unknown name lists all.")
+@shown("--other", "adamw", "Of what a matrix optimizer cannot take.")
+@shown("--lr", 2.0**-6, "Base learning rate.")
+@shown("--steps", 4, "Updates of every model.", type=click.IntRange(1))
+@shown("--seeds", 2, "Initial weights of every size.")
+@shown("--layers", 2, "k, layers of a residual branch: 1, or 2 for more.")
+@shown("--batch-size", 8, "Sequences in the batch.")
+@shown("--length", 64, "Bytes of a sequence.")
 @click.option("--sp", is_flag=True, help="Standard parametrization instead: the control.")
 @json_option
 @click.pass_context
@@ -87,14 +80,11 @@ def mup_check(
         raise ValueError(f"--base {','.join(map(str, base))}: expected WIDTH,DEPTH")
     seeds = more.pop("seeds")
     if length < 1 or batch_size < 1 or seeds < 1:
-        raise ValueError(
-            f"--length {length}, --batch-size {batch_size} and --seeds {seeds} must be positive"
-        )
+        sizes = f"--length {length}, --batch-size {batch_size} and --seeds {seeds}"
+        raise ValueError(f"{sizes} must be positive")
     if len(set(widths)) < 2 and len(set(depths)) < 2:
-        raise ValueError(
-            f"two widths or two depths are needed to compare, got --widths {widths} and --depths "
-            f"{depths}"
-        )
+        got = f"--widths {widths} and --depths {depths}"
+        raise ValueError(f"two widths or two depths are needed to compare, got {got}")
     factory = stock.factory(stock.configuration(model), positions=length)
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))
     who = {"optimizer": more["optimizer"], "other": more["other"], "k": layers}
@@ -111,28 +101,14 @@ def mup_check(
         **more,
     )
     if as_json:
-        emit(
-            {
-                "model": model,
-                "optimizer": check.optimizer,
-                "parametrization": check.parametrization,
-                "verdict": check.verdict,
-                "slopes": _intervals(check.slopes),
-                "first": _intervals(check.first),
-                "findings": [
-                    {
-                        "role": f.role,
-                        "quantity": f.quantity,
-                        "axis": f.axis,
-                        "measured": f.measured.value,
-                        "wanted": f.wanted,
-                        "condition": f.condition,
-                    }
-                    for f in check.findings
-                ],
-                "plan": plan.table(),
-            }
-        )
+        kept = ("role", "quantity", "axis", "wanted", "condition")
+        findings = [
+            {**{k: getattr(f, k) for k in kept}, "measured": f.measured.value}
+            for f in check.findings
+        ]
+        words = {k: getattr(check, k) for k in ("optimizer", "parametrization", "verdict")}
+        slopes = {k: _intervals(getattr(check, k)) for k in ("slopes", "first")}
+        emit({"model": model, **words, **slopes, "findings": findings, "plan": plan.table()})
     else:
         if not sp:
             click.echo(f"the largest model's plan:\n{plan.table()}\n")

@@ -44,14 +44,14 @@ def suite(
 
     A run that was stopped goes on where it was.
     """
+    from grsd.checks import one_of
     from grsd.lab.checkpoints import hub, suites
     from grsd.lab.data import corpora
     from grsd.lab.runs.summary import number
 
     names = sizes or SIZES
     for name in names:
-        if name not in suites.MINI:
-            raise ValueError(f"unknown size {name!r}: expected one of {', '.join(suites.MINI)}")
+        one_of("size", name, suites.MINI)
     where = str(hub.check_device(common.device_of(device)))
     recipe = {key: value for key, value in options.items() if value is not None}
     listed = []
@@ -90,11 +90,7 @@ def trained(name: str, text: Corpus, device: str, **recipe: Any) -> Suite:
     if not ready.complete:
         say(f"training {name} for {ready.steps} steps on {device}")
     with common.bar(name) as update:
-
-        def progress(step: int, of: int, loss: float) -> None:
-            update(step, of, f"loss {loss:.3f}")
-
-        return suites.train(name, text, device=device, progress=progress, **recipe)
+        return suites.train(name, text, device=device, progress=common.losses(update), **recipe)
 
 
 def prepared(model: str, revisions: Sequence[str], device: str) -> tuple[Model, list[str]]:
@@ -106,17 +102,16 @@ def prepared(model: str, revisions: Sequence[str], device: str) -> tuple[Model, 
 
     hub.check_device(device)
     named = [name for name in revisions if name != "all"]
-    found = opened.open_model(model)
-    if (suite := found.suite) is not None:
+    opening = opened.open_model(model)
+    if (suite := opening.suite) is not None:
         wanted = suite.revisions if not revisions or "all" in revisions else named
         if not (suite.complete or set(wanted) <= set(opened.revisions_in(suite.root))):
             trained(model, suites.of_suite(model), device)
     else:
-        folder = found.checkpoint(next(iter(named), None)).folder
+        folder = opening.checkpoint(next(iter(named), None)).folder
         if not hub.has_tokenizer(folder):
             say(
                 f"note: {folder} carries no tokenizer, so one is trained on the corpus: its tokens "
-                "are not those that a trained model knows; put the model's tokenizer.json into the "
-                "folder"
+                "are not those that a trained model knows; put the model's tokenizer.json into it"
             )
-    return found, found.revisions if "all" in revisions else named
+    return opening, opening.revisions if "all" in revisions else named

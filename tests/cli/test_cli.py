@@ -379,9 +379,9 @@ def test_unknown_things_are_named(tmp_path: Path) -> None:
     assert "unknown model 'mini-9m': the mini suite has mini-0.4m" in _refused(
         _grsd("shells", "mini-9m")
     )
-    assert "unknown size 'mini-9m'" in _refused(_grsd("suite", "--size", "mini-9m"))
-    assert "unknown verdict 'maybe'" in _refused(_grsd("claims", "--verdict", "maybe"))
-    assert "unknown paper 'none'" in _refused(_grsd("claims", "--paper", "none"))
+    assert "size is 'mini-9m'" in _refused(_grsd("suite", "--size", "mini-9m"))
+    assert "verdict is 'maybe'" in _refused(_grsd("claims", "--verdict", "maybe"))
+    assert "paper is 'none'" in _refused(_grsd("claims", "--paper", "none"))
     assert "no result 'nothing'" in _refused(_grsd("results", "show", "nothing"))
     (tmp_path / "empty.txt").write_text("")
     assert "is empty" in _refused(_grsd("suite", "--corpus", str(tmp_path / "empty.txt")))

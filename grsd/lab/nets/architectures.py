@@ -23,8 +23,6 @@ from grsd.lab.nets.parts import (
     Attention,
     Branch,
     Flatten,
-    Last,
-    Mean,
     Norm,
     NormOfMean,
     Patches,
@@ -33,6 +31,7 @@ from grsd.lab.nets.parts import (
     ResidualNet,
     Rows,
     Transposed,
+    last,
 )
 
 __all__ = ["Norm", "ResidualNet", "mixer", "res_conv", "res_mlp", "ssm", "transformer"]
@@ -67,16 +66,11 @@ def res_mlp(
 
     Parameters
     ----------
-    depth : int
-        Residual blocks h + ε·branch(h); 0 leaves ``head(read(x))``.
-    layers : int
-        Matrices in a branch: 1 for branch_end(φ(h)), 2 for branch_end(φ(first(h))).
-    activation : str
-        ``"tanh"``, ``"relu"``, ``"linear"``, ``"gelu"``, ``"softplus"``.
-    epsilon : float
-        ε ≥ 0. A stack of fixed size needs ε ∝ 1/√depth.
-    bias : bool
-        Of every layer.
+    depth : residual blocks h + ε·branch(h); 0 leaves ``head(read(x))``
+    layers : matrices in a branch, 1 for branch_end(φ(h)) or 2 for branch_end(φ(first(h)))
+    activation : a key of `grsd.lab.nets.models.ACTIVATIONS`
+    epsilon : ε ≥ 0; a stack of fixed size needs ε ∝ 1/√depth
+    bias : of every layer
     """
     _check(epsilon, inputs=inputs, width=width, depth=depth, outputs=outputs)
     one_of("layers", layers, (1, 2), "a branch has 1 or 2 matrices")
@@ -129,7 +123,9 @@ def res_conv(
 
     with models.undrawn():
         read, head = conv(channels, width), nn.Linear(width, outputs, bias=bias)
-        net = ResidualNet(read, _stack(depth, epsilon, branch), head, Mean(-2, -1))
+        net = ResidualNet(
+            read, _stack(depth, epsilon, branch), head, partial(torch.mean, dim=(-2, -1))
+        )
     return models.drawn(net, seed, dtype)
 
 
@@ -191,18 +187,13 @@ def ssm(
 
     A block is h_t + ε·branch_end(φ(z_t)) with z_t = a ⊙ z_{t−1} + first(h_t): the recurrence is
     diagonal and linear and its weights are shared by all times. The head reads the last time. With
-    ``activation="linear"`` the whole net is linear.
+    ``activation="linear"`` the whole net is linear. The rest as `res_mlp`.
 
     Parameters
     ----------
-    inputs : int
-        Numbers per time step.
-    states : int, optional
-        Dimension of z; by default `width`.
-    decays : (float, float)
-        Smallest and largest a at the start, strictly between 0 and 1, evenly spaced between.
-    others
-        As `res_mlp`.
+    inputs : numbers per time step
+    states : dimension of z; by default `width`
+    decays : smallest and largest a at the start, strictly between 0 and 1, evenly spaced between
     """
     states = width if states is None else states
     _check(epsilon, width=width, depth=depth, inputs=inputs, states=states, outputs=outputs)
@@ -217,7 +208,7 @@ def ssm(
 
     with models.undrawn():
         read, head = Rows(inputs, width, bias=bias), nn.Linear(width, outputs, bias=bias)
-        net = ResidualNet(read, _stack(depth, epsilon, branch), head, Last())
+        net = ResidualNet(read, _stack(depth, epsilon, branch), head, last)
     return models.drawn(net, seed, dtype)
 
 

@@ -65,12 +65,9 @@ def mlp(
 
     Parameters
     ----------
-    widths : sequence of int
-        Input, hidden and output widths; two or more.
-    activation : str
-        Between layers: ``"identity"``, ``"relu"``, ``"tanh"``, ``"gelu"``, ``"softplus"``.
-    gain : float
-        Weights are normal with standard deviation gain/√fan-in.
+    widths : input, hidden and output widths; two or more
+    activation : between layers, a key of `ACTIVATIONS`
+    gain : weights are normal with standard deviation gain/√fan-in
     """
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"widths need two or more positive numbers, got {list(widths)}")
@@ -95,10 +92,8 @@ def conv_net(
     Convolutions have stride 1 and ``kernel // 2`` padding; the first is followed by a group norm.
     """
     if len(channels) < 2 or min(channels) < 1 or classes < 1:
-        raise ValueError(
-            "channels need two or more positive numbers and classes one, "
-            f"got {list(channels)}, {classes}"
-        )
+        why = "channels need two or more positive numbers and classes one"
+        raise ValueError(f"{why}, got {list(channels)}, {classes}")
     layers: list[nn.Module] = []
     with undrawn():
         for fan_in, fan_out in pairwise(channels):
@@ -240,14 +235,10 @@ def two_layer(
 
     Parameters
     ----------
-    inputs, width : int
-        Dimension d of one input, and h.
-    gamma : float
-        γ > 0. For γ = 0 exactly, use `grsd.dynamics.flow.Problem.linearized`.
-    activation : str
-        As in `mlp`. With a smooth one M(t) is smooth.
-    gain : float
-        a_j has variance 1, every entry of w_j (bias included) variance gain².
+    inputs, width : dimension d of one input, and h
+    gamma : γ > 0; for γ = 0 exactly, use `grsd.dynamics.flow.Problem.linearized`
+    activation : as in `mlp`; with a smooth one M(t) is smooth
+    gain : a_j has variance 1, every entry of w_j (bias included) variance gain²
     """
     positive("gamma", gamma, "it must be positive (the frozen limit 0 is Problem.linearized)")
     if inputs < 1 or width < 1:

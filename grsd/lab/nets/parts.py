@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from grsd.lab.nets import models
+
+Layer = nn.Module
+Map = Callable[[Tensor], Tensor]
 
 
 class Norm(nn.LayerNorm):
@@ -23,13 +27,9 @@ class Norm(nn.LayerNorm):
 class ResidualNet(nn.Module):
     """``head(pool(blocks(read(x))))``. Attributes: read, blocks (ModuleList), head."""
 
-    def __init__(
-        self, read: nn.Module, blocks: list[nn.Module], head: nn.Module, pool: nn.Module
-    ) -> None:
+    def __init__(self, read: Layer, blocks: list[Layer], head: Layer, pool: Map) -> None:
         super().__init__()
-        self.read = read
-        self.blocks = nn.ModuleList(blocks)
-        self.pool = pool
+        self.read, self.blocks, self.pool = read, nn.ModuleList(blocks), pool
         self.head = head
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -44,11 +44,7 @@ class Branch(nn.Module):
     two; with a norm, of norm(h)."""
 
     def __init__(
-        self,
-        first: nn.Module | None,
-        activation: str,
-        branch_end: nn.Module,
-        norm: nn.Module | None = None,
+        self, first: Layer | None, activation: str, branch_end: Layer, norm: Layer | None = None
     ) -> None:
         super().__init__()
         if norm is not None:
@@ -105,7 +101,7 @@ class Attention(nn.Module):
 class Transposed(nn.Module):
     """A branch that acts along the tokens of (n, tokens, width)."""
 
-    def __init__(self, norm: nn.Module, inner: Branch) -> None:
+    def __init__(self, norm: Layer, inner: Branch) -> None:
         super().__init__()
         self.norm = norm
         self.inner = inner
@@ -173,15 +169,9 @@ class Rows(nn.Linear):
         return super().forward(input.transpose(1, 2).flatten(2))
 
 
-class Mean(nn.Module):
-    """The mean over the given dimensions."""
-
-    def __init__(self, *dims: int) -> None:
-        super().__init__()
-        self.dims = dims
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h.mean(self.dims)
+def last(h: Tensor) -> Tensor:
+    """The last of the tokens of (n, tokens, width)."""
+    return h[:, -1]
 
 
 class NormOfMean(nn.Module):
@@ -193,10 +183,3 @@ class NormOfMean(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.norm(h.mean(1))
-
-
-class Last(nn.Module):
-    """The last of the tokens."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h[:, -1]

@@ -23,24 +23,13 @@ from grsd.mup.roles import FAMILIES
 __all__ = ["FAMILIES", "configuration", "factory"]
 
 BYTES = 128  # the vocabulary of `grsd.lab.data.help_text`
-SMALL = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 2,
-    "intermediate_size": 256,
-}
-"""Base sizes of a family, those of them that its configuration has."""
+# base sizes of a family, those of them that its configuration has
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 
 
 def configuration(model: str) -> Any:
-    """Return the configuration of a folder or a hub name; for a family, a small one of our own.
-
-    Raises
-    ------
-    ValueError
-        A name that is no family and that transformers cannot find, with what it says.
-    """
+    """Return the configuration of a folder or a hub name; for a family, a small one of our own."""
     from transformers import AutoConfig
 
     if model in FAMILIES and not Path(model).is_dir():
@@ -62,19 +51,11 @@ def configuration(model: str) -> Any:
 def factory(
     config: Any, *, vocabulary: int = BYTES, positions: int = 128
 ) -> Callable[[int, int], nn.Module]:
-    """Return (width, depth) → a model of this architecture, float32, without dropout, initial
-    weights from seed 0.
+    """Return (width, depth) → a causal language model of this architecture, float32, without
+    dropout, initial weights from seed 0.
 
-    Parameters
-    ----------
-    config : a transformers configuration of a causal language model
-    vocabulary, positions : sizes in place of the configuration's
-
-    Raises
-    ------
-    ValueError
-        From the factory: a width at which the number of key heads is not whole, or not positive
-        sizes.
+    The vocabulary and the positions stand in place of the configuration's. The factory refuses a
+    width at which the number of key heads is not whole.
     """
     heads, width = config.num_attention_heads, config.hidden_size
     head = int(getattr(config, "head_dim", None) or width // heads)
