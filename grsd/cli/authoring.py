@@ -1,4 +1,5 @@
-"""`grsd new-chapter`: a page, a line in the table of contents and an entry of the ledger that pass every check."""
+"""`grsd new-chapter`: a page, its line in the contents and an entry of the ledger, which pass every
+check."""
 
 from __future__ import annotations
 
@@ -16,11 +17,13 @@ ENTRY = """
   paper: grsd
   locator: {title}, section "Check"
   statement: >-
-    The Gauss quadrature of m Lanczos steps has the first 2m moments of the start vector's spectral measure.
+    The Gauss quadrature of m Lanczos steps has the first 2m moments of the start vector's spectral
+    measure.
   verdict: holds
   chapter: {room}/{page}
   measured: >-
-    relative gap of the first 2m moments of a planted measure, and of the next one, which nothing promises
+    relative gap of the first 2m moments of a planted measure, and of the next one, which nothing
+    promises
   bound: below 1e-12; above 1e-11
 """
 
@@ -31,7 +34,8 @@ ENTRY = """
 def new_chapter(name: str, title: str | None) -> None:
     """Write the chapter NAME ("room/page") into this checkout, ready to be changed.
 
-    Adds book/NAME.md, its line in _toc.yml and an example entry in the ledger. The page has every part that the tests ask of a chapter.
+    Adds book/NAME.md, its line in _toc.yml and an example entry in the ledger. The page has every
+    part that the tests ask of a chapter.
     """
     root = checkout(Path.cwd())
     match = NAME.fullmatch(name)

@@ -17,16 +17,8 @@ from grsd import checks, statistics
 from grsd.dynamics import drift, flow, modes, transport
 from grsd.dynamics.problem import Problem
 from grsd.dynamics.transport_solvers import fitted_exponent
-from grsd.experiments.engine import (
-    Data,
-    Experiment,
-    Piece,
-    Rows,
-    grouped,
-    intervals,
-    rounded,
-    shared,
-)
+from grsd.experiments import engine
+from grsd.experiments.engine import Data, Experiment, Piece, Rows
 from grsd.experiments.two_layer_forms import TwoLayerProblem
 from grsd.lab.data.functions import TARGETS, data
 from grsd.lab.nets import models
@@ -100,7 +92,7 @@ def follow(
 
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per size, width and seed."""
-    common = shared(p, "sizes", "widths", "seeds", "scaling")
+    common = engine.shared(p, "sizes", "widths", "seeds", "scaling")
     sizes = list(product(p.sizes, p.widths)) if p.widths else [(n, n) for n in p.sizes]
     listed = []
     for (n, h), seed in product(sizes, range(p.seeds)):
@@ -198,7 +190,9 @@ def exponents(
 def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
     """Runs without their fields; per size the means over seeds with intervals; trends with size."""
     groups, deviations = [], []
-    for (n, h, gamma), members in sorted(grouped(listed, measured, "n", "h", "gamma").items()):
+    for (n, h, gamma), members in sorted(
+        engine.grouped(listed, measured, "n", "h", "gamma").items()
+    ):
         group, off = _group(members)
         groups.append({"n": n, "h": h, "gamma": gamma, **group})
         deviations += off
@@ -210,7 +204,9 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
     axis = "n" if len({g["n"] for g in groups}) > 1 else "h"
     trends = _trends(axis, runs, deviations) if len(groups) > 1 else {}
     fields = {"edges": EDGES, "times": late[::2]}  # as far as they are kept
-    return rounded({**fields, "axis": axis, "runs": runs, "groups": groups, "trends": trends})
+    return engine.rounded(
+        {**fields, "axis": axis, "runs": runs, "groups": groups, "trends": trends}
+    )
 
 
 def _group(members: list[Data]) -> tuple[Data, list[dict[str, float]]]:
@@ -227,16 +223,16 @@ def _group(members: list[Data]) -> tuple[Data, list[dict[str, float]]]:
             row[part] = float(distance)
         centre = float((w * mean).sum())
         group[part] = {
-            **intervals([one[part] for one in soft], "mean", "spread"),
+            **engine.intervals([one[part] for one in soft], "mean", "spread"),
             "seed_sd": float(np.sqrt((w * fields.var(axis=0, ddof=1)).sum())),
             "field_sd": float(np.sqrt((w * (mean - centre) ** 2).sum())),
             "field": mean[::2],
         }
     group["cancelled"] = statistics.mean([_cancelled(one) for one in members])
-    group |= intervals([one["total"] for one in soft], "negative")
-    group |= intervals(members, "correlation")
+    group |= engine.intervals([one["total"] for one in soft], "negative")
+    group |= engine.intervals(members, "correlation")
     fitted = [one["exponents"] for one in members]
-    group["exponents"] = intervals(fitted, *fitted[0])
+    group["exponents"] = engine.intervals(fitted, *fitted[0])
     return group, off
 
 

@@ -41,20 +41,15 @@ class Experiment:
 
     Attributes
     ----------
-    parameters : type
+    parameters
         A frozen dataclass in the experiment's module, with a default for every field; fields are
         int, float, str or tuples of one of them. `seeds` says that seeds 0, 1, … are used.
-    pieces : callable
-        Parameters → one dict per piece, which holds everything that its measurement depends on
-        beside the code that the experiment's module imports.
-    measure : callable
-        One piece → its data.
-    reduce : callable
-        (parameters, pieces, their data) → the data of the result.
-    table : callable
-        The result's data → columns and rows for a terminal.
-    gpu : mapping
-        Parameters that replace the defaults when GRSD_SCALE is gpu: sizes, never methods.
+    pieces : parameters → one dict per piece
+        It holds all that its measurement depends on beside the code that the module imports.
+    measure : one piece → its data
+    reduce : (parameters, pieces, their data) → the data of the result
+    table : the result's data → columns and rows for a terminal
+    gpu : parameters that replace the defaults when GRSD_SCALE is gpu: sizes, never methods
     """
 
     parameters: type[Any]
@@ -143,18 +138,9 @@ def run(
     """Measure every piece and reduce them to one outcome.
 
     A run that was killed loses the piece it was at. Numbers go through JSON, which keeps float64
-    exactly, so that a resumed run equals an uninterrupted one bit for bit.
-
-    Parameters
-    ----------
-    asked : object
-        An instance of `experiment.parameters`.
-    resume : bool
-        Use pieces that the same code measured before; False measures all again and replaces them.
-    cache : path, optional
-        Default `grsd.scale.cache_dir`.
-    progress : callable, optional
-        Called with (pieces done, pieces in all, description).
+    exactly, so that a resumed run equals an uninterrupted one bit for bit. `asked` is an instance
+    of `experiment.parameters`. Without `resume` all is measured again and replaces what was there.
+    `progress` is called with (pieces done, pieces in all, description).
     """
     kind = experiment.parameters
     if not isinstance(asked, kind):

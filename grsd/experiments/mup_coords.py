@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from grsd import checks
-from grsd.experiments.engine import Experiment, Piece
+from grsd.experiments.engine import Data, Experiment, Piece, Rows, grouped
 from grsd.lab.nets import architectures
 from grsd.mup.coordcheck import coord_check, fit_slope, sizes_along
 from grsd.mup.planning import Plan, plan
 from grsd.mup.registry import OPTIMIZERS, row
-
-__all__ = ["EXPERIMENT", "Parameters", "batch", "factory", "hidden_alone"]
 
 INPUTS = 16
 SCHEMES = {"all": ("mup", "sp"), "hidden": ("mup", "wrong")}
@@ -64,13 +62,10 @@ class Parameters:
 
     def __post_init__(self) -> None:
         checks.one_of("trained", self.trained, SCHEMES)
-        unknown = [name for name in self.optimizers if name not in checked()]
+        for name in self.optimizers:
+            checks.one_of("optimizer", name, checked())
         sizes = (*self.widths, *self.depths, self.base_width, self.base_depth)
-        if unknown or min(*sizes, self.seeds, self.steps) < 1:
-            raise ValueError(
-                f"optimizers are {', '.join(checked())}, and sizes, seeds and steps are positive; "
-                f"got {unknown or self}"
-            )
+        checks.at_least("least of sizes, seeds and steps", min(*sizes, self.seeds, self.steps), 1)
 
 
 def factory(width: int, depth: int) -> nn.Module:
@@ -80,9 +75,8 @@ def factory(width: int, depth: int) -> nn.Module:
     and those of a stack of 32 with α = ⅛ do not.
     """
     how: dict[str, Any] = {"activation": "relu", "epsilon": 0.25, "bias": True, "seed": 0}
-    return architectures.res_mlp(
-        inputs=INPUTS, width=width, depth=depth, dtype=torch.float32, **how
-    )
+    how |= {"inputs": INPUTS, "dtype": torch.float32}
+    return architectures.res_mlp(width=width, depth=depth, **how)
 
 
 def hidden_alone(
@@ -116,6 +110,8 @@ def pieces(p: Parameters) -> list[Piece]:
     listed: list[Piece] = []
     for name in p.optimizers:
         known = row(name)
+        shared = {name: getattr(p, name) for name in ("steps", "samples", "trained", "device")}
+        shared |= {"optimizer": name, "lr": known.rate, "base": [p.base_width, p.base_depth]}
         widths = [w for w in p.widths if name not in p.slow or w <= p.slow_width]
         sizes = sizes_along(widths, p.depths, (p.base_width, p.base_depth))
         for parametrization in SCHEMES[p.trained]:
@@ -124,18 +120,7 @@ def pieces(p: Parameters) -> list[Piece]:
             if parametrization == "wrong" and known.mistake is None:
                 continue
             listed += [
-                {
-                    "optimizer": name,
-                    "parametrization": parametrization,
-                    "size": list(size),
-                    "base": [p.base_width, p.base_depth],
-                    "seed": seed,
-                    "steps": p.steps,
-                    "samples": p.samples,
-                    "lr": known.rate,
-                    "trained": p.trained,
-                    "device": p.device,
-                }
+                {**shared, "parametrization": parametrization, "size": list(size), "seed": seed}
                 for size in sizes
                 for seed in range(p.seeds)
             ]
@@ -147,7 +132,7 @@ def _off(optimizer: str, parametrization: str) -> tuple[float, float]:
     return (row(optimizer).mistake if parametrization == "wrong" else None) or (0.0, 0.0)
 
 
-def measure(piece: Piece) -> dict[str, Any]:
+def measure(piece: Piece) -> Data:
     """Train one model; an entry that is not finite is stored as null."""
     optimizer, parametrization = piece["optimizer"], piece["parametrization"]
     (width, depth), base = piece["size"], (piece["base"][0], piece["base"][1])
@@ -174,15 +159,14 @@ def measure(piece: Piece) -> dict[str, Any]:
     }
 
 
-def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
+def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
     """Slopes of log ‖Δh_L‖_R against log size after every step, and how many runs diverged."""
-    groups: dict[tuple[str, str], list[tuple[list[int], list[float | None]]]] = {}
-    for piece, one in zip(listed, measured, strict=True):
-        key = (piece["optimizer"], piece["parametrization"])
-        groups.setdefault(key, []).append((piece["size"], one["features"]))
+    series = [{"run": (a["size"], b["features"])} for a, b in zip(listed, measured, strict=True)]
     base = [p.base_width, p.base_depth]
     results = []
-    for (name, parametrization), runs in groups.items():
+    groups = grouped(listed, series, "optimizer", "parametrization")
+    for (name, parametrization), members in groups.items():
+        runs = [one["run"] for one in members]
         # the runs along each axis: those of the base's size on the other
         along = [[run for run in runs if run[0][1 - place] == base[1 - place]] for place in (0, 1)]
         results.append(
@@ -216,31 +200,21 @@ def _slope(points: list[tuple[int, float | None]]) -> list[float] | None:
     return [round(v, 4) for v in (fit.value, fit.low, fit.high)]
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
+def table(result: Data) -> Rows:
     """The slopes after the last step."""
 
     def shown(fit: list[float] | None) -> str:
         return "–" if fit is None else f"{fit[0]:+.2f} [{fit[1]:+.2f}, {fit[2]:+.2f}]"
 
-    rows: list[list[object]] = [
-        [
-            c["optimizer"],
-            c["parametrization"],
-            shown(c["slopes"]["width"][-1]),
-            shown(c["slopes"]["depth"][-1]),
-            f"{c['diverged']} of {c['runs']}",
-        ]
-        for c in result["checks"]
-    ]
+    rows: list[list[object]] = []
+    for c in result["checks"]:
+        slopes = [shown(c["slopes"][axis][-1]) for axis in ("width", "depth")]
+        diverged = f"{c['diverged']} of {c['runs']}"
+        rows.append([c["optimizer"], c["parametrization"], *slopes, diverged])
     return ["optimizer", "parametrization", "width", "depth", "diverged"], rows
 
 
-GPU = {
-    "widths": (128, 256, 512, 1024, 2048),
-    "depths": (4, 8, 16, 32, 64),
-    "slow_width": 1024,
-    "seeds": 8,
-    "device": "cuda",
-}
+GPU: dict[str, Any] = {"widths": (128, 256, 512, 1024, 2048), "depths": (4, 8, 16, 32, 64)}
+GPU |= {"slow_width": 1024, "seeds": 8, "device": "cuda"}
 
 EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)

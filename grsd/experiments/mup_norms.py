@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grsd.experiments.engine import Experiment, Piece, rounded
+from grsd import checks
+from grsd.experiments.engine import Data, Experiment, Piece, Rows, rounded
 from grsd.lab.nets import architectures
 from grsd.mup import audit as audits
 from grsd.mup.audit import Sizes, UpdateAudit
 from grsd.mup.coordcheck import sizes_along
 from grsd.mup.registry import OPTIMIZERS, row
-
-__all__ = ["EXPERIMENT", "Parameters", "audit", "network", "one_sample", "sizes"]
 
 
 def distinct() -> tuple[str, ...]:
@@ -49,13 +48,11 @@ class Parameters:
 
     def __post_init__(self) -> None:
         sizes = (*self.widths, *self.depths, self.base_width, self.base_depth)
-        if min(*sizes, self.seeds, self.blocks) < 1:
-            raise ValueError(f"sizes and seeds must be positive, got {self}")
-        unknown = [name for name in self.optimizers if name not in OPTIMIZERS]
-        if unknown or not set(self.layers) <= {1, 2}:
-            raise ValueError(
-                f"unknown optimizer or layers: {unknown}, {self.layers}; layers are 1 or 2"
-            )
+        checks.at_least("least of sizes, seeds, blocks", min(*sizes, self.seeds, self.blocks), 1)
+        for name in self.optimizers:
+            checks.one_of("optimizer", name, OPTIMIZERS)
+        for layers in self.layers:
+            checks.one_of("layers", layers, (1, 2))
 
 
 def network(
@@ -67,16 +64,9 @@ def network(
     Four inputs, because ‖W₀‖_R ∝ √n + √d₀ is only then near its limit at width 64; α_b so that the
     stack's gain ∏(1 + α²…) is near its limit at the base's depth.
     """
-    return lambda width, depth: architectures.res_mlp(
-        inputs=4,
-        width=width,
-        depth=depth,
-        layers=k,
-        activation=activation,
-        epsilon=1 / base_depth,
-        bias=True,
-        seed=0,
-    )
+    how: dict[str, Any] = {"activation": activation, "epsilon": 1 / base_depth, "bias": True}
+    how |= {"inputs": 4, "layers": k, "seed": 0}
+    return lambda width, depth: architectures.res_mlp(width=width, depth=depth, **how)
 
 
 def one_sample(model: nn.Module) -> Tensor:
@@ -89,12 +79,8 @@ def pieces(p: Parameters) -> list[Piece]:
     """One piece per k, size and seed."""
     listed: list[Piece] = []
     cases = sizes_along(p.widths, p.depths, (p.base_width, p.base_depth))
-    settings = {
-        "base": [p.base_width, p.base_depth],
-        "blocks": p.blocks,
-        "activation": p.activation,
-        "device": p.device,
-    }
+    settings = {name: getattr(p, name) for name in ("blocks", "activation", "device")}
+    settings["base"] = [p.base_width, p.base_depth]
     for k in p.layers:
         for n, depth in cases:
             wide = n > p.slow_width
@@ -106,7 +92,7 @@ def pieces(p: Parameters) -> list[Piece]:
     return listed
 
 
-def measure(piece: Piece) -> dict[str, Any]:
+def measure(piece: Piece) -> Data:
     """Return the sizes of one net."""
     make = network(piece["k"], piece["activation"], piece["base"][1])
     norms = audits.measure_sizes(
@@ -120,18 +106,15 @@ def measure(piece: Piece) -> dict[str, Any]:
     return {"weights": norms.weights, "gradients": norms.gradients, "updates": norms.updates}
 
 
-def reduce(p: Parameters, listed: list[Piece], measured: list[dict[str, Any]]) -> dict[str, Any]:
+def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
     """Lay the sizes out as series over the pieces of one k; what a piece has not is −1."""
     by_k: dict[str, Any] = {}
     for k in p.layers:
         rows = [(a, _flat(b)) for a, b in zip(listed, measured, strict=True) if a["k"] == k]
         names = dict.fromkeys(name for _, one in rows for name in one if "output_bias" not in name)
-        by_k[str(k)] = {
-            "pieces": [[piece["n"], piece["L"], piece["seed"]] for piece, _ in rows],
-            "series": {
-                name: rounded([one.get(name, -1.0) for _, one in rows], 4) for name in names
-            },
-        }
+        series = {name: rounded([one.get(name, -1.0) for _, one in rows], 4) for name in names}
+        nets = [[piece["n"], piece["L"], piece["seed"]] for piece, _ in rows]
+        by_k[str(k)] = {"pieces": nets, "series": series}
     base = [p.base_width, p.base_depth]
     return {"base": base, "optimizers": list(p.optimizers), "k": by_k}
 
@@ -166,7 +149,7 @@ def audit(data: dict[str, Any], k: int = 2, **more: Any) -> UpdateAudit:
     return audits.summarize(sizes(data, k), **how, **more)
 
 
-def table(data: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
+def table(data: Data) -> Rows:
     """Per k, optimizer and role: exponents of the first update against their predictions."""
     columns = ["k", "optimizer", "role", "width", "predicted", "depth", "predicted"]
     rows: list[list[object]] = []
@@ -180,11 +163,7 @@ def table(data: dict[str, Any]) -> tuple[list[str], list[list[object]]]:
     return columns, rows
 
 
-GPU = {
-    "widths": (64, 256, 1024, 4096),
-    "depths": (4, 16, 64, 256),
-    "slow_width": 1024,
-    "device": "cuda",
-}
+GPU: dict[str, Any] = {"widths": (64, 256, 1024, 4096), "depths": (4, 16, 64, 256)}
+GPU |= {"slow_width": 1024, "device": "cuda"}
 
 EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)

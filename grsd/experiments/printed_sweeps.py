@@ -19,29 +19,17 @@ from grsd import checks
 
 @dataclass(frozen=True)
 class PublishedSweep:
-    """One printed table.
-
-    Attributes
-    ----------
-    parametrization : "SP", "muP" (two layers a block or more) or "muP_k1" (the rule of one)
-    optimizer : str, the hidden matrices' and the others'
-    axis : "width" or "depth"
-    quantity : "lr" or "wd", what `log2` is the binary logarithm of
-    layernorm : bool
-    sizes : (S,) int, widths or depths
-    log2 : (G,) float64
-    losses : (S, G) float64, NaN where the paper prints NaN
-    """
+    """One printed table."""
 
     number: int
-    parametrization: str
-    optimizer: str
-    axis: str
-    quantity: str
+    parametrization: str  #: "SP", "muP" (two layers a block or more) or "muP_k1" (the rule of one)
+    optimizer: str  #: the hidden matrices' and the others'
+    axis: str  #: "width" or "depth"
+    quantity: str  #: "lr" or "wd", what `log2` is the binary logarithm of
     layernorm: bool
-    sizes: tuple[int, ...]
-    log2: NDArray[np.float64]
-    losses: NDArray[np.float64]
+    sizes: tuple[int, ...]  #: widths or depths
+    log2: NDArray[np.float64]  #: (G,)
+    losses: NDArray[np.float64]  #: (sizes, G), NaN where the paper prints NaN
 
     def row(self, size: int) -> NDArray[np.float64]:
         """Return the losses (G,) of one size."""

@@ -48,9 +48,8 @@ class Parameters:
         for value in (self.epsilon, self.fixed):
             increments.step(value)
         checks.ascending("times", self.times, 1)
-        checks.at_least(
-            "times", self.times, self.epsilon**2, "the least time is that of a layer, ε²"
-        )
+        why = "the least time is that of a layer, ε²"
+        checks.at_least("times", self.times, self.epsilon**2, why)
 
 
 def pieces(p: Parameters) -> list[Piece]:

@@ -35,16 +35,11 @@ class Protocol:
 
     Attributes
     ----------
-    name : str
-    models : tuple of str
-        Names in `suites.MINI`, by size. All are compared at their last checkpoint and untrained.
-    followed : tuple of str
-        The models that are followed over `revisions` from three start vectors; at the end with
-        random signs and with shuffled targets too.
-    batches, batch_size, length, steps : int
-        As in `run.RunSpec`; the paper has 50 batches of 4 × 128 tokens.
-    sweep : tuple of int
-        Batch sizes at which the last checkpoint of each followed model is measured again.
+    models : names in `suites.MINI`, by size; all are compared at their last checkpoint and at first
+    followed : those that are followed over `revisions` from three start vectors; at the end with
+        random signs and with shuffled targets too
+    batches, batch_size, length, steps : as in `run.RunSpec`; the paper has 50 batches of 4 × 128
+    sweep : batch sizes at which the last checkpoint of each followed model is measured again
     """
 
     name: str
@@ -66,9 +61,8 @@ class Protocol:
         steps = {f"step{s}" for s in suites.checkpoint_steps(self.training_steps)}
         absent = [r for r in self.revisions if r not in steps]
         if absent or not self.revisions:
-            raise ValueError(
-                f"revisions {absent} are no checkpoints of {self.training_steps} steps"
-            )
+            count = self.training_steps
+            raise ValueError(f"revisions {absent} are no checkpoints of {count} steps")
 
     @property
     def last(self) -> str:
@@ -106,7 +100,6 @@ MINI = Protocol(
     steps=50,
     sweep=(1, 4, 8),
 )
-
 PYTHIA = Protocol(
     name="pythia-shapes",
     models=("pythia-14m", "pythia-70m"),
@@ -130,21 +123,14 @@ class Cell:
 
     Attributes
     ----------
-    model, revision, start, targets : str
-        `start` is as in `runs.STARTS`, or ``"frozen"``: e at the checkpoint before, decayed in
-        place to the energy of this one.
-    rows, steps : int
-        T and m.
-    loss, loss_sem : float
-        Nats per token: mean over batches and its standard error.
-    ones_share : float
-        Share of the energy ½⟨e, e⟩ that the constant vector carries, ⟨e⟩²/⟨e²⟩ (mean over batches).
-    top : float
-        Largest Ritz value, mean over batches.
-    profile : AveragedProfile
-        On `SHELLS`.
-    medians, frontiers : tuple of float
-        One per batch: λ below which 50 % and 99 % of that batch's energy lies.
+    start : as in `runs.STARTS`, or ``"frozen"``: e at the checkpoint before, decayed in place to
+        the energy of this one
+    rows, steps : T and m
+    loss, loss_sem : nats per token, mean over batches and its standard error
+    ones_share : share of the energy ½⟨e, e⟩ that the constant vector carries, ⟨e⟩²/⟨e²⟩
+    top : largest Ritz value, mean over batches like `ones_share`
+    profile : on `SHELLS`
+    medians, frontiers : per batch the λ below which 50 % and 99 % of its energy lies
     """
 
     model: str
@@ -194,8 +180,7 @@ def measure(
     """
     cells: list[Cell] = []
     specs = list(protocol.runs())
-    total = sum(spec.batches * len(spec.revisions) for spec in specs)
-    done = 0
+    done, total = 0, sum(spec.batches * len(spec.revisions) for spec in specs)
     # to open a model or a text takes seconds
     models = {name: open_model(name, cache=cache) for name in protocol.models}
     by_text = {suites.MINI[name].corpus: name for name in protocol.models}
@@ -280,11 +265,9 @@ def table(cells: list[Cell]) -> tuple[list[str], list[list[object]]]:
 
 
 def pick(cells: list[Cell], **wanted: Any) -> Cell:
-    """Return the one cell with these attributes: ``pick(cells, model=…, start="error",
-    rows=512)``."""
+    """Return the one cell with these attributes: ``pick(cells, model=…, start="error")``."""
     chosen = [c for c in cells if all(getattr(c, key) == value for key, value in wanted.items())]
     if len(chosen) != 1:
-        raise ValueError(
-            f"{len(chosen)} cells have {wanted}; name more of model, revision, start, targets, rows"
-        )
+        names = "model, revision, start, targets, rows"
+        raise ValueError(f"{len(chosen)} cells have {wanted}; name more of {names}")
     return chosen[0]

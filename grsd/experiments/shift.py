@@ -26,11 +26,8 @@ from grsd.renorm.diagnostics import couplings
 
 VELOCITIES = ("flow", "random")
 # a null and two violations: the options of `couplings.planted`
-CONTROLS: dict[str, dict[str, float]] = {
-    "null": {},
-    "tilted": {"slope": 0.3},
-    "bump": {"bump": 3.0},
-}
+CONTROLS: dict[str, dict[str, float]]
+CONTROLS = {"null": {}, "tilted": {"slope": 0.3}, "bump": {"bump": 3.0}}
 # of M: all, or the share of the depth at which its block stands; the last has rank ≤ width
 PARTS: dict[str, float | None] = {"all": None, "first": 0.0, "middle": 0.5, "late": 0.75}
 # the options of `couplings.shift_invariance`
@@ -103,9 +100,7 @@ def pieces(p: Parameters) -> list[Piece]:
 
 def _read(lam: np.ndarray, x: np.ndarray) -> Data:
     """Slope and rms by every variant; the first one in full."""
-    read = {
-        name: couplings.shift_invariance(lam, x, **options) for name, options in VARIANTS.items()
-    }
+    read = {name: couplings.shift_invariance(lam, x, **how) for name, how in VARIANTS.items()}
     kept = {name: getattr(read["log"], name) for name in ("slope_error", "rms", "floor", "noise")}
     slopes = {name: one.slope for name, one in read.items()}
     return {"slope": slopes, "square_rms": read["square"].rms, **kept}
@@ -142,18 +137,10 @@ def crossing(places: Sequence[float] | np.ndarray, slopes: Sequence[Sequence[flo
     """Where the mean slope passes zero upwards, with a bootstrap over networks.
 
     The means are made monotone (isotonic regression with the inverse variances as weights) and
-    joined linearly in log place.
-
-    Parameters
-    ----------
-    places : (G,) ascending and positive, e.g. ε²L
-    slopes : per place the slopes of its networks, which are drawn anew within each place
-
-    Returns
-    -------
-    dict
-        ``place`` (None where the means do not cross), ``low`` and ``high``, the 2.5 and 97.5 %
-        points of those draws that cross, and ``share``, how many do.
+    joined linearly in log place. `places` ascend, e.g. ε²L; `slopes` are per place those of its
+    networks, which are drawn anew within each place. Keys are ``place`` (None where the means do
+    not cross), ``low`` and ``high``, the 2.5 and 97.5 % points of those draws that cross, and
+    ``share``, how many do.
     """
     checks.ascending("places", places, 2, "expected two or more ascending")
     x = np.log(checks.positive("places", places))
@@ -189,10 +176,8 @@ def _group(members: list[Data]) -> Data:
     group: Data = {}
     for name in (*VELOCITIES, *CONTROLS):
         rows = [one[name] for one in members]
-        squares = {
-            key: np.array([row[key] for row in rows]) ** 2
-            for key in ("rms", "floor", "noise", "slope_error")
-        }
+        kinds = ("rms", "floor", "noise", "slope_error")
+        squares = {key: np.array([row[key] for row in rows]) ** 2 for key in kinds}
         excess = squares["rms"] - squares["floor"]
         group[name] = {
             "slope": {v: _summary([row["slope"][v] for row in rows]) for v in VARIANTS},

@@ -46,19 +46,14 @@ class TanhStack:
 
     @classmethod
     def residual(
-        cls,
-        inputs: Tensor,
-        targets: Tensor,
-        *,
-        width: int,
-        depth: int,
-        epsilon: float,
-        layers: int = 1,
-        seed: int,
+        cls, inputs: Tensor, targets: Tensor, *, epsilon: float, layers: int = 1, **shape: int
     ) -> TanhStack:
-        """The network of `architectures.res_mlp` with tanh and no bias, weight for weight."""
-        shape: dict[str, Any] = {"width": width, "depth": depth, "layers": layers, "seed": seed}
-        net = res_mlp(inputs=inputs.shape[1], epsilon=epsilon, **shape)
+        """The network of `architectures.res_mlp` with tanh and no bias, weight for weight.
+
+        `shape` has its width, depth and seed.
+        """
+        known: dict[str, Any] = {"inputs": inputs.shape[1], "layers": layers, **shape}
+        net = res_mlp(epsilon=epsilon, **known)
         blocks: list[nn.Module] = list(net.blocks)
         names = ("branch.first.weight", "branch.branch_end.weight")[2 - layers :]
         middle = [torch.stack([block.get_parameter(name) for block in blocks]) for name in names]
@@ -119,10 +114,8 @@ class TanhStack:
         for signal, a, index in reversed(pairs):
             rates[index].append((weight * signal).T @ a)
         read, *middle, head = rates
-        blocks = [
-            torch.stack(rows) if rows else torch.zeros_like(at[1 + k])
-            for k, rows in enumerate(middle)
-        ]
+        stacks = zip(middle, at[1:-1], strict=True)
+        blocks = [torch.stack(rows) if rows else torch.zeros_like(w) for rows, w in stacks]
         return (read[0], *blocks, head[0][0])
 
     def _signals(self, at: Weights) -> list[Tensor]:
@@ -170,9 +163,8 @@ class TanhStack:
             if step % 50 == 0:
                 rate = 0.5 / float(torch.linalg.eigvalsh(self.kernel(at))[-1])
             at = tuple(weight + rate * v for weight, v in zip(at, self.velocity(at), strict=True))
-        raise ArithmeticError(
-            f"gradient descent has not reached {remaining} of its first loss in {limit} steps"
-        )
+        wanted = f"{remaining} of its first loss in {limit} steps"
+        raise ArithmeticError(f"gradient descent has not reached {wanted}")
 
 
 def _on(inputs: Tensor, *weights: Tensor) -> Weights:

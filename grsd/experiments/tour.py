@@ -21,16 +21,8 @@ from grsd import checks, statistics
 from grsd.dynamics import flow
 from grsd.dynamics.modes import Modes, instant, modes
 from grsd.dynamics.problem import Problem
-from grsd.experiments.engine import (
-    Data,
-    Experiment,
-    Piece,
-    Rows,
-    grouped,
-    intervals,
-    rounded,
-    shared,
-)
+from grsd.experiments import engine
+from grsd.experiments.engine import Data, Experiment, Piece, Rows
 from grsd.lab.data import images
 from grsd.lab.nets import architectures, models
 from grsd.renorm.diagnostics import collapse, conditions, couplings, splitting
@@ -153,10 +145,8 @@ def relax(problem: Problem, level: float, rtol: float = 1e-5) -> flow.Path:
             chosen = [0, *[k for k in range(last - 4 * STEPS, last + 1, 4) if k > 0]]
             t, theta, loss = (np.array(values)[chosen] for values in (times, thetas, losses))
             return flow.Path(t, theta, loss, math.nan, problem, worst)
-    reached = losses[-1] / losses[0]
-    raise ValueError(
-        f"the loss is {reached:.3g} of its first value at t = {times[-1]:.3g}, not {level}"
-    )
+    reached = f"{losses[-1] / losses[0]:.3g} of its first value"
+    raise ValueError(f"the loss is {reached} at t = {times[-1]:.3g}, not {level}")
 
 
 def profiles(at: Modes, permuted: np.ndarray, *, seed: int) -> Data:
@@ -191,7 +181,7 @@ def profiles(at: Modes, permuted: np.ndarray, *, seed: int) -> Data:
 
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per family, width and seed."""
-    common = shared(p, "families", "widths", "seeds")
+    common = engine.shared(p, "families", "widths", "seeds")
     return [
         {**common, "family": family, "width": width, "n": p.samples, "seed": seed}
         for family, width, seed in product(p.families, p.widths, range(p.seeds))
@@ -283,43 +273,34 @@ def _instant(one: Instant) -> Data:
         kept["coherence"] = [np.nanmean(np.diagonal(values, k)) for k in range(1, len(values))]
         kept["overlap"] = np.nanmean(values[np.triu_indices(len(values), 1)])
         kept["total"] = pairs.total
-    return rounded(kept, 8)
+    return engine.rounded(kept, 8)
 
 
 def _named(one: object, *names: str) -> Data:
     return {name: getattr(one, name) for name in names}
 
 
-SCALARS: tuple[str, ...] = (
-    "jacobian",
-    "rate",
-    "clock",
-    "slope",
-    "rms",
-    "floor",
-    "ranks",
-    "scalar_own",
-)
-SCALARS += ("scalar_all", "vacuous", "coefficient", "right", "overlap", "total")
+SCALARS = ["jacobian", "rate", "clock", "slope", "rms", "floor", "ranks", "scalar_own"]
+SCALARS += ["scalar_all", "vacuous", "coefficient", "right", "overlap", "total"]
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
     """Per family and width: means over seeds with intervals, tracks along the path, profiles."""
     groups = [
         {"family": family, "width": width, **_group(members)}
-        for (family, width), members in grouped(listed, measured, "family", "width").items()
+        for (family, width), members in engine.grouped(listed, measured, "family", "width").items()
     ]
-    return rounded({"edges": SHELLS.edges, "groups": groups}, 3)
+    return engine.rounded({"edges": SHELLS.edges, "groups": groups}, 3)
 
 
 def _group(members: list[Data]) -> Data:
     first, along = members[0], [one["along"] for one in members]
     group: Data = {k: first[k] for k in ("parameters", "blocks")}
     group["notes"] = sorted({note for one in members for note in one["notes"]})[:4]
-    group |= intervals(members, "loss", "time")
+    group |= engine.intervals(members, "loss", "time")
     group["identity"] = max(one["identity"] for one in members)
     if "collapse" in along[0]:
-        group |= intervals(along, "collapse", "collapse_null")
+        group |= engine.intervals(along, "collapse", "collapse_null")
         # sup ‖J‖ along the path over ‖J(0)‖
         group["growth"] = statistics.mean([max(a["jacobian"]) / a["jacobian"][0] for a in along])
         tracks = ("losses", "jacobian", "slope", "ranks")
@@ -328,7 +309,7 @@ def _group(members: list[Data]) -> Data:
         if end in first["profiles"]:
             at = [one["ends"][place] for one in members]
             group[end] = {
-                **intervals(at, *SCALARS),
+                **engine.intervals(at, *SCALARS),
                 "unlocal": np.mean([one["unlocal"] for one in at], axis=0),
                 "slopes": [one["slope"] for one in at],
                 "profiles": _profiles([one["profiles"][end] for one in members]),

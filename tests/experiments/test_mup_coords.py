@@ -297,9 +297,9 @@ def test_the_experiment_finds_what_scales_and_what_does_not(tmp_path: Path) -> N
 
 
 def test_parameters_are_checked_and_a_gpu_enlarges_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"optimizers are sgd, adamw, .* got \['adam'\]"):
+    with pytest.raises(ValueError, match="optimizer is 'adam'; expected one of sgd, adamw, "):
         mup_coords.Parameters(optimizers=("adam",))
-    with pytest.raises(ValueError, match="seeds and steps are positive"):
+    with pytest.raises(ValueError, match="sizes, seeds and steps is 0"):
         mup_coords.Parameters(seeds=0)
     experiment = find("mup-coords")
     assert parameters(experiment, ["optimizers=sgd,lion", "widths=8,16"]).widths == (8, 16)

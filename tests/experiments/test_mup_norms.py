@@ -52,7 +52,7 @@ def test_the_stored_sizes_are_the_measured_ones(tmp_path: Path) -> None:
     )  # SSO at one width alone has no exponent in n
     with pytest.raises(ValueError, match="the result has no k = 1; it has 2"):
         mup_norms.sizes(outcome.data, 1)
-    with pytest.raises(ValueError, match="unknown optimizer or layers"):
+    with pytest.raises(ValueError, match="optimizer is 'adam'; expected one of"):
         mup_norms.Parameters(optimizers=("adam",))
 
 

@@ -162,7 +162,7 @@ def _folder(root: Path, download: bool) -> Path:
     if (root / "cifar-10-batches-py").is_dir():
         raise FileNotFoundError(
             f"{root} holds the Python version of CIFAR-10, which is pickled and not read here, "
-            f"since unpickling runs code: get the binary version, {CIFAR_URL}, or pass download=True"
+            f"since unpickling runs code: get the binary version {CIFAR_URL}, or pass download=True"
         )
     raise FileNotFoundError(
         f"no {CIFAR_FOLDER} with its six files in {root}: unpack {CIFAR_URL} there, "

@@ -54,8 +54,9 @@ def conditions_of(
     one_of("dtype", dtype, DTYPES)
     steps = {name: step_of(name) for name in revisions}
     if len(steps) > 1 and None in steps.values():
-        name = next(name for name, step in steps.items() if step is None)
-        raise ValueError(f"revision {name!r} has no step number: its place on a path is unknown")
+        nameless = next(name for name, step in steps.items() if step is None)
+        why = "so its place on a path is unknown"
+        raise ValueError(f"revision {nameless!r} has no step number, {why}")
 
     # the text is cut with the tokenizer of the first checkpoint
     opened = model if isinstance(model, Model) else open_model(model, cache=cache)
@@ -74,5 +75,5 @@ def conditions_of(
         state = {key: value.clone() for key, value in loaded.model.state_dict().items()}
         snapshots.append(((step_of(loaded.revision) or 0) * rate, state))
     batch = inputs.to(device), TokenLogProb(targets.to(device))
-    own = {"instants": len(snapshots), "seed": seed}
+    own: dict[str, Any] = {"instants": len(snapshots), "seed": seed}
     return conditions.report(first.model, batch, snapshots, **own, **options)
