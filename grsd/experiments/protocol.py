@@ -35,7 +35,7 @@ class Protocol:
 
     Attributes
     ----------
-    models : names in `suites.MINI`, by size; all are compared at their last checkpoint and at first
+    models : names in `suites.MINI`, by size; each is measured untrained and at its last checkpoint
     followed : those that are followed over `revisions` from three start vectors; at the end with
         random signs and with shuffled targets too
     batches, batch_size, length, steps : as in `run.RunSpec`; the paper has 50 batches of 4 × 128
