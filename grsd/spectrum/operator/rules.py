@@ -43,8 +43,6 @@ from grsd.spectrum.programs.program import Rows
 Call = SimpleNamespace
 Uses = Sequence[Use] | None
 
-ONE_PRODUCT = 1.05  # at equal counts, one product with an n × n matrix is so much quicker than two
-
 
 @dataclass(eq=False)
 class Linear(Use):
@@ -77,8 +75,7 @@ class Linear(Use):
         key = (inputs, biases, at.delta.dtype, at.groups)
         made = 0 if at.grams.has(*key) else n * rows * fan_in
         gram, span = 2 * n * rows * at.width, 4 * n * fan_in * at.width
-        saved = ONE_PRODUCT * span - gram
-        pays = made / saved if saved > 0 else None
+        pays = made / (span - gram) if gram < span else None
         if pays is not None and pays <= at.products:
             form = Form("(A Aᵀ + b 1 1ᵀ) δ", gram, n * rows * item, made, pays)
             return Gram(at.slot, at.grams.of(*key)), form
