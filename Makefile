@@ -95,7 +95,7 @@ lint: $(STAMPS)/package
 CHAPTERS := $(shell grep -l '^kernelspec:' book/*.md book/*/*.md 2> /dev/null)
 NBVAL := _build/nbval
 NOTEBOOKS := $(CHAPTERS:%.md=$(NBVAL)/%.ipynb)
-PYTEST := OMP_NUM_THREADS=1 GRSD_EVIDENCE=$(CURDIR)/_build/evidence/nbval python -m pytest -n $(WORKERS) --dist loadscope
+PYTEST := OMP_NUM_THREADS=1 GRSD_EVIDENCE=$(CURDIR)/_build/evidence/nbval python -m pytest -n $(WORKERS) --dist loadscope --durations=12
 
 $(NBVAL)/%.ipynb: %.md $(STAMPS)/package
 	@mkdir -p $(@D)
