@@ -17,8 +17,6 @@ import numpy.typing as npt
 
 from grsd import checks, statistics
 
-__all__ = ["Drift", "Optimum", "Regret", "drift", "optimum", "regret"]
-
 Array = npt.NDArray[np.float64]
 Bound = Literal["", "at most", "at least", "unknown"]
 SIGNS = {"": "", "at most": "≤ ", "at least": "≥ ", "unknown": "? "}
@@ -34,24 +32,21 @@ class Optimum:
     ----------
     value : vertex of the parabola; the end of the grid for a bound; NaN when every run diverged.
     low, high : 95 % interval over seeds, given noise, or both; NaN when unknown, and for a bound.
-    loss : the parabola's smallest loss (the smallest mean loss for a bound).
     bound : "" inside the grid; "at most" or "at least" at its left or right end (to half a step);
         "unknown" when fewer than two rates gave a loss.
     cliff : the next larger rate diverged; the interval is then the bracket of the two neighbours.
     index : of the smallest mean loss, in the sorted grid of the rates that were run; −1 when none.
-    draws : (B,), resampled values, empty when there is no interval.
-    dof : of the spread over seeds, seeds − 1; infinite when only `noise` is known.
     """
 
     value: float
     low: float
     high: float
-    loss: float
+    loss: float  # the parabola's smallest (the smallest mean loss for a bound)
     bound: Bound
     cliff: bool
     index: int
-    draws: Array = field(repr=False, compare=False)
-    dof: float = math.inf
+    draws: Array = field(repr=False, compare=False)  # resampled values, empty without an interval
+    dof: float = math.inf  # of the spread over seeds; infinite when only `noise` is known
 
     def __str__(self) -> str:
         interval = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
@@ -64,21 +59,18 @@ class Drift:
 
     Attributes
     ----------
-    value : least-squares slope of log₂ η∗ against log₂ size.
     low, high : 95 % interval, from the optima's own resamples when all have them, else from the
         scatter about the line (three sizes or more); NaN for a bound.
     bound : "" when every optimum is inside its grid; "at least" or "at most" when the bounded ones
         all push the slope one way; else "unknown", as with fewer than two optima.
-    scatter : root mean square distance of the optima from the line, octaves.
-    points : optima used; those that are NaN are left out.
     """
 
-    value: float
+    value: float  # least-squares slope of log₂ η∗ against log₂ size
     low: float
     high: float
     bound: Bound
-    scatter: float
-    points: int
+    scatter: float  # root mean square distance of the optima from the line, octaves
+    points: int  # optima used; those that are NaN are left out
 
     def __str__(self) -> str:
         interval = "" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]"
@@ -171,6 +163,7 @@ def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Dr
         if len(x) and good.all():
             raise ValueError(f"a drift needs two sizes, got {np.asarray(sizes)}")
         return Drift(math.nan, math.nan, math.nan, "unknown", math.nan, len(x))
+    # the least-squares line, as weights on the optima
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     value = float(weights @ y)
     off = y - y.mean() - value * (x - x.mean())
@@ -205,8 +198,7 @@ def regret(
 
     Parameters
     ----------
-    log2_lr, ceiling, draws : as in `optimum`; one grid for every size.
-    losses : (sizes, G) or (sizes, seeds, G), as in `optimum`.
+    log2_lr, losses, ceiling, draws : as in `optimum`, of losses (sizes, G) or (sizes, seeds, G).
     source : index of the size whose best rate is carried to the others, usually the smallest.
     """
     table = np.ma.masked_array(losses, dtype=float)
@@ -227,6 +219,7 @@ def regret(
     values, lows, highs = np.full((3, len(table)), math.nan)
     ends = []
     for k, (grid, mean, rows, kept) in enumerate(curves):
+        # this size's own best rate, and what the carried one costs beside it
         _, _, own, bound, _ = _vertex(grid, mean)
         ends.append(bound != "")
         here = np.flatnonzero(np.isclose(grid, at))
@@ -262,8 +255,7 @@ def _curve(
     missing, values = np.ma.getmaskarray(table)[:, order], np.ma.getdata(table)[:, order]
     run = np.ix_(~missing.all(axis=1), ~missing.all(axis=0))
     missing, values, x = missing[run], values[run], x[order][run[1][0]]
-    # a rate is lost where one seed diverged; a seed that only ran where another diverged says
-    # nothing
+    # a rate is lost where one seed diverged; a seed that ran only there says nothing
     values = np.where(missing | (values < ceiling), values, np.inf)
     kept = ~(np.isinf(values) & ~missing).any(axis=0)
     useful = (kept & ~missing).any(axis=1) | ~kept.any()
@@ -293,8 +285,8 @@ def _vertex(x: Array, means: Array) -> tuple[float, float, int, Bound, bool]:
     i = int(np.argmin(means))
     left, right = i > 0 and finite[i - 1], i + 1 < len(x) and finite[i + 1]
     if left and right:
-        value, loss = _parabola(x[i - 1 : i + 2], means[i - 1 : i + 2])
-        return value, loss, i, "", False
+        value, loss = _parabola(*x[i - 1 : i + 2], *means[i - 1 : i + 2])
+        return float(value), float(loss), i, "", False
     cliff = i + 1 < len(x) and not right
     bound: Bound = ""
     if i == 0:
@@ -306,15 +298,14 @@ def _vertex(x: Array, means: Array) -> tuple[float, float, int, Bound, bool]:
     return float(x[i]), float(means[i]), i, bound, cliff
 
 
-def _parabola(x: Array, y: Array) -> tuple[float, float]:
+def _parabola(x0: Any, x1: Any, x2: Any, y0: Any, y1: Any, y2: Any) -> tuple[Any, Any]:
     """Return vertex and value of the parabola through three points, the middle one lowest."""
-    first, second = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    curvature = (second - first) / (x[2] - x[0])
-    if curvature <= 0:  # three equal losses
-        return float(x[1]), float(y[1])
-    slope = first + curvature * (x[1] - x[0])  # at the middle
-    step = -slope / (2 * curvature)
-    return float(x[1] + step), float(y[1] - curvature * step**2)
+    first = (y1 - y0) / (x1 - x0)
+    curvature = ((y2 - y1) / (x2 - x1) - first) / (x2 - x0)
+    slope = first + curvature * (x1 - x0)  # at the middle
+    # three equal losses have no curvature
+    step = np.divide(-slope, 2 * curvature, out=np.zeros_like(slope), where=curvature > 0)
+    return x1 + step, y1 - curvature * step**2
 
 
 def _vertices(x: Array, sample: Array, rng: np.random.Generator) -> Array:
@@ -322,14 +313,12 @@ def _vertices(x: Array, sample: Array, rng: np.random.Generator) -> Array:
     row, i = np.arange(len(sample)), sample.argmin(axis=1)
     left, right = np.maximum(i - 1, 0), np.minimum(i + 1, len(x) - 1)
     best: Array = x[i]
-    # inside: the vertex of the parabola, in divided differences
+    # inside: the vertex of the parabola
     ends = np.isfinite(sample[row, left]) & np.isfinite(sample[row, right])
     inside = (left < i) & (right > i) & ends
-    k, a, b, c = row[inside], left[inside], i[inside], right[inside]
-    first = (sample[k, b] - sample[k, a]) / (x[b] - x[a])
-    bend = ((sample[k, c] - sample[k, b]) / (x[c] - x[b]) - first) / (x[c] - x[a])
-    slope = first + bend * (x[b] - x[a])
-    best[inside] -= np.divide(slope, 2 * bend, out=np.zeros_like(slope), where=bend > 0)
+    places, curves = [at[inside] for at in (left, i, right)], sample[inside]
+    losses = (curves[np.arange(len(curves)), at] for at in places)
+    best[inside] = _parabola(*(x[at] for at in places), *losses)[0]
     # beside a cliff nothing is known but the bracket
     cliff = (right > i) & ~np.isfinite(sample[row, right])
     best[cliff] = rng.uniform(x[left[cliff]], x[right[cliff]])

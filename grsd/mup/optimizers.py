@@ -17,33 +17,19 @@ from torch import Tensor
 
 from grsd import checks
 
-__all__ = ["SSO", "Combined", "Muon", "Shampoo", "backward", "newton_schulz", "pieces", "polar"]
-
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b, c of Jordan's iteration: singular values end between about 0.7 and 1.2."""
-Scaling = Literal["bare", "keller", "kimi"]
 Group = dict[str, Any]
 Part = tuple[Tensor, int]  # a parameter, and which of its fused matrices
 
 
-def newton_schulz(
-    G: Tensor,
-    *,
-    steps: int = 5,
-    coefficients: tuple[float, float, float] = QUINTIC,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Return about U Vᵀ of every matrix in a batch, (..., m, n), by X ← aX + (b XXᵀ + c (XXᵀ)²) X.
 
-    The result has the dtype of G. The iteration runs in `dtype`: by default bfloat16 on a GPU,
-    float32 (or G's float64) on a CPU.
-    With the default coefficients the singular values that are above 10⁻³ of the norm lie in [0.68,
-    1.13] after five steps; `polar` is exact.
-
-    Notes
-    -----
-    Cost: 4 m² n + 2 m³ multiply-adds a step and matrix, m ≤ n, in three batched products however
-    many matrices there are. In bfloat16 the result is off by about 0.03 in the spectral norm.
+    It has the dtype of G; the iteration runs in `dtype`, by default bfloat16 on a GPU (off by about
+    0.03 in the spectral norm), float32, or G's float64, on a CPU. Singular values that are above
+    10⁻³ of the norm end in [0.68, 1.13] after five steps; `polar` is exact. Cost: 4 m² n + 2 m³
+    multiply-adds a step and matrix, m ≤ n, in three batched products.
     """
     if G.ndim < 2:
         raise ValueError(f"orthogonalisation needs matrices, got shape {tuple(G.shape)}")
@@ -57,7 +43,7 @@ def newton_schulz(
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-    a, b, c = coefficients
+    a, b, c = QUINTIC
     shape = X.shape
     X = X.reshape(-1, *shape[-2:])
     for _ in range(steps):
@@ -91,11 +77,9 @@ def pieces(p: Tensor, group: Group) -> list[Tensor]:
 class _Matrix(torch.optim.Optimizer):
     """What the matrix optimizers share: momentum, decay, fused weights, batches of one shape."""
 
-    def __init__(
-        self, params: Iterable[Any], lr: float, decay: float, momentum: float, **more: Any
-    ) -> None:
-        checks.at_least("lr", lr, 0, "it must be finite and not negative")
-        super().__init__(params, {"lr": lr, "weight_decay": decay, "momentum": momentum, **more})
+    def __init__(self, params: Iterable[Any], defaults: Group) -> None:
+        checks.at_least("lr", defaults["lr"], 0, "it must be finite and not negative")
+        super().__init__(params, defaults)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -110,8 +94,7 @@ class _Matrix(torch.optim.Optimizer):
         loss = _evaluate(closure)
         for group in self.param_groups:
             used = [p for p in group["params"] if p.grad is not None]
-            # the gradients of all parts of fused weights, gathered by shape, with where they came
-            # from
+            # the gradients of all parts of fused weights, by shape, with where they came from
             batches: dict[tuple[Any, ...], list[tuple[Tensor, Part]]] = {}
             for p in used:
                 for k, part in enumerate(pieces(self._momentum(p, group), group)):
@@ -144,10 +127,34 @@ class _Matrix(torch.optim.Optimizer):
         return G
 
     def _after(self, used: list[Tensor], group: Group) -> None:
-        return None
+        """Do to the weights what follows the step."""
 
 
-class Muon(_Matrix):
+class _Orthogonal(_Matrix):
+    """What Muon and SSO share: U Vᵀ of a batch, by Newton–Schulz or exact."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        own: Group,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        steps: int = 5,
+        exact: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        own |= {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(params, {**own, "steps": steps, "exact": exact, "dtype": dtype})
+
+    def _direction(self, G: Tensor, group: Group) -> Tensor:
+        if group["exact"]:
+            return polar(G)
+        return newton_schulz(G, steps=group["steps"], dtype=group["dtype"])
+
+
+class Muon(_Orthogonal):
     """ΔW = −η (s U Vᵀ + λ W) with U Vᵀ of the momentum, by batched Newton–Schulz.
 
     Parameters
@@ -157,8 +164,8 @@ class Muon(_Matrix):
         (GPT-NeoX's, by head), and ``transposed`` = True for weights stored (n_in, n_out).
     scaling : "bare": s = 1, equation (21) of 2603.00541; "keller": √max(1, n_out/n_in), torch's
         default; "kimi": 0.2 √max(n_out, n_in), torch's "match_rms_adamw".
-    exact : use the singular value decomposition in place of Newton–Schulz.
-    lr, momentum, nesterov, steps, weight_decay, dtype : as `torch.optim.Muon`, `newton_schulz`.
+    lr, and `shared` : momentum, nesterov, weight_decay as `torch.optim.Muon`; steps and dtype as
+        `newton_schulz`; exact=True takes the singular value decomposition in its place.
     """
 
     def __init__(
@@ -166,25 +173,17 @@ class Muon(_Matrix):
         params: Iterable[Any],
         lr: float = 1e-2,
         *,
-        scaling: Scaling = "bare",
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        steps: int = 5,
-        weight_decay: float = 0.0,
-        exact: bool = False,
-        dtype: torch.dtype | None = None,
+        scaling: Literal["bare", "keller", "kimi"] = "bare",
+        **shared: Any,
     ) -> None:
         checks.one_of("scaling", scaling, ("bare", "keller", "kimi"))
-        how = {"steps": steps, "exact": exact, "dtype": dtype}
-        super().__init__(
-            params, lr, weight_decay, momentum, nesterov=nesterov, scaling=scaling, **how
-        )
+        super().__init__(params, {"lr": lr, "scaling": scaling}, **shared)
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         out, into = G.shape[-2:]
         keller, kimi = math.sqrt(max(1.0, out / into)), 0.2 * math.sqrt(max(out, into))
         factors = {"bare": 1.0, "keller": keller, "kimi": kimi}
-        return _direction(G, group) * factors[group["scaling"]]
+        return self._direction(G, group) * factors[group["scaling"]]
 
 
 class Shampoo(_Matrix):
@@ -209,7 +208,10 @@ class Shampoo(_Matrix):
         checks.between("beta", beta, 0, 1, "[)")
         checks.at_least("eps", eps, 0)
         checks.whole("every", every, 1)
-        super().__init__(params, lr, weight_decay, momentum, beta=beta, eps=eps, every=every)
+        own = {"beta": beta, "eps": eps, "every": every}
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay} | own
+        )
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         sides: list[Tensor] = []
@@ -240,7 +242,7 @@ def _inverse_fourth_root(S: Tensor, eps: float) -> Tensor:
     return (vectors * power[..., None, :]) @ vectors.mT
 
 
-class SSO(_Matrix):
+class SSO(_Orthogonal):
     """Steepest descent on the spectral sphere ‖W‖₂ = R = c √(n_out/n_in): −η R Φ, then back to it.
 
     Φ = msign(G + μ u₁v₁ᵀ) with u₁, v₁ the leading singular vectors of W and μ such that ⟨u₁v₁ᵀ, Φ⟩
@@ -255,19 +257,13 @@ class SSO(_Matrix):
         lr: float = 1e-2,
         *,
         radius: float = 1.0,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        weight_decay: float = 0.0,
-        steps: int = 5,
         bisections: int = 20,
-        exact: bool = False,
+        **shared: Any,
     ) -> None:
         checks.positive("radius", radius)
         checks.whole("bisections", bisections)
-        how = {"nesterov": nesterov, "steps": steps, "exact": exact, "dtype": None}
-        super().__init__(
-            params, lr, weight_decay, momentum, radius=radius, bisections=bisections, **how
-        )
+        own = {"lr": lr, "radius": radius, "bisections": bisections}
+        super().__init__(params, own, **shared)
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         # θ = u₁v₁ᵀ of the weights, which the step must not move along
@@ -280,10 +276,10 @@ class SSO(_Matrix):
         mu = G.new_zeros(len(G))
         low, high = mu - 2, mu + 2
         for _ in range(group["bisections"]):
-            slope = (theta * _direction(G + mu[:, None, None] * theta, group)).sum((-2, -1))
+            slope = (theta * self._direction(G + mu[:, None, None] * theta, group)).sum((-2, -1))
             low, high = torch.where(slope < 0, mu, low), torch.where(slope < 0, high, mu)
             mu = (low + high) / 2
-        return _direction(G + mu[:, None, None] * theta, group) * _radius(G, group)
+        return self._direction(G + mu[:, None, None] * theta, group) * _radius(G, group)
 
     def _after(self, used: list[Tensor], group: Group) -> None:
         for p in used:
@@ -296,13 +292,6 @@ class SSO(_Matrix):
         """Put every matrix on its sphere; call it once before training if the weights are not."""
         for group in self.param_groups:
             self._after(group["params"], group)
-
-
-def _direction(G: Tensor, group: Group) -> Tensor:
-    """Return U Vᵀ as the group asks for it."""
-    if group["exact"]:
-        return polar(G)
-    return newton_schulz(G, steps=group["steps"], dtype=group["dtype"])
 
 
 def _radius(W: Tensor, group: Group) -> float:
