@@ -22,7 +22,7 @@ from grsd.mup.norms import DENSE, rms_norm, rms_operator_norm
 from grsd.mup.optimizers import backward, pieces
 from grsd.mup.planning import Entry, Plan, plan, unscaled
 from grsd.mup.registry import row
-from grsd.mup.roles import plain, stack_of, tables
+from grsd.mup.roles import bare_modules, bare_parameters, stack_of, tables
 from grsd.mup.rules import MATRICES, rule, update_norm, weight_norm
 from grsd.spectrum.operator.ntk import refuse_dropout
 
@@ -208,8 +208,7 @@ def _run(
 
     # the last block of the residual stack, whose output are the features
     stack, depth = stack_of(model)
-    last = {plain(name): m for name, m in model.named_modules()}[f"{stack}.{depth - 1}"]
-    parameters = {plain(name): p for name, p in model.named_parameters()}
+    last, parameters = bare_modules(model)[f"{stack}.{depth - 1}"], bare_parameters(model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     rows = tables(model)
     weights = _by_role(made, before, rows, gaussian=True)

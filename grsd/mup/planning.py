@@ -118,7 +118,8 @@ def plan(
                 block=layout.block(name),
             )
         )
-    multipliers = layout.multipliers(assigned, branch_ends, k, r_n, r_L)
+    alpha, head = (rule(other, role, k).multiplier.at(r_n, r_L) for role in ("hidden", "output"))
+    multipliers = layout.multipliers(assigned, branch_ends, alpha, head)
     below = [name for name in layout.modules if name.startswith(f"{layout.stack}.")]
     unmatched([end for end in branch_ends if end not in BRANCH_ENDS], below, "branch_ends")
     notes = (*((chosen.caution,) if chosen.caution else ()), *_heads(model, base))

@@ -18,30 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from grsd import checks
 from grsd.mup.registry import assemble, row
-from grsd.mup.roles import Multiplier, plain
+from grsd.mup.roles import Multiplier, bare_modules, bare_parameters
 from grsd.mup.rules import ROLES, Rule, Scale
-
-__all__ = ["Entry", "Plan", "numbers", "unscaled"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter's line of the plan. Every number is a factor on the base value.
+    """One parameter's line of the plan; a tied one stands under its first name.
 
-    Attributes
-    ----------
-    name : the parameter (tied ones under their first name).
-    role : one of `grsd.mup.rules.ROLES`.
-    optimizer : the optimizer that gets it.
-    rule : the exponents of (r_n, r_L).
-    multiplier, std, lr, weight_decay, eps, clip : the rule at this model's ratios; the last two
-        None without a rule.
-    split : how a matrix is fused along its outputs: parts, or (blocks, parts) when parts alternate
-        in blocks.
-    transposed : stored (n_in, n_out).
-    std_base : standard deviation of the base model's values; None for a plan without a base model.
-    mean_base : their mean (1 for a norm's gain).
-    block : the residual block that holds it; None outside the stack.
+    The numbers are factors on base values: the rule at this model's ratios, None where it has none.
     """
 
     name: str
@@ -54,35 +39,25 @@ class Entry:
     lr: float
     weight_decay: float
     eps: float | None
-    std_base: float | None
-    mean_base: float
-    split: int | tuple[int, int] = 1
-    transposed: bool = False
+    std_base: float | None  # standard deviation of the base model's values, if there is one
+    mean_base: float  # their mean: 1 for a norm's gain
+    split: int | tuple[int, int] = 1  # parts fused along outputs, or (blocks, parts) in turn
+    transposed: bool = False  # stored (n_in, n_out)
     clip: float | None = None
-    block: int | None = None
+    block: int | None = None  # the residual block that holds it; None outside the stack
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with a model so that the base model's hyperparameters hold for it.
+    """What to do with a model so that the base model's hyperparameters hold for it."""
 
-    Attributes
-    ----------
-    entries : in the order of `model.named_parameters()`.
-    multipliers : one for each head and each end of a residual branch.
-    r_n, r_L : width and depth ratio to the base model.
-    k : layers per residual block, 1 or 2 (2 stands for more).
-    tied : groups of names that share one tensor.
-    notes : what the plan leaves to the reader.
-    """
-
-    entries: tuple[Entry, ...]
-    multipliers: tuple[Multiplier, ...]
-    r_n: float
+    entries: tuple[Entry, ...]  # in the order of `model.named_parameters()`
+    multipliers: tuple[Multiplier, ...]  # one for each head and each end of a residual branch
+    r_n: float  # width and depth ratio to the base model
     r_L: float
-    k: int
-    tied: tuple[tuple[str, ...], ...] = ()
-    notes: tuple[str, ...] = ()
+    k: int  # layers per residual block, 1 or 2 (2 stands for more)
+    tied: tuple[tuple[str, ...], ...] = ()  # groups of names that share one tensor
+    notes: tuple[str, ...] = ()  # what the plan leaves to the reader
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -134,8 +109,8 @@ class Plan:
         for entry in self.entries:
             if entry.std_base is None and entry.role not in given:
                 raise ValueError(
-                    "the plan was made from ratios and does not know the base's initial values of "
-                    f"{entry.name!r}: give std={{{entry.role!r}: …}}, or make the plan with base="
+                    "a plan made from ratios does not know the base's initial values of "
+                    f"{entry.name!r}: give std={{{entry.role!r}: …}}, or make it with base="
                 )
         with torch.no_grad():
             for parameter, entry in self.matched(model):
@@ -155,20 +130,19 @@ class Plan:
         tracer.skip_nnmodule_hook_guards = False
         # hooks of two plans would multiply twice
         self.matched(model)
-        modules = {plain(name): module for name, module in model.named_modules()}
+        modules = bare_modules(model)
         for name, module in modules.items():
             hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             if any(isinstance(hook, _Multiply) for hook in hooks):
                 raise ValueError(
-                    f"{name!r} already carries a multiplier; remove the hooks of the earlier plan "
-                    "first"
+                    f"{name!r} already carries a multiplier; remove the earlier plan's hooks first"
                 )
         handles = []
         for name, factor, side in self.multipliers:
-            module = modules[name]
-            after = side == "output"
-            register = module.register_forward_hook if after else module.register_forward_pre_hook
-            handles.append(register(_Multiply(factor)))
+            if side == "output":
+                handles.append(modules[name].register_forward_hook(_Multiply(factor)))
+            else:
+                handles.append(modules[name].register_forward_pre_hook(_Multiply(factor)))
         return handles
 
     def fold_(self, model: nn.Module) -> Plan:
@@ -180,16 +154,15 @@ class Plan:
         """
         matched = {entry.name: parameter for parameter, entry in self.matched(model)}
         shared = {name for group in self.tied for name in group}
-        modules = {plain(name): module for name, module in model.named_modules()}
+        modules = bare_modules(model)
         # which parameters take which factor; nothing is changed before all of them are known
         factors: dict[str, float] = {}
         for module, factor, side in self.multipliers:
             end = modules[module]
             if any(end.children()) or not hasattr(end, "weight"):
                 raise ValueError(
-                    f"{module!r} is a {type(end).__name__} and no linear layer, so its factor "
-                    f"{factor:g} cannot be folded into one weight; name the branch's last linear "
-                    "layer in branch_ends, or use attach()"
+                    f"{module!r} is a {type(end).__name__} and no linear layer to fold {factor:g} "
+                    "into; name the branch's last linear layer in branch_ends, or use attach()"
                 )
             for local, p in end.named_parameters(recurse=False):
                 name = f"{module}.{local}"
@@ -254,7 +227,7 @@ class Plan:
 
     def matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
         """Return (parameter, entry) pairs; compile, DDP and FSDP are seen through."""
-        parameters = {plain(name): parameter for name, parameter in model.named_parameters()}
+        parameters = bare_parameters(model)
         if strangers := sorted(parameters.keys() ^ {e.name for e in self.entries}):
             raise ValueError(
                 f"the plan was made for another model: {strangers[0]!r} and {len(strangers) - 1} "

@@ -16,35 +16,18 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from grsd.mup.rules import ROLES, Scale, rule
+from grsd import checks
+from grsd.mup.scales import ROLES, Scale
 
-__all__ = [
-    "BRANCH_ENDS",
-    "FAMILIES",
-    "FUSED",
-    "Family",
-    "Layout",
-    "Multiplier",
-    "compare",
-    "plain",
-    "stack_of",
-    "tables",
-    "tied",
-    "unmatched",
-]
-
-Side = Literal["input", "output"]
 Fused = Mapping[str, int | tuple[int, int] | Literal["heads"]]
 
 
 class Family(NamedTuple):
     """What a plan knows of a family of transformers by the names of its modules.
 
-    Attributes
-    ----------
-    branch_ends : patterns of the modules whose output is added to the residual stream.
-    fused : pattern of a parameter that holds several matrices → how many stand one after another,
-        or "heads" for Q, K, V of one head after another.
+    Patterns are of the modules whose output is added to the residual stream, and of parameters that
+    hold several matrices: how many one after another, or "heads" for Q, K, V of one head after
+    another.
     """
 
     branch_ends: tuple[str, ...]
@@ -63,8 +46,7 @@ FAMILIES: dict[str, Family] = {
 
 BRANCH_ENDS = (*(end for f in FAMILIES.values() for end in f.branch_ends), "*.branch_end")
 """Layers whose output is added to the residual stream, as patterns of module names; `plan(...,
-branch_ends=)` names others. The last is that of
-`grsd.lab.nets.models`."""
+branch_ends=)` names others. The last is that of `grsd.lab.nets.models`."""
 
 FUSED: Fused = {
     **{name: split for f in FAMILIES.values() for name, split in f.fused.items()},
@@ -74,32 +56,22 @@ FUSED: Fused = {
 
 
 class Multiplier(NamedTuple):
-    """A factor on what enters or leaves a module."""
+    """A factor on what enters a head, so that its bias is left alone, or leaves a branch."""
 
     module: str
     factor: float
-    side: Side  # a head's input, so that its bias is left alone; a branch's whole output
+    side: Literal["input", "output"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a parameter stands: in which module, inside the residual stack or before or after it.
-
-    Attributes
-    ----------
-    modules, names : the model's modules by name, and its parameters' names in order.
-    stack : name of the residual stack.
-    compared : a base model of another width says which sides grow; otherwise the position in the
-        model does.
-    roles : pattern of names → role, what the user says.
-    config : the model's, where it has one.
-    """
+    """Where a parameter stands: in which module, inside the residual stack or before or after it."""
 
     modules: Mapping[str, nn.Module]
-    names: Sequence[str]
+    names: Sequence[str]  # of the parameters, in order
     stack: str
-    compared: bool
-    roles: Mapping[str, str]
+    compared: bool  # a base of another width says which sides grow; else the position does
+    roles: Mapping[str, str]  # pattern of names → role, what the user says
     config: Any = None
 
     def owner(self, name: str) -> nn.Module:
@@ -117,18 +89,15 @@ class Layout:
 
     def split(self, name: str, fused: Fused) -> int | tuple[int, int]:
         """Return how a matrix is fused along its outputs: parts, or (blocks, parts)."""
-        split = next((s for pattern, s in fused.items() if fnmatch.fnmatchcase(name, pattern)), 1)
+        pattern = matching(name, fused)
+        split = fused[pattern] if pattern else 1
         return (int(self.config.num_attention_heads), 3) if split == "heads" else split
 
     def role(self, name: str, p: Tensor, partner: Tensor) -> str:
         """Return a parameter's role: what the user says, where it stands, which sides grow."""
         # what the user says comes first
-        for pattern, role in self.roles.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                if role not in ROLES:
-                    known = ", ".join(ROLES)
-                    raise ValueError(f"roles[{pattern!r}] is {role!r}; there are {known}")
-                return role
+        if pattern := matching(name, self.roles):
+            return checks.one_of(f"roles[{pattern!r}]", self.roles[pattern], ROLES)
         owner, inside = self.owner(name), self.block(name) is not None
         if p.ndim < 2:
             # a number that stands alone does not grow
@@ -174,36 +143,26 @@ class Layout:
         return (axis == int(self.transposed(name))) == before
 
     def multipliers(
-        self,
-        assigned: Mapping[str, str],
-        branch_ends: Sequence[str],
-        k: int,
-        r_n: float,
-        r_L: float,
+        self, assigned: Mapping[str, str], branch_ends: Sequence[str], alpha: float, head: float
     ) -> tuple[Multiplier, ...]:
-        """Return the factors of every end of a residual branch and of every head."""
-        alpha, head = (
-            rule("adamw", role, k).multiplier.at(r_n, r_L) for role in ("hidden", "output")
-        )
+        """Return the factor `alpha` at every end of a residual branch, and `head` at every head."""
         heads = {n.rpartition(".")[0]: n for n, role in assigned.items() if role == "output"}
         factors: list[Multiplier] = []
         for name, module in self.modules.items():
-            if self.block(name) is not None and _matches(name, branch_ends):
+            if self.block(name) is not None and matching(name, branch_ends):
                 parent = name.rpartition(".")[0]
                 if isinstance(self.modules[parent], nn.MultiheadAttention):
                     raise ValueError(
-                        f"{name!r} is used by nn.MultiheadAttention without being called, so that "
-                        "a factor on its output would have no effect; name the attention itself, "
-                        f"{parent!r}, as the end of the branch"
+                        f"{name!r} is used by nn.MultiheadAttention without being called, so a "
+                        f"factor on it has no effect; name the attention itself, {parent!r}"
                     )
                 factors.append(Multiplier(name, alpha, "output"))
             elif name in heads:
                 if any(module.children()):
+                    where = name or "the model itself"
                     raise ValueError(
-                        f"the output weight {heads[name]!r} stands in "
-                        f"{name or 'the model itself'!r}, which holds other layers: a factor on "
-                        "its input would act on them too; make it the weight of an nn.Linear of "
-                        "its own"
+                        f"the output weight {heads[name]!r} stands in {where!r}, whose input other "
+                        "layers read too; make it the weight of an nn.Linear of its own"
                     )
                 factors.append(Multiplier(name, head, "input"))
         sides = {m.side for m in factors}
@@ -214,21 +173,22 @@ class Layout:
             )
         if "input" not in sides:
             raise ValueError(
-                "no output layer found: name its weight, e.g. roles={'head.weight': 'output'} "
-                "(at equal widths, and without a base model, what is registered before the stack "
-                "counts as input and what comes after as output)"
+                "no output layer found: name its weight, e.g. roles={'head.weight': 'output'} (at "
+                "one width what stands before the stack counts as input, what comes after as "
+                "output)"
             )
         return tuple(factors)
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def matching(name: str, patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that a name matches."""
+    return next((one for one in patterns if fnmatch.fnmatchcase(name, one)), None)
 
 
 def unmatched(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
     """Refuse a pattern that no name matches: a slip would change the plan without a word."""
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if not any(matching(name, [pattern]) for name in names):
             raise ValueError(
                 f"{what} has the pattern {pattern!r}, which matches none of {len(names)} names, "
                 f"such as {names[-1]!r}"
@@ -237,8 +197,9 @@ def unmatched(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
 
 def tables(model: nn.Module) -> set[str]:
     """Return the names of embedding weights, whose norm is that of a row: what a token meets."""
-    modules = model.named_modules()
-    return {f"{plain(name)}.weight" for name, m in modules if isinstance(m, nn.Embedding)}
+    return {
+        f"{name}.weight" for name, m in bare_modules(model).items() if isinstance(m, nn.Embedding)
+    }
 
 
 def plain(name: str) -> str:
@@ -247,24 +208,34 @@ def plain(name: str) -> str:
     return re.sub(r"^module(\.|$)", "", re.sub(wrappers, "", name).removeprefix("."))
 
 
+def bare_parameters(model: nn.Module, *, tied: bool = False) -> dict[str, nn.Parameter]:
+    """Return the parameters by bare name; with `tied`, a shared tensor under each of its names."""
+    return {plain(name): p for name, p in model.named_parameters(remove_duplicate=not tied)}
+
+
+def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by bare name."""
+    return {plain(name): m for name, m in model.named_modules()}
+
+
 def stack_of(model: nn.Module) -> tuple[str, int]:
     """Return the name and length of the residual stack: the ModuleList with the most parameters."""
-    modules = model.named_modules()
-    lists = [(name, m) for name, m in modules if isinstance(m, nn.ModuleList) and len(m)]
+    named = bare_modules(model).items()
+    lists = [(name, m) for name, m in named if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList of residual blocks; put the blocks into "
             "one, so that depth can be read"
         )
     name, stack = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return plain(name), len(stack)
+    return name, len(stack)
 
 
 def tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     """Return the groups of names that share one tensor."""
     groups: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(p), []).append(plain(name))
+    for name, p in bare_parameters(model, tied=True).items():
+        groups.setdefault(id(p), []).append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
@@ -285,39 +256,30 @@ def compare(
             "give either base=, a model of the same architecture, or the ratios r_n= and r_L="
         )
     stack, depth = stack_of(model)
-    every = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    names = [plain(name) for name, _ in model.named_parameters()]
-    modules = {plain(name): m for name, m in model.named_modules()}
-    config = getattr(model, "config", None)
-    if base is None:
-        wide, deep = (1.0 if r is None else float(r) for r in (r_n, r_L))
-        Scale().at(wide, deep)  # refuses what is no ratio
-        pairs: dict[str, tuple[Tensor, Tensor]] = {name: (p, p) for name, p in every.items()}
-        return Layout(modules, names, stack, False, roles, config), pairs, wide, deep
-    base_stack, base_depth = stack_of(base)
-    if stack != base_stack:
-        raise ValueError(
-            f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model"
-        )
-    # every parameter beside the base model's
-    there = {plain(name): p for name, p in base.named_parameters(remove_duplicate=False)}
-    pairs = {}
-    for name, p in every.items():
-        inside = re.match(re.escape(stack) + r"\.(\d+)\.(.*)", name)
-        twin = f"{stack}.{int(inside[1]) % base_depth}.{inside[2]}" if inside else name
-        if twin not in there:
+    names, every = list(bare_parameters(model)), bare_parameters(model, tied=True)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {name: (p, p) for name, p in every.items()}
+    wide, deep = (1.0 if r is None else float(r) for r in (r_n, r_L))
+    Scale().at(wide, deep)  # refuses what is no ratio
+    if base is not None:
+        base_stack, base_depth = stack_of(base)
+        if stack != base_stack:
             raise ValueError(
-                f"the base model has no {twin!r}, which {name!r} should be compared with: another "
-                "architecture?"
+                f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model"
             )
-        pairs[name] = p, there[twin]
-    wide = _width_ratio({name: pairs[name] for name in names})
-    return (
-        Layout(modules, names, stack, wide != 1.0, roles, config),
-        pairs,
-        wide,
-        depth / base_depth,
-    )
+        # every parameter beside the base model's
+        there = bare_parameters(base, tied=True)
+        for name, p in every.items():
+            inside = re.match(re.escape(stack) + r"\.(\d+)\.(.*)", name)
+            twin = f"{stack}.{int(inside[1]) % base_depth}.{inside[2]}" if inside else name
+            if twin not in there:
+                raise ValueError(
+                    f"the base model has no {twin!r}, which {name!r} should be compared with: "
+                    "another architecture?"
+                )
+            pairs[name] = p, there[twin]
+        wide, deep = _width_ratio({name: pairs[name] for name in names}), depth / base_depth
+    compared, config = base is not None and wide != 1.0, getattr(model, "config", None)
+    return Layout(bare_modules(model), names, stack, compared, roles, config), pairs, wide, deep
 
 
 def _width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
