@@ -685,7 +685,11 @@ def _imports(module: str, loaded: ModuleType) -> Iterator[tuple[str, str | None,
             origin = importlib.util.resolve_name("." * level + one.argval, package)
             if origin.split(".")[0] != "grsd":
                 continue
-            assert names and "*" not in names, f"{module}: teach the oracle this import of {origin}"
+            if not names:  # `import grsd.a.b`, for what it registers: the module, and no name of it
+                assert origin in sys.modules and not uses.get("grsd"), f"{module}: {origin}"
+                yield origin, None, set()
+                continue
+            assert "*" not in names, f"{module}: teach the oracle this import of {origin}"
             stored = [
                 after.argval
                 for after in listing[at : at + 2 * len(names) + 1]
