@@ -367,6 +367,32 @@ def test_a_planted_import_breaks_the_contract(copy: Path, module: str, line: str
     assert done.returncode == 1 and "BROKEN" in done.stdout, done.stdout + done.stderr
 
 
+def circle(folder: Path) -> list[str]:
+    """Modules of the package in `folder` that import each other in a circle; imports in functions count."""
+    script = (
+        "import sys; sys.path.insert(0, '.')\nimport grimp, graphlib\n"
+        "graph = grimp.build_graph('grsd', cache_dir=None, exclude_type_checking_imports=True)\n"
+        "imports = {m: graph.find_modules_directly_imported_by(m) for m in graph.modules}\n"
+        "try: graphlib.TopologicalSorter(imports).prepare()\n"
+        "except graphlib.CycleError as error: print(*error.args[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_no_modules_import_each_other_in_a_circle(copy: Path) -> None:
+    assert circle(copy) == []
+    path = copy / "grsd/spectrum/shells.py"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before + "\ndef late():\n    import grsd.spectrum.measure\n", encoding="utf-8")
+    try:
+        assert {"grsd.spectrum.shells", "grsd.spectrum.measure"} <= set(circle(copy))
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
 NOTEBOOK = (
     "IPython",
     "ipykernel",
