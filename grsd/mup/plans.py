@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grsd import checks
+from grsd.figures import Table
 from grsd.mup.registry import assemble, row
 from grsd.mup.roles import Multiplier, bare_modules, bare_parameters
 from grsd.mup.rules import ROLES, Rule, Scale
@@ -87,11 +88,9 @@ class Plan:
             cells = map(_cell, formulas, values)
             columns.append([head, optimizer, str(len(group)), *cells])
         rows = [cells for cells in zip(*columns, strict=True) if set(cells[1:]) != {"–"}]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         k = "k = 1" if self.k == 1 else "k ≥ 2"
         title = f"width ratio r_n = {self.r_n:g}, depth ratio r_L = {self.r_L:g}, {k}"
-        body = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
-        return "\n".join([title, *body, *self.notes])
+        return "\n".join([title, str(Table(rows[0], rows[1:])), *self.notes])
 
     def __str__(self) -> str:
         return self.table()

@@ -65,7 +65,7 @@ class Multiplier(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a parameter stands: in which module, inside the residual stack or before or after it."""
+    """Where a parameter stands: in which module, inside the stack or before or after it."""
 
     modules: Mapping[str, nn.Module]
     names: Sequence[str]  # of the parameters, in order

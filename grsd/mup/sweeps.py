@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,23 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from grsd import checks
+from grsd.figures import Table
 from grsd.mup.optima import Array, Drift, Optimum, Regret, drift, optimum, regret
 from grsd.mup.optimizers import backward
 from grsd.mup.planning import Plan, plan, unscaled
 from grsd.pieces import Store, code
-
-__all__ = [
-    "Drift",
-    "Optimum",
-    "Regret",
-    "Sweep",
-    "drift",
-    "optimum",
-    "regret",
-    "sweep",
-    "train",
-    "unscaled",
-]
 
 Size = tuple[int, int]
 Loss = Callable[[nn.Module, int, int], Tensor]
@@ -42,21 +31,13 @@ Loss = Callable[[nn.Module, int, int], Tensor]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep gave.
+    """What a sweep gave; NaN is a run that diverged, and masked is one that was not made."""
 
-    Attributes
-    ----------
-    sizes : (width, depth) of each.
-    log2_lr : (G,), sorted base rates.
-    losses : masked array (sizes, weight decays, seeds, G). NaN is a run that diverged; masked is
-        one that was not made.
-    """
-
-    sizes: tuple[Size, ...]
-    log2_lr: Array
+    sizes: tuple[Size, ...]  # (width, depth) of each
+    log2_lr: Array  # (G,), sorted base rates
     weight_decays: tuple[float, ...]
     seeds: tuple[int, ...]
-    losses: Any
+    losses: Any  # masked array (sizes, weight decays, seeds, G)
 
     def curve(self, size: Size, weight_decay: float | None = None) -> Any:
         """Return the losses (seeds, G) of one size and, of several, one weight decay."""
@@ -92,13 +73,12 @@ class Sweep:
         return regret(self.log2_lr, curves, **more)
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("width", "depth", "λ", "log₂ η∗", "loss", "regret")]
+        rows: list[tuple[object, ...]] = []
         for decay in self.weight_decays:
             best, cost = self.optima(decay), self.regret(decay)
             for size, o, r in zip(self.sizes, best, cost.values, strict=True):
-                rows.append((*map(str, size), f"{decay:g}", str(o), f"{o.loss:.4g}", f"{r:.3g}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+                rows.append((*size, f"{decay:g}", o, f"{o.loss:.4g}", f"{r:.3g}"))
+        return str(Table(["width", "depth", "λ", "log₂ η∗", "loss", "regret"], rows))
 
 
 def train(
@@ -121,21 +101,20 @@ def train(
 
     Parameters
     ----------
-    model : changed in place
     loss : (model, seed, step) → scalar. The same seed and step must give the same batch.
     schedule : step → factor on all rates, such as `grsd.mup.schedules.cosine`
     score : model → number to be compared, called once at the end without gradients; by default the
         mean training loss of the last quarter of the steps
     clip : largest norm of the gradient
-    options : further arguments of `Plan.make_optimizer`
+    options : as `Plan.make_optimizer`
     """
     seen: list[float] = []
-    handles = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), ExitStack() as hooks:
         torch.manual_seed(seed)
         try:
             made.initialize_(model, seed=seed)
-            handles = made.attach(model)
+            for handle in made.attach(model):
+                hooks.callback(handle.remove)
             optimizer = made.make_optimizer(model, lr=lr, weight_decay=weight_decay, **options)
             rates = [group["lr"] for group in optimizer.param_groups]
             for step in range(steps):
@@ -153,18 +132,13 @@ def train(
                     nn.utils.clip_grad_norm_(model.parameters(), clip)
                 optimizer.step()
             # the number that is compared
-            if score is None:
-                value = math.fsum(seen[-max(1, steps // 4) :]) / max(1, steps // 4)
-            else:
-                with torch.no_grad():
-                    value = float(score(model))
+            last = max(1, steps // 4)
+            with torch.no_grad():
+                value = float(score(model)) if score else math.fsum(seen[-last:]) / last
             return (value if math.isfinite(value) else math.nan), steps
         # a decomposition met infinite entries
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return math.nan, len(seen)
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def sweep(
@@ -187,11 +161,11 @@ def sweep(
     k: int = 2,
     **more: Any,
 ) -> Sweep:
-    """Train every size at every rate, weight decay and seed; keep what each run gave.
+    """Train every size at every rate, weight decay and seed, one run each; keep what it gave.
 
     Parameters
     ----------
-    factory : (width, depth) → model, as in `coord_check`
+    factory, other, k : as in `coord_check`
     loss, steps, and `more` : as `train`
     base : the size whose hyperparameters `lrs` and `weight_decays` are
     parametrization : "mup", or "sp": the base's standard deviations and one rate for all
@@ -205,35 +179,26 @@ def sweep(
         its plan, its settings and the code of this module; what `loss`, `score` and `schedule` do
         cannot be seen: take a new folder when they change.
     progress : called with a description of every run that was made
-
-    Notes
-    -----
-    Cost: sizes · weight decays · seeds · rates runs of `steps` steps, less with `near`.
     """
     checks.one_of("parametrization", parametrization, ("mup", "sp"))
     checks.positive("lrs", lrs)
     checks.whole("steps", steps, 1)
     if near is not None:
         checks.whole("near", near, 1)
-    for name, given in (
-        ("sizes", sizes),
-        ("lrs", lrs),
-        ("seeds", seeds),
-        ("weight_decays", weight_decays),
-    ):
+    lists = {"sizes": sizes, "lrs": lrs, "seeds": seeds, "weight_decays": weight_decays}
+    for name, given in lists.items():
         if not len(given) or len(set(given)) < len(given):
             raise ValueError(f"need {name}, each given once; got {given}")
     start = _built(factory, base)
+    who: dict[str, Any] = {"optimizer": optimizer, "other": other, "k": k}
     kept = None if store is None else Store(Path(store), code(__name__))
 
     def run(size: Size, decay: float, seed: int, lr: float) -> float:
         """Make one run, or find it in the store."""
         model = _built(factory, size)
-        if make_plan is not None:
-            made = make_plan(model, start)
-        else:
-            made = plan(model, base=start, optimizer=optimizer, other=other, k=k)
-            made = unscaled(made) if parametrization == "sp" else made
+        made = make_plan(model, start) if make_plan else plan(model, base=start, **who)
+        if parametrization == "sp" and not make_plan:
+            made = unscaled(made)
         inputs = {
             "optimizer": optimizer,
             "parametrization": parametrization,
@@ -272,7 +237,7 @@ def sweep(
 
 
 def _built(factory: Callable[[int, int], nn.Module], size: Size) -> nn.Module:
-    """Return a model, whose constructor draws the same in every process."""
+    """Return a model whose constructor draws the same in every process."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return factory(*size)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from grsd import mup
 from grsd.mup import schedules
 from grsd.mup.optima import drift, optimum, regret
-from grsd.mup.sweeps import Sweep, sweep, train, unscaled
+from grsd.mup.planning import unscaled
+from grsd.mup.sweeps import Sweep, sweep, train
 
 GRID = np.arange(-8.0, -1.0)
 
