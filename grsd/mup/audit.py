@@ -46,39 +46,27 @@ Rules = Mapping[tuple[str, str], Rule]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Norms of one model, by role: geometric means over the tensors that were looked at. What is
-    not finite is kept.
+    """Norms of one model, by role: geometric means over the tensors that were looked at.
 
-    Attributes
-    ----------
-    weights : role → ‖W‖_R before training (RMS norm of a bias); a role of zeros is left out.
-    gradients : role → root mean square entry of ∇W.
-    updates : optimizer → role → ‖A‖_R.
+    What is not finite is kept; a role of zeros is left out.
     """
 
     width: int
     depth: int
     seed: int
-    weights: dict[str, float]
-    gradients: dict[str, float]
-    updates: dict[str, dict[str, float]]
+    weights: dict[str, float]  # role → ‖W‖_R before training (RMS norm of a bias)
+    gradients: dict[str, float]  # role → root mean square entry of ∇W
+    updates: dict[str, dict[str, float]]  # optimizer → role → ‖A‖_R
 
 
 @dataclass(frozen=True)
 class Exponent:
-    """One exponent: measured, predicted, and whether they agree.
+    """One exponent: measured, predicted, and whether they agree."""
 
-    Attributes
-    ----------
-    quantity : one of `QUANTITIES`; "weight" and "gradient" do not depend on the optimizer, which is
-        then "".
-    axis : "width" or "depth".
-    """
-
-    optimizer: str
+    optimizer: str  # "" for weights and gradients, in which it has no part
     role: str
-    quantity: str
-    axis: str
+    quantity: str  # one of `QUANTITIES`
+    axis: str  # "width" or "depth"
     measured: Slope
     wanted: float
     tolerance: float

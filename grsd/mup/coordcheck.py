@@ -37,22 +37,18 @@ FLAT = 0.25  # |slope| up to which a check passes: what finite sizes leave of an
 class Run:
     """One model, trained for a few steps on one batch; norms that are not finite are kept.
 
-    Attributes
-    ----------
-    features, losses : (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch; the loss.
-    weights : role → α ‖W‖_R before training, geometric mean over the role's tensors (RMS norm for
-        biases). Input and output matrices are divided by 1 + √(d/n), d their fixed side: what a
-        Gaussian matrix of finite width n has above its limit.
-    updates : role → α ‖ΔW‖_R of the first step, likewise.
+    Norms by role are geometric means over its tensors. Initial ones of input and output matrices
+    are divided by 1 + √(d/n), d their fixed side: what a Gaussian matrix of finite width n has
+    above its limit.
     """
 
     width: int
     depth: int
     seed: int
-    features: tuple[float, ...]
-    losses: tuple[float, ...]
-    weights: dict[str, float]
-    updates: dict[str, float]
+    features: tuple[float, ...]  # (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch
+    losses: tuple[float, ...]  # (steps+1,)
+    weights: dict[str, float]  # role → α ‖W‖_R before training (RMS norm for biases)
+    updates: dict[str, float]  # role → α ‖ΔW‖_R of the first step
 
 
 @dataclass(frozen=True)
@@ -90,21 +86,17 @@ class Finding:
 class CoordCheck:
     """The runs, what was fitted, and what it means.
 
-    Attributes
-    ----------
-    slopes, first : axis → slope of ‖Δh_L‖_R after the last and the first step, with two sizes.
-    verdict : "flat", "not flat", "diverged" when a run left the numbers, or "not fitted" when no
-        axis has two sizes.
-    findings : conditions that the measured norms break.
+    The verdict is "flat", "not flat", "diverged" when a run left the numbers, or "not fitted" when
+    no axis has two sizes.
     """
 
     runs: tuple[Run, ...]
     optimizer: str
     parametrization: str
-    slopes: dict[str, Slope]
-    first: dict[str, Slope]
+    slopes: dict[str, Slope]  # axis → slope of ‖Δh_L‖_R after the last step, with two sizes
+    first: dict[str, Slope]  # the same after the first step
     verdict: str
-    findings: tuple[Finding, ...]
+    findings: tuple[Finding, ...]  # conditions that the measured norms break
 
     @property
     def diagnosis(self) -> str:

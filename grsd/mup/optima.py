@@ -81,22 +81,16 @@ class Drift:
 class Regret:
     """Loss that each size pays for the best rate of the source size.
 
-    The smallest of several noisy means is too small: a regret below the noise floor is none.
-
-    Attributes
-    ----------
-    at : log₂ of the rate that is carried over.
-    values : (sizes,), mean loss at that rate minus the smallest mean loss of the size; infinite
-        when it diverges there, NaN when not run.
-    low, high : (sizes,), 95 % interval over seeds, NaN with one seed.
-    censored : the size's own best rate is at an end of its grid: its regret is at least this.
+    It is the mean loss at that rate minus the size's smallest mean loss: infinite when it diverges
+    there, NaN when not run. The smallest of several noisy means is too small: a regret below the
+    noise floor is none.
     """
 
-    at: float
-    values: Array
-    low: Array
+    at: float  # log₂ of the rate that is carried over
+    values: Array  # (sizes,)
+    low: Array  # (sizes,), 95 % interval over seeds, NaN with one seed
     high: Array
-    censored: tuple[bool, ...]
+    censored: tuple[bool, ...]  # its own best rate ends the grid: its regret is at least this
 
 
 def optimum(

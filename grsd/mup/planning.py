@@ -35,15 +35,14 @@ def plan(
     wd_rule: Literal["paper", "unscaled"] = "paper",
     roles: Mapping[str, str] | None = None,
     branch_ends: Sequence[str] = BRANCH_ENDS,
-    fused: Fused | None = None,
+    fused: Fused = FUSED,
 ) -> Plan:
     """Compare a model with its base and return the plan; warn of an optimizer whose rule is known
     to fail.
 
     Parameters
     ----------
-    model, base : one architecture at two sizes. They may be the same size; ratios are then 1 and
-        every factor is 1.
+    model, base : one architecture at two sizes; at the same size every factor is 1.
     r_n, r_L : width and depth ratio, in place of a base model. Roles then follow from the position
         alone, and `Plan.initialize_` needs the base's standard deviations.
     optimizer : one of `grsd.mup.rules.OPTIMIZERS`, for hidden matrices and all that it can take.
@@ -58,18 +57,13 @@ def plan(
     fused : pattern of parameter names → `Entry.split`, for matrices that hold several. "heads"
         stands for (heads of the model, 3).
 
-    Raises
-    ------
-    ValueError
-        Another architecture, ratios that differ from layer to layer or are not positive, both a
-        base and ratios, a parameter without a role (named, with what to say), a tensor in two roles
-        whose rules differ, no residual stack, no branch end, a pattern that matches nothing.
+    Refused is what would make a wrong plan: another architecture, ratios that differ from layer to
+    layer, a parameter without a role (named, with what to say), a pattern that matches nothing.
     """
-    chosen, fused = row(optimizer), FUSED if fused is None else fused
+    chosen = row(optimizer)
     if row(other).matrices_only:
         raise ValueError(
-            f"other = {other!r} takes matrices only; biases and embeddings need a vector "
-            "optimizer: 'adamw'"
+            f"other = {other!r} takes matrices only; biases and embeddings need another: 'adamw'"
         )
     checks.one_of("wd_rule", wd_rule, ("paper", "unscaled"))
     if chosen.caution:

@@ -17,33 +17,20 @@ import torch
 from grsd.mup.optimizers import SSO, Combined, Muon, Shampoo
 from grsd.mup.scales import HALF, MATRICES, ONE, ROLES, Role, Scale, larger, parse
 
-__all__ = ["OPTIMIZERS", "Optimizer", "Rule", "assemble", "row"]
-
 Groups = list[dict[str, Any]]
 Builder = Callable[..., torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What one role needs under one optimizer; every field is the factor on the base value.
+    """What one role needs under one optimizer; every field is the factor on the base value."""
 
-    Attributes
-    ----------
-    multiplier : α, on the output of the layer (for a hidden layer: of its residual block, once for
-        the block).
-    variance : σ², of the initial weights.
-    lr : η.
-    weight_decay : λ in ΔW = −η (A + λ W): the decay grows with what the update does.
-    eps : ε of the optimizer, or None when it has none that matters.
-    clip : ρ of Sophia, which multiplies the curvature before it divides, or None.
-    """
-
-    multiplier: Scale
-    variance: Scale
-    lr: Scale
-    weight_decay: Scale
-    eps: Scale | None = None
-    clip: Scale | None = None
+    multiplier: Scale  # α, on the output of the layer, or once on that of a residual block
+    variance: Scale  # σ², of the initial weights
+    lr: Scale  # η
+    weight_decay: Scale  # λ in ΔW = −η (A + λ W): the decay grows with what the update does
+    eps: Scale | None = None  # ε, or None when the optimizer has none that matters
+    clip: Scale | None = None  # ρ of Sophia, which multiplies the curvature before it divides
 
 
 # Of every role, whatever the optimizer: α in blocks of two or more layers, α in blocks of one, σ².
@@ -63,18 +50,14 @@ class Optimizer:
 
     Attributes
     ----------
-    words : one line for lists.
     build : (parameter groups, lr=, **options) → optimizer, as the classes of `torch.optim` are
         called.
-    kind : "gradient", "sign" or "orthogonal": the A of the first update ΔW = −η A is ∇, an
-        entrywise sign, or U Vᵀ.
+    kind : the A of the first update ΔW = −η A is ∇, an entrywise sign, or U Vᵀ.
     table : a line for each of η, λ and, where there is one, ε and ρ (Sophia's bound). Cells are
         those of input, hidden (k ≥ 2 and k = 1, layers of a block) and output matrices, and then
         the same of biases; without these the optimizer takes matrices only.
-    factor : (scale of n_out, of n_in) → that of the factor on U Vᵀ.
     eps : what ε is compared with: "entry" (a typical entry of ∇), "square" (the square of ∇'s
         largest singular value), or None.
-    caution : what a plan with it should say.
     variant_of : the optimizer that makes the same first step and the same updates, under another
         rule.
     rate : base rate of coordinate checks, at which features of their base model change by about a
@@ -82,27 +65,26 @@ class Optimizer:
     mistake : exponents of r_n and r_L by which a wrong hidden rate differs from the rule's, in
         width a rule of another row or role, in depth mostly the rule of blocks of one layer;
         coordinate checks must tell it apart.
-    options : of the builder, in coordinate checks.
     exact : options that make the first step the one of the derivation: singular value
         decompositions, no ε, no decay.
-    first_lr, first : η of that step where it must be small, and how it is made.
     slow : 1 when every step after the first needs decompositions, 2 when the first needs many, too.
     """
 
-    words: str
+    words: str  # one line for lists
     build: Builder
     kind: Literal["gradient", "sign", "orthogonal"]
     table: str
+    # (scale of n_out, of n_in) → that of the factor on U Vᵀ
     factor: Callable[[Scale, Scale], Scale] = lambda out, into: ONE
     eps: Literal["entry", "square"] | None = None
-    caution: str = ""
+    caution: str = ""  # what a plan with it should say
     variant_of: str | None = None
     rate: float | None = None
     mistake: tuple[float, float] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `build`, in coordinate checks
     exact: Mapping[str, Any] = field(default_factory=dict)
-    first_lr: float = 1.0
-    first: Callable[[Any], object] = lambda optimizer: optimizer.step()
+    first_lr: float = 1.0  # η of the exact first step, where it must be small
+    first: Callable[[Any], object] = lambda optimizer: optimizer.step()  # how that step is made
     slow: Literal[0, 1, 2] = 0
 
     @cached_property
@@ -134,11 +116,6 @@ class Optimizer:
     def matrices_only(self) -> bool:
         """It cannot take vectors; biases then go to another optimizer."""
         return self.takes == MATRICES
-
-    @property
-    def clips(self) -> bool:
-        """It keeps the ratio of momentum to curvature in proportion to a bound ρ that scales."""
-        return self.rules[2]["hidden"].clip is not None
 
 
 # --- Builders of what is not built by its class ---------------------------------------------------
@@ -197,21 +174,6 @@ def _soap_first(optimizer: Any) -> None:
     optimizer.step()
 
 
-def _kimi(out: Scale, into: Scale) -> Scale:
-    """0.2 √max(n_in, n_out)."""
-    return larger(out, into) ** HALF
-
-
-def _keller(out: Scale, into: Scale) -> Scale:
-    """√max(1, n_out/n_in)."""
-    return larger(ONE, out / into) ** HALF
-
-
-def _radius(out: Scale, into: Scale) -> Scale:
-    """√(n_out/n_in)."""
-    return (out / into) ** HALF
-
-
 # --- The rows -------------------------------------------------------------------------------------
 
 #      input    hidden   hidden, k=1   output   | biases: input, hidden, hidden, k=1, output
@@ -231,7 +193,12 @@ _KIMI = """
 _sign = partial(Optimizer, kind="sign", table=_SIGN, rate=2.0**-11, mistake=(1.0, -0.5))
 _orthogonal = partial(Optimizer, kind="orthogonal", rate=2.0**-9)
 _bare = partial(_orthogonal, table=_BARE, mistake=(-0.5, -0.5))
-_kimis = partial(_orthogonal, table=_KIMI, factor=_kimi, mistake=(0.5, -0.5))
+_kimis = partial(
+    _orthogonal,
+    table=_KIMI,
+    factor=lambda out, into: larger(out, into) ** HALF,  # 0.2 √max(n_in, n_out)
+    mistake=(0.5, -0.5),
+)
 _SOAP = {"rate": 2.0**-10, "exact": {"weight_decay": 0.0}, "first": _soap_first, "slow": 2}
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -274,7 +241,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     η  1        1        L^-1/2        n^1/2
     λ  1        1        1             n^-1/2
 """,
-        factor=_keller,
+        factor=lambda out, into: larger(ONE, out / into) ** HALF,  # √max(1, n_out/n_in)
         rate=None,
         exact=_EXACT,
     ),
@@ -309,7 +276,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     η  1        1        L^-1/2        n
     λ  1        1        1             n^-1
 """,
-        factor=_radius,
+        factor=lambda out, into: (out / into) ** HALF,  # the sphere's radius
         rate=2.0**-8,
         mistake=(-0.5, -0.5),
         # the sphere where Gaussian weights of infinite width start: at width n their norm is below

@@ -134,6 +134,7 @@ def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
     curvature h is of the size of a squared gradient.
     """
     known = row(optimizer)
+    clips = known.rules[2]["hidden"].clip is not None  # its bound ρ scales
     derived: dict[Role, Rule] = {}
     for role in known.takes:
         inside = role in ("hidden", "hidden_bias")
@@ -150,6 +151,6 @@ def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
         out, into = SIZES[role]
         entry = gradient_norm(role, k) / (out * into) ** HALF
         eps = {None: None, "entry": entry, "square": gradient_norm(role, k) ** 2}[known.eps]
-        clip = ONE / entry if known.clips else None  # m/(ρh) with h like m²
+        clip = ONE / entry if clips else None  # m/(ρh) with h like m²
         derived[role] = Rule(multiplier, variance, change / size, size / norm, eps, clip)
     return derived

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple
-
-__all__ = ["HALF", "MATRICES", "ONE", "ROLES", "Role", "Scale", "larger", "parse", "scale"]
+from typing import Literal
 
 Role = Literal["input", "hidden", "output", "input_bias", "hidden_bias", "output_bias"]
 ROLES: tuple[Role, ...] = ("input", "hidden", "output", "input_bias", "hidden_bias", "output_bias")
@@ -15,23 +14,20 @@ MATRICES: tuple[Role, ...] = ROLES[:3]
 HALF = Fraction(1, 2)
 
 
-class Scale(NamedTuple):
+@dataclass(frozen=True)
+class Scale:
     """r_n^n · r_L^L, with rational exponents."""
 
     n: Fraction = Fraction(0)
     L: Fraction = Fraction(0)
 
-    def __mul__(self, other: object) -> Scale:
-        if not isinstance(other, Scale):
-            return NotImplemented
+    def __mul__(self, other: Scale) -> Scale:
         return Scale(self.n + other.n, self.L + other.L)
 
-    def __truediv__(self, other: object) -> Scale:
-        return self * other**-1 if isinstance(other, Scale) else NotImplemented
+    def __truediv__(self, other: Scale) -> Scale:
+        return self * other**-1
 
-    def __pow__(self, power: object) -> Scale:
-        if not isinstance(power, (int, Fraction)):
-            return NotImplemented
+    def __pow__(self, power: int | Fraction) -> Scale:
         return Scale(self.n * power, self.L * power)
 
     def at(self, r_n: float, r_L: float) -> float:
@@ -43,7 +39,7 @@ class Scale(NamedTuple):
         return math.pow(r_n, self.n) * math.pow(r_L, self.L)
 
     def __str__(self) -> str:
-        powers = tuple(zip(("r_n", "r_L"), self, strict=True))
+        powers = (("r_n", self.n), ("r_L", self.L))
         above, below = (
             [_power(x, sign * p) for x, p in powers if sign * p > 0] for sign in (1, -1)
         )

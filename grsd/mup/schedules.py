@@ -13,8 +13,6 @@ from collections.abc import Callable
 
 from torch.optim import Optimizer
 
-__all__ = ["base_lr", "cosine", "relative"]
-
 
 def relative(optimizer: Optimizer, lr: float) -> list[float]:
     """Return the rate of every group for the base rate `lr`: `OneCycleLR`'s ``max_lr``.

@@ -83,7 +83,7 @@ def test_a_wrong_cell_is_found(field: str) -> None:
 @pytest.mark.parametrize("name", sorted(PRINTED))
 def test_the_table_is_the_printed_one(name: str) -> None:
     ours = {
-        role: (tuple(r.lr), tuple(r.weight_decay))
+        role: ((r.lr.n, r.lr.L), (r.weight_decay.n, r.weight_decay.L))
         for role, r in RULES[name, 2].items()
         if role != "output_bias"
     }
