@@ -98,6 +98,7 @@ def observe(
             handle = linear[name].register_forward_hook(keep, prepend=True)
             hooks.callback(handle.remove)
         each = losses(model)
+    # one loss a sample, and one call a layer, row by row of the same batch
     checks.shape("losses", each, ("B",), "they must give one number a sample, shape (B,)")
     for name, made in calls.items():
         shapes = [tuple(a.shape) for a, _ in made]

@@ -174,6 +174,7 @@ def measure_sizes(
     finally:
         for handle in handles:
             handle.remove()
+    # what is looked at: some blocks, and all that is outside of them
     chosen, tabled = _spread(made, blocks), tables(model)
     held = [
         (e, p.detach(), p.grad)
@@ -189,6 +190,7 @@ def measure_sizes(
     gradients = [(e.role, float(G.square().mean().sqrt())) for e, _, G in held]
     updates = {}
     for name in optimizers:
+        # a gradient that is not finite makes no step, and its role shows NaN
         asked = [one for one in held if one[0].role in takes[name]]
         good = [one for one in asked if bool(torch.isfinite(one[2]).all())]
         sizes = [(e.role, math.nan) for e, *_ in asked if not any(e is one[0] for one in good)]

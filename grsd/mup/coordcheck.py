@@ -156,6 +156,7 @@ def coord_check(
             f"need steps ≥ 1, a seed and positive sizes; got {steps}, {tuple(seeds)}, {sizes}, "
             f"base {base}"
         )
+    # every size and seed is a run of its own, with the plan that leads from the base to it
     start = factory(*base)
     refuse_dropout(start)
     who: dict[str, Any] = {"optimizer": optimizer, "other": other, "k": k}
@@ -166,6 +167,7 @@ def coord_check(
             made = make_plan(model, start) if make_plan else plan(model, base=start, **who)
             if parametrization == "sp":
                 made = _standard(made)
+            # weights, multipliers and rates by the plan
             made.initialize_(model, seed=seed)
             made.attach(model)
             stepper = made.make_optimizer(model, lr=lr, **more)
@@ -318,6 +320,7 @@ def _judge(
             values = [by_role.get(role, math.nan) for by_role in norms]
             for axis, slope in fit_along(sizes, values, base).items():
                 wanted = float(size.n if axis == "width" else size.L)
+                # off by more than a check lets pass, and outside of the interval
                 off = abs(slope.value - wanted) > FLAT
                 if off and not slope.low <= wanted <= slope.high:
                     condition = _condition(role, quantity, k)

@@ -50,11 +50,13 @@ def spectral_norm(
     checks.finite("the matrix", W.detach())
     W = W.detach()
     W = W.float() if W.dtype in (torch.float16, torch.bfloat16) else W
+    # small: all singular values at once
     if W.numel() <= dense or min(W.shape) <= KRYLOV:
         return float(torch.linalg.matrix_norm(W, ord=2))
     if not bool(W.any()):
         return 0.0
 
+    # large: restarted Lanczos, whose products run on the device of W
     def product(A: Tensor, v: Any) -> Any:
         return (A @ torch.from_numpy(np.ascontiguousarray(v)).to(A)).double().cpu().numpy()
 

@@ -131,6 +131,7 @@ def optimum(
         sample[:, kept] += noise / math.sqrt(runs) * rng.standard_normal((draws, int(kept.sum())))
     drawn = _vertices(x, sample, rng)
     dof = runs - 1.0 if runs > 1 else math.inf
+    # beside a rate that diverged the bracket is all that is known
     if cliff:
         low, high = float(x[index - 1]), float(x[index + 1])
     else:
@@ -153,6 +154,7 @@ def drift(sizes: npt.ArrayLike, optima: Sequence[Optimum] | npt.ArrayLike) -> Dr
     y = np.array([o.value if isinstance(o, Optimum) else float(o) for o in listed])
     good = np.isfinite(y)
     x, y, known = x[good], y[good], [o for o, fine in zip(listed, good, strict=True) if fine]
+    # fewer than two sizes have no slope
     if len(set(x)) < 2:
         if len(x) and good.all():
             raise ValueError(f"a drift needs two sizes, got {np.asarray(sizes)}")
@@ -202,6 +204,7 @@ def regret(
             f"{table.shape}, {source}"
         )
     curves = [_curve(log2_lr, one, ceiling) for one in table]
+    # the rate that is carried over: the best of the grid at the source size
     x, means, _, _ = curves[source]
     best = _vertex(x, means)[2]
     if best < 0:

@@ -43,6 +43,7 @@ def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    # the iteration, on three axes
     a, b, c = QUINTIC
     shape = X.shape
     X = X.reshape(-1, *shape[-2:])

@@ -60,6 +60,7 @@ def plan(
     Refused is what would make a wrong plan: another architecture, ratios that differ from layer to
     layer, a parameter without a role (named, with what to say), a pattern that matches nothing.
     """
+    # the optimizers, and what is known to go wrong with them
     chosen = row(optimizer)
     if row(other).matrices_only:
         raise ValueError(
@@ -94,6 +95,7 @@ def plan(
                 )
         if wd_rule == "unscaled":
             own = replace(own, weight_decay=Scale())
+        # initial values of the base: noise of one deviation, or a constant such as a gain's 1
         values = q.detach().double().flatten()
         constant = bool((values == values[0]).all())
         std_base = None if base is None else float(values.square().mean().sqrt())
@@ -112,8 +114,10 @@ def plan(
                 block=layout.block(name),
             )
         )
+    # factors on the ends of branches and on heads, which are the same for every optimizer
     alpha, head = (rule(other, role, k).multiplier.at(r_n, r_L) for role in ("hidden", "output"))
     multipliers = layout.multipliers(assigned, branch_ends, alpha, head)
+    # a pattern of the user that matches nothing is refused
     below = [name for name in layout.modules if name.startswith(f"{layout.stack}.")]
     unmatched([end for end in branch_ends if end not in BRANCH_ENDS], below, "branch_ends")
     notes = (*((chosen.caution,) if chosen.caution else ()), *_heads(model, base))

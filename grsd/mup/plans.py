@@ -136,6 +136,7 @@ class Plan:
                 raise ValueError(
                     f"{name!r} already carries a multiplier; remove the earlier plan's hooks first"
                 )
+        # one hook a multiplier, on what enters a head or leaves a branch
         handles = []
         for name, factor, side in self.multipliers:
             if side == "output":
@@ -173,6 +174,7 @@ class Plan:
                         "too; use attach()"
                     )
                 factors[name] = factor
+        # W' = αW, and the plan's numbers with it
         with torch.no_grad():
             for name, factor in factors.items():
                 matched[name].mul_(factor)
@@ -194,10 +196,12 @@ class Plan:
             if not parameter.requires_grad:
                 continue
             key = (e.role, e.lr, e.weight_decay, e.eps, e.clip, e.split, e.transposed)
+            # parameters whose numbers agree share a group
             group = groups.setdefault(e.optimizer, {}).setdefault(key, {"params": []})
             group["params"].append(parameter)
             group |= {"role": e.role, "mup_lr": e.lr, "lr": lr * e.lr}
             group["weight_decay"] = weight_decay * e.weight_decay
+            # what some optimizers alone ask for
             if row(e.optimizer).matrices_only:
                 group |= {"split": e.split, "transposed": e.transposed}
             if e.clip is not None:

@@ -148,6 +148,7 @@ class Layout:
         """Return the factor `alpha` at every end of a residual branch, and `head` at every head."""
         heads = {n.rpartition(".")[0]: n for n, role in assigned.items() if role == "output"}
         factors: list[Multiplier] = []
+        # ends of branches are named by the patterns, heads by the role of their weight
         for name, module in self.modules.items():
             if self.block(name) is not None and matching(name, branch_ends):
                 parent = name.rpartition(".")[0]
@@ -165,6 +166,7 @@ class Layout:
                         "layers read too; make it the weight of an nn.Linear of its own"
                     )
                 factors.append(Multiplier(name, head, "input"))
+        # a model without either would be planned wrongly
         sides = {m.side for m in factors}
         if "output" not in sides:
             raise ValueError(
@@ -255,6 +257,7 @@ def compare(
         raise ValueError(
             "give either base=, a model of the same architecture, or the ratios r_n= and r_L="
         )
+    # without a base a tensor is its own partner, and the ratios are as given
     stack, depth = stack_of(model)
     names, every = list(bare_parameters(model)), bare_parameters(model, tied=True)
     pairs: dict[str, tuple[Tensor, Tensor]] = {name: (p, p) for name, p in every.items()}

@@ -199,6 +199,7 @@ def sweep(
         made = make_plan(model, start) if make_plan else plan(model, base=start, **who)
         if parametrization == "sp" and not make_plan:
             made = unscaled(made)
+        # what a run is known by in the store
         inputs = {
             "optimizer": optimizer,
             "parametrization": parametrization,
