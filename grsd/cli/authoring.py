@@ -58,13 +58,8 @@ def new_chapter(name: str, title: str | None) -> None:
     old = before or lines[-1]
     toc = toc.replace(old, f"{new}\n{old}" if before else f"{old}\n{new}")
 
-    words = {
-        "claim": f"grsd.{page}",
-        "label": page,
-        "page": page,
-        "room": room,
-        "title": title or page.replace("-", " ").capitalize(),
-    }
+    words = {"claim": f"grsd.{page}", "label": page, "page": page, "room": room}
+    words["title"] = title or page.replace("-", " ").capitalize()
     text = (Path(__file__).parents[1] / "data/chapter.md").read_text(encoding="utf-8")
     entries = ledger.read_text(encoding="utf-8")
     if f"id: {words['claim']}\n" in entries:

@@ -72,9 +72,13 @@ def shown(name: str, default: Any, help: str, **options: Any) -> Callable[[Comma
     return click.option(name, default=default, show_default=True, help=help, **options)
 
 
-def json_option(command: Command) -> Command:
-    words = "Print one JSON object on stdout."
-    return click.option("--json", "as_json", is_flag=True, help=words)(command)
+JSON = "Print one JSON object on stdout."
+REVISION = "Checkpoint, e.g. step512; repeat, or 'all' [the last]."
+SPLIT = "Part of the corpus [heldout if embedded]."
+json_option = click.option("--json", "as_json", is_flag=True, help=JSON)
+device_option = shown("--device", "auto", "cpu, cuda, cuda:1, ...")
+revisions_option = click.option("--revision", "revisions", multiple=True, help=REVISION)
+split_option = click.option("--split", type=click.Choice(["train", "heldout", "all"]), help=SPLIT)
 
 
 def file_option(name: str, help: str) -> Callable[[Command], Command]:
@@ -85,22 +89,8 @@ def resume_option(what: str) -> Callable[[Command], Command]:
     return shown("--resume/--no-resume", True, f"Use {what} that were measured before.")
 
 
-def device_option(command: Command) -> Command:
-    return shown("--device", "auto", "cpu, cuda, cuda:1, ...")(command)
-
-
 def seed_option(of: str) -> Callable[[Command], Command]:
     return shown("--seed", 0, f"Of {of}.", type=click.IntRange(0))
-
-
-def revisions_option(command: Command) -> Command:
-    words = "Checkpoint, e.g. step512; repeat, or 'all' [the last]."
-    return click.option("--revision", "revisions", multiple=True, help=words)(command)
-
-
-def split_option(command: Command) -> Command:
-    parts, words = click.Choice(["train", "heldout", "all"]), "[heldout if embedded]"
-    return click.option("--split", type=parts, help=f"Part of the corpus {words}.")(command)
 
 
 def emit(value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from grsd.cli import common
-from grsd.cli.common import emit, main, say, shown, table
+from grsd.cli.common import emit, main, say, shown
 from grsd.cli.training import prepared
 
 EPILOG = """\b
@@ -71,8 +71,7 @@ def conditions(
     if as_json:
         emit({"model": model, "revisions": asked} | report.to_json())
         return
-    verdicts = report.table()
-    table(verdicts.columns, verdicts.rows)
+    click.echo(str(report.table()))
     click.echo(f"{len(report.blocks)} blocks, {report.rows} rows, {report.passes} forward passes")
     for note in report.notes:
         click.echo(f"note: {note}")

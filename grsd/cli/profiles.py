@@ -96,9 +96,8 @@ def shells(
     spec = replace(spec, revisions=tuple(asked))
     with common.bar("shells", quiet=world.rank > 0) as update:
         update(0, max(1, len(asked)) * spec.batches, "first batch")
-        run = shell_run(
-            spec, resume=resume, progress=update, model=opened, memory=budget, ranks=world
-        )
+        how: dict[str, Any] = {"model": opened, "memory": budget, "ranks": world}
+        run = shell_run(spec, resume=resume, progress=update, **how)
     if world.rank > 0:
         return
     if run.group is not None:

@@ -54,32 +54,22 @@ def suite(
         one_of("size", name, suites.MINI)
     where = str(hub.check_device(common.device_of(device)))
     recipe = {key: value for key, value in options.items() if value is not None}
-    listed = []
+    listed, rows = [], []
     for name in names:
         text = suites.of_suite(name) if corpus is None else corpora.open_corpus(corpus)
         made = trained(name, text, where, steps=steps, **recipe)
         record = made.training()
-        listed.append(
-            {
-                "size": name,
-                "parameters": made.size.parameters,
-                "steps": steps,
-                "revisions": list(made.revisions),
-                "loss": record["loss"][-1] if record["loss"] else None,
-                "corpus": {"name": text.name, "tokens": len(text.tokens)},
-                "heldout": record["heldout"].get(made.revisions[-1]),
-                "folder": str(made.root),
-            }
-        )
+        loss = record["loss"][-1] if record["loss"] else None
+        heldout, parameters = record["heldout"].get(made.revisions[-1]), made.size.parameters
+        one = {"size": name, "parameters": parameters, "steps": steps, "folder": str(made.root)}
+        one |= {"revisions": list(made.revisions), "loss": loss, "heldout": heldout}
+        listed.append({**one, "corpus": {"name": text.name, "tokens": len(text.tokens)}})
+        losses = number(loss), number(heldout)
+        rows.append([name, parameters, len(made.revisions), *losses, str(made.root)])
     if as_json:
         emit({"suites": listed})
-        return
-    rows = []
-    for one in listed:
-        losses = [number(one[key]) for key in ("loss", "heldout")]
-        checkpoints = len(one["revisions"])
-        rows.append([one["size"], one["parameters"], checkpoints, *losses, one["folder"]])
-    table(["size", "parameters", "checkpoints", "loss", "held-out", "folder"], rows)
+    else:
+        table(["size", "parameters", "checkpoints", "loss", "held-out", "folder"], rows)
 
 
 def trained(name: str, text: Corpus, device: str, **recipe: Any) -> Suite:

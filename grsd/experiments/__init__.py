@@ -1,1 +1,1 @@
-"""Experiments too long for a page: `engine` runs and stores them; the others are one each, or data."""
+"""Experiments too long for a page: `engine` runs and stores them, the rest are these."""

@@ -6,7 +6,7 @@ stored. A row that no run has filled reads "not measured".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,10 +94,7 @@ def stored(name: str = RESULT) -> dict[str, Any]:
 def products_table(data: Record | None = None) -> Table:
     """Return the product's table: a line a quantity, a column a shape."""
     records = (stored() if data is None else data).get("products", {})
-    rows = [
-        [line.title, *(line.cell(shape, records.get(shape, {})) for shape in SHAPES)]
-        for line in LINES
-    ]
+    rows = [[line.title, *(line.cell(s, records.get(s, {})) for s in SHAPES)] for line in LINES]
     return Table(["T = 512, float32, two threads", *SHAPES.values()], rows)
 
 
@@ -139,11 +136,7 @@ def gpu_table(data: Record | None = None) -> Table:
     return Table(["shape", *columns], rows)
 
 
-BLOCKS: dict[str, Callable[[], Table]] = {
-    "products": products_table,
-    "krylov": krylov_table,
-    "gpu": gpu_table,
-}
+BLOCKS = {"products": products_table, "krylov": krylov_table, "gpu": gpu_table}
 
 
 def filled(text: str) -> str:

@@ -105,9 +105,8 @@ def pieces(p: Parameters) -> list[Piece]:
 
 def measure(piece: Piece) -> Data:
     """Follow one net: fields c(t, edge), summaries at three orders of edge, loss exponents."""
-    names = ("gamma", "seed", "data_seed", "inputs", "activation", "gain", "device")
-    options = {name: piece[name] for name in names}
-    at = problem(piece["target"], piece["n"], width=piece["h"], **options)
+    names = ("target", "gamma", "seed", "data_seed", "inputs", "activation", "gain", "device")
+    at = problem(samples=piece["n"], width=piece["h"], **{name: piece[name] for name in names})
     path, instants = follow(at, piece["until"], piece["points"], piece["rtol"])
     times, after = path.times[1:], piece["after"]
     late = times >= after * ROUNDING
@@ -120,7 +119,7 @@ def measure(piece: Piece) -> Data:
         "weights": soft.weights(after)[late],
         "fields": {part: soft.c(part)[late] for part in PARTS},
         "summaries": {
-            name: {part: d.summary(part, after) for part in PARTS} for name, d in drifts.items()
+            k: {part: d.summary(part, after) for part in PARTS} for k, d in drifts.items()
         },
         "ratio": {name: _ratios(d, after) for name, d in drifts.items()},
         "velocity": sharp.power_law("advective", after)._asdict(),

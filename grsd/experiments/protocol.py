@@ -193,10 +193,8 @@ def measure(
             if progress is not None:
                 progress(done, total, f"{model} {what}")
 
-        model, text = models[spec.model], texts[spec.corpus]
-        result = shell_run(
-            spec, resume=resume, progress=advance, cache=cache, model=model, corpus=text
-        )
+        how: dict[str, Any] = {"model": models[spec.model], "corpus": texts[spec.corpus]}
+        result = shell_run(spec, resume=resume, progress=advance, cache=cache, **how)
         for revision in result.revisions:
             for start in spec.starts:
                 profiles = result.profiles(revision, start, SHELLS)

@@ -29,20 +29,15 @@ class TanhStack:
 
     Conventions as in `grsd.dynamics.problem`: e = target − output, M = JJᵀ/n, θ̇ = Jᵀe/n.
 
-    Attributes
-    ----------
-    start : tuple of Tensor. read (w, d), then (L, w, w) for W, or V and W, then head (w,).
-    inputs : (n, d), targets : (n,)
-    epsilon, skip : float. (ε, 1) for residual networks, (1, 0) for plain ones.
-    closed : bool. The head reads tanh(h), as in plain networks, not h.
+    ``start`` is read (w, d), then (L, w, w) for W, or V and W, then head (w,).
     """
 
     start: Weights
-    inputs: Tensor
-    targets: Tensor
+    inputs: Tensor  #: (n, d)
+    targets: Tensor  #: (n,)
     epsilon: float
-    skip: float
-    closed: bool
+    skip: float  #: 1 for residual networks, 0 (and ε = 1) for plain ones
+    closed: bool  #: the head reads tanh(h), as in plain networks, not h
 
     @classmethod
     def residual(

@@ -170,13 +170,9 @@ def profiles(at: Modes, permuted: np.ndarray, *, seed: int) -> Data:
     own = dip(g**2)
     drawn = [dip(rng.standard_normal(len(g)) ** 2) for _ in range(DRAWS)]
     kinds = {"error": g**2, "count": np.ones(len(g)), "permuted": permuted**2}
-    return {
-        **{name: profile(energies).energies for name, energies in kinds.items()},
-        "kernel": profile(g**2).kernel,
-        "dip": own,
-        "rank": float(np.mean(np.array(drawn) >= own)),
-        "random": float(np.median(drawn)),
-    }
+    rank, random = float(np.mean(np.array(drawn) >= own)), float(np.median(drawn))
+    valleys = {"kernel": profile(g**2).kernel, "dip": own, "rank": rank, "random": random}
+    return {**{name: profile(energies).energies for name, energies in kinds.items()}, **valleys}
 
 
 def pieces(p: Parameters) -> list[Piece]:
@@ -209,8 +205,9 @@ def measure(piece: Piece) -> Data:
 
     # the profiles at both ends, of the error and of the error of permuted targets
     instants = [modes(*instant(at, theta)) for theta in path.thetas]
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    order = order.to(at.theta.device)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(
+        at.theta.device
+    )
     shown = {}
     for end, k in zip(ENDS, ends, strict=False):
         other = (at.targets[order] - at.output(path.thetas[k])).cpu().numpy()

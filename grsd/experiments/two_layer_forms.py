@@ -52,15 +52,13 @@ class TwoLayerProblem(Problem):
     def __init__(self, model: TwoLayer, inputs: Tensor, targets: Tensor) -> None:
         name, columns = type(model.activation).__name__, model.inner_start.shape[1]
         if name not in SMOOTH:
-            raise ValueError(
-                f"the activation {name} has no closed form with a second derivative here; expected "
-                f"one of {', '.join(SMOOTH).lower()}, or use Problem"
-            )
+            known = f"one of {', '.join(SMOOTH).lower()}, or use Problem"
+            what = "has no closed form with a second derivative here"
+            raise ValueError(f"the activation {name} {what}; expected {known}")
         if inputs.shape[1:] != (columns - 1,) or targets.shape != inputs.shape[:1]:
-            raise ValueError(
-                f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} do not fit a net "
-                f"of {columns - 1} inputs: expected (n, d) and (n,)"
-            )
+            given = f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}"
+            why = f"do not fit a net of {columns - 1} inputs: expected (n, d) and (n,)"
+            raise ValueError(f"{given} {why}")
         self._phi, self.gamma, self.width = SMOOTH[name], model.gamma, model.width
         self._a0 = model.outer_start.to(torch.float64)
         self._w0 = model.inner_start.to(torch.float64)
@@ -82,36 +80,34 @@ class TwoLayerProblem(Problem):
         h = self.width
         return self.gamma * theta[:h], self.gamma * theta[h:].view(h, -1)
 
-    def _weights(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def _features(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a (h,), and φ, φ' and φ'' of z, each (n, h)."""
         outer, inner = self._moves(theta)
-        return self._a0 + outer, self._w0 + inner
+        return self._a0 + outer, *self._phi(self._x @ (self._w0 + inner).T)
 
     def _output(self, theta: Tensor) -> Tensor:
-        a, w = self._weights(theta)
-        moved = self._phi(self._x @ w.T)[0] @ a - self._start
+        a, phi, _, _ = self._features(theta)
+        moved = phi @ a - self._start
         return moved / (self.gamma * math.sqrt(self.width))
 
     def velocity(self, theta: Vector, step: float = 0.0) -> Tensor:
         """Return θ̇ = Jᵀe/n = −∇L, (P,); with `step` as in `Problem.velocity`, by autodiff."""
         if step != 0:
             return self.autodiff().velocity(theta, step)
-        a, w = self._weights(self._theta(theta))
-        phi, slope, _ = self._phi(self._x @ w.T)
+        a, phi, slope, _ = self._features(self._theta(theta))
         scale = math.sqrt(self.width)
         e = self.targets - (phi @ a - self._start) / (self.gamma * scale)
         back = a[:, None] * ((slope * e[:, None]).T @ self._x)
         return torch.cat([phi.T @ e, back.reshape(-1)]) / (scale * self.samples)
 
     def _jacobian(self, theta: Tensor) -> Tensor:
-        a, w = self._weights(theta)
-        phi, slope, _ = self._phi(self._x @ w.T)
+        a, phi, slope, _ = self._features(theta)
         inner = (a * slope)[:, :, None] * self._x[:, None, :]
         return torch.cat([phi, inner.reshape(self.samples, -1)], dim=1) / math.sqrt(self.width)
 
     def kernel(self, theta: Vector) -> Tensor:
         """Return M = J Jᵀ/n, (n, n)."""
-        a, w = self._weights(self._theta(theta))
-        phi, slope, _ = self._phi(self._x @ w.T)
+        a, phi, slope, _ = self._features(self._theta(theta))
         psi = a * slope
         return (phi @ phi.T + self._gram * (psi @ psi.T)) / (self.width * self.samples)
 
@@ -128,9 +124,8 @@ class TwoLayerProblem(Problem):
 
     def _rates(self, at: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Φ, Ψ, Φ̇ and Ψ̇, each (n, h), when θ moves with velocity `along`."""
-        a, w = self._weights(at)
         a_dot, w_dot = self._moves(along)
-        phi, slope, bend = self._phi(self._x @ w.T)
+        a, phi, slope, bend = self._features(at)
         z_dot = self._x @ w_dot.T
         return phi, a * slope, slope * z_dot, a_dot * slope + a * bend * z_dot
 

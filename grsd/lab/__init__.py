@@ -6,7 +6,7 @@ argument.
 
 | room | what |
 |---|---|
-| `nets` | small nets with explicit seeds, families of architectures, stock models, planted properties |
+| `nets` | small nets with explicit seeds, families of architectures, stock and planted models |
 | `data` | text as token arrays cut into batches, images, functions |
 | `checkpoints` | the suite trained here, and the loader: suite, local folder, Hugging Face hub |
 | `runs` | spectra over many batches and checkpoints, resumable |

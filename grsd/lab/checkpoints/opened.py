@@ -19,8 +19,6 @@ from torch import nn
 from grsd.lab.checkpoints import hub, suites
 from grsd.lab.data.corpora import Corpus
 
-__all__ = ["Checkpoint", "Loaded", "Model", "load", "open_model", "revisions_in"]
-
 
 @dataclass(frozen=True)
 class Loaded:

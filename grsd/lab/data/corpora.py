@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from grsd.lab.data.windows import Tokens
 
 END_OF_TEXT = "<|endoftext|>"
 HELDOUT_FRACTION = 0.05
+DOCUMENTS = 2000  # of a data set on the hub that are read
 SPLITS = ("train", "heldout", "all")
 SOURCES = ("embedded", "installed")  # corpora that are the source text on this machine
 # Folders of the standard library that are not its text: tests, installed packages, character
@@ -117,52 +118,47 @@ def standard_library() -> list[Path]:
     return sorted(filter(wanted, root.rglob("*.py")), key=lambda p: p.relative_to(root).as_posix())
 
 
-def embedded(
-    vocab_size: int = 2048, cache: Path | str | None = None, *, tokenizer: Any = None
-) -> Corpus:
+class How(TypedDict, total=False):
+    """How text becomes tokens: options that every corpus passes to `from_texts`."""
+
+    tokenizer: Any
+    vocab_size: int
+    cache: Path | str | None
+
+
+def embedded(**how: Unpack[How]) -> Corpus:
     """The text of Python's standard library, 3.3 million tokens at 2048 entries (Python 3.11).
 
-    A byte-level BPE of ``vocab_size`` entries (257 or more) is trained on the text, in seconds,
-    unless a transformers ``tokenizer`` is given, e.g. that of the model to be measured. The text is
-    read each time; the tokens in ``cache`` (default `grsd.scale.cache_dir`) are used when it is
-    unchanged.
+    A byte-level BPE of ``vocab_size`` entries (2048, or 257 and more) is trained on the text, in
+    seconds, unless a transformers ``tokenizer`` is given, e.g. that of the model to be measured.
+    The text is read each time; the tokens in ``cache`` (default `grsd.scale.cache_dir`) are used
+    when it is unchanged.
     """
-    return _source_text("embedded", standard_library(), vocab_size, cache, tokenizer)
+    return _source_text("embedded", standard_library(), how)
 
 
-def installed(
-    vocab_size: int = 32768, cache: Path | str | None = None, *, tokenizer: Any = None
-) -> Corpus:
+def installed(**how: Unpack[How]) -> Corpus:
     """The embedded corpus and the text of every installed package: another on every machine.
 
     With a deep-learning environment this is 50 to 100 million tokens, enough for the larger sizes
-    of `grsd.lab.checkpoints.suites`; its fingerprint says which text it was. The rest as
-    `embedded`.
+    of `grsd.lab.checkpoints.suites`; its fingerprint says which text it was. The tokenizer has
+    32768 entries, the rest is as for `embedded`.
     """
     folders = sorted({sysconfig.get_paths()[key] for key in ("purelib", "platlib")})
     packages = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
-    return _source_text("installed", standard_library() + packages, vocab_size, cache, tokenizer)
+    how.setdefault("vocab_size", 32768)
+    return _source_text("installed", standard_library() + packages, how)
 
 
-def _source_text(
-    name: str, paths: list[Path], vocab_size: int, cache: Path | str | None, tokenizer: Any
-) -> Corpus:
+def _source_text(name: str, paths: list[Path], how: How) -> Corpus:
     texts = [path.read_bytes().decode("utf-8", errors="replace") for path in paths]
     if sum(map(len, texts)) < 100_000:
-        raise ValueError(
-            "this Python carries no source text of its standard library; "
-            "pass text files of your own as the corpus"
-        )
-    return from_texts(name, texts, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
+        what = "this Python carries no source text of its standard library"
+        raise ValueError(f"{what}; pass text files of your own as the corpus")
+    return from_texts(name, texts, **how)
 
 
-def files(
-    paths: str | Path | Sequence[str | Path],
-    tokenizer: Any = None,
-    *,
-    vocab_size: int = 2048,
-    cache: Path | str | None = None,
-) -> Corpus:
+def files(paths: str | Path | Sequence[str | Path], **how: Unpack[How]) -> Corpus:
     """Local text files (UTF-8) by path or pattern (``"notes/**/*.txt"``), one document each.
 
     Without a ``tokenizer`` one of ``vocab_size`` entries is trained on the text, as by `embedded`.
@@ -181,22 +177,13 @@ def files(
         except UnicodeDecodeError as error:
             where = f"{error.reason} at byte {error.start}"
             raise ValueError(f"{path} is not UTF-8 text ({where})") from error
-    name = ",".join(map(str, asked))
-    return from_texts(name, texts, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
+    return from_texts(",".join(map(str, asked)), texts, **how)
 
 
 def hub(
-    name: str,
-    config: str | None = None,
-    split: str = "train",
-    *,
-    tokenizer: Any = None,
-    column: str = "text",
-    documents: int = 2000,
-    vocab_size: int = 2048,
-    cache: Path | str | None = None,
+    name: str, config: str = "", split: str = "train", *, column: str = "text", **how: Unpack[How]
 ) -> Corpus:
-    """The first documents of a data set on the Hugging Face hub, or of a local data-set folder.
+    """The first 2000 documents of a data set on the Hugging Face hub, or of a local folder of one.
 
     Needs the optional package ``datasets`` and, unless the data set is already cached, network:
     RuntimeError says which of them is missing.
@@ -207,24 +194,23 @@ def hub(
         do = "pip install datasets, or pass text files"
         raise RuntimeError(f"the corpus 'hub:{name}' needs the package datasets: {do}") from error
     try:
-        stream = load_dataset(name, config, split=split, streaming=True)
+        stream = load_dataset(name, config or None, split=split, streaming=True)
         columns = list(next(iter(stream)).keys())
-        rows = islice(stream, documents) if column in columns else ()
+        rows = islice(stream, DOCUMENTS) if column in columns else ()
         texts = [str(row[column]) for row in rows]
     except StopIteration:
         raise ValueError(f"the data set {name!r}, split {split!r}, is empty") from None
     except Exception as error:  # datasets raises anything from OSError to its own classes
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        what = f"cannot read the data set {name!r} (config {config or None!r}, split {split!r})"
         raise RuntimeError(
-            f"cannot read the data set {name!r} (config {config!r}, split {split!r}): "
-            f"{reason or type(error).__name__}; check the name, or "
-            "without network download it elsewhere and pass its text files as the corpus"
+            f"{what}: {lines[0] if lines else type(error).__name__}; check the name, or without "
+            "network download it elsewhere and pass its text files as the corpus"
         ) from error
     if column not in columns:
         has = ", ".join(columns)
         raise ValueError(f"the data set {name!r} has no column {column!r}; it has {has}")
-    label = ":".join(["hub", name, *([config] if config else []), split])
-    return from_texts(label, texts, tokenizer=tokenizer, vocab_size=vocab_size, cache=cache)
+    return from_texts(":".join(filter(None, ["hub", name, config, split])), texts, **how)
 
 
 def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = None) -> Corpus:
@@ -239,28 +225,25 @@ def open_corpus(spec: str, tokenizer: Any = None, *, cache: Path | str | None = 
         if size and not size.isdecimal():
             form = f"{name}[:VOCAB], such as {name}:4096"
             raise ValueError(f"corpus {spec!r} is not of the form {form}")
-        options = {"vocab_size": int(size)} if size else {}
-        make = embedded if name == "embedded" else installed
-        return make(**options, cache=cache, tokenizer=tokenizer)
+        how: How = {"cache": cache, "tokenizer": tokenizer}
+        if size:
+            how["vocab_size"] = int(size)
+        return embedded(**how) if name == "embedded" else installed(**how)
     if name == "hub":
         dataset, config, split, *more = [*spec.split(":")[1:], "", ""]
         if not dataset or len(more) > 2:
             raise ValueError(f"corpus {spec!r} is not of the form hub:NAME[:config[:split]]")
-        return hub(dataset, config or None, split or "train", tokenizer=tokenizer, cache=cache)
+        return hub(dataset, config, split or "train", tokenizer=tokenizer, cache=cache)
     if not spec.strip():
         wanted = "embedded, a text file or pattern, or hub:NAME"
         raise ValueError(f"the corpus has an empty name; expected {wanted}")
     if os.path.isdir(os.path.expanduser(spec)):
-        raise ValueError(
-            f"the corpus {spec!r} is a folder; name its text files by a pattern in quotes, "
-            f"such as '{spec.rstrip('/')}/*.txt'"
-        )
+        do = f"name its text files by a pattern in quotes, such as '{spec.rstrip('/')}/*.txt'"
+        raise ValueError(f"the corpus {spec!r} is a folder; {do}")
     if not _matches(spec):
-        raise ValueError(
-            f"unknown corpus {spec!r}: expected 'embedded', an existing text file or pattern, "
-            "or 'hub:NAME[:config[:split]]'"
-        )
-    return files(spec, tokenizer, cache=cache)
+        known = "'embedded', an existing text file or pattern, or 'hub:NAME[:config[:split]]'"
+        raise ValueError(f"unknown corpus {spec!r}: expected {known}")
+    return files(spec, tokenizer=tokenizer, cache=cache)
 
 
 def default_split(spec: str) -> str:

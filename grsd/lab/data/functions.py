@@ -10,8 +10,6 @@ from torch import Tensor
 from grsd.checks import one_of
 from grsd.lab.nets import models
 
-__all__ = ["TARGETS", "data"]
-
 
 def _teacher(x: Tensor) -> Tensor:
     net = models.two_layer(x.shape[1], 20, 1.0, seed=77, gain=2.0).to(x.device)

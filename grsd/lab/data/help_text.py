@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-__all__ = ["VOCABULARY", "Text", "next_byte", "text"]
-
 VOCABULARY = 128  # bytes of ASCII
 BLOCK = 2048
 

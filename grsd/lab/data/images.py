@@ -21,8 +21,6 @@ from torch import Tensor
 
 from grsd.checks import at_least, positive
 
-__all__ = ["Classes", "Images", "cifar", "digits"]
-
 Classes = tuple[int, int] | tuple[Sequence[int], Sequence[int]]
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 162 MB

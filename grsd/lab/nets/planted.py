@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from grsd.lab.nets.models import drawn, mlp, undrawn
 
-__all__ = ["GroupedNets", "NeighbourChain", "SumOfNets", "TiedNet", "smooth_task"]
-
 
 class SumOfNets(nn.Module):
     """f = Σ_l f_l(x; θ_l): no block moves another's Jacobian, G_lm = 0 for m ≠ l, B(0) = 0."""

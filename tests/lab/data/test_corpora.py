@@ -100,10 +100,10 @@ def test_fingerprint_does_not_depend_on_the_folder(
 
 
 def test_own_tokenizer_gives_the_same_tokens(texts: Path, corpus: corpora.Corpus) -> None:
-    again = corpora.files(texts / "*.txt", corpus.tokenizer)
+    again = corpora.files(texts / "*.txt", tokenizer=corpus.tokenizer)
     assert again.fingerprint == corpus.fingerprint
     assert (
-        corpora.files(texts / "*.txt", corpus.tokenizer).fingerprint == corpus.fingerprint
+        corpora.files(texts / "*.txt", tokenizer=corpus.tokenizer).fingerprint == corpus.fingerprint
     )  # from the cache
 
 
@@ -163,7 +163,7 @@ def test_tokenizer_is_byte_level_and_loses_nothing() -> None:
 @pytest.mark.usefixtures("little_library")
 def test_vocabulary_of_the_embedded_corpus_and_of_a_suite() -> None:
     assert corpora.open_corpus("embedded:400").vocab_size == 400
-    assert suites.of_suite("mini-0.4m").fingerprint == corpora.embedded(2048).fingerprint
+    assert suites.of_suite("mini-0.4m").fingerprint == corpora.embedded().fingerprint
     with pytest.raises(ValueError, match="'embedded:many' is not of the form"):
         corpora.open_corpus("embedded:many")
     with pytest.raises(ValueError, match=r"unknown size 'mini-2m'"):
