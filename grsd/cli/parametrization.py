@@ -80,8 +80,8 @@ def mup_check(
         raise ValueError(f"--base {','.join(map(str, base))}: expected WIDTH,DEPTH")
     seeds = more.pop("seeds")
     if length < 1 or batch_size < 1 or seeds < 1:
-        sizes = f"--length {length}, --batch-size {batch_size} and --seeds {seeds}"
-        raise ValueError(f"{sizes} must be positive")
+        got = f"--length {length}, --batch-size {batch_size} and --seeds {seeds}"
+        raise ValueError(f"{got} must be positive")
     if len(set(widths)) < 2 and len(set(depths)) < 2:
         got = f"--widths {widths} and --depths {depths}"
         raise ValueError(f"two widths or two depths are needed to compare, got {got}")
@@ -89,17 +89,9 @@ def mup_check(
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))
     who = {"optimizer": more["optimizer"], "other": more["other"], "k": layers}
     plan = mup.plan(largest, base=factory(base[0], base[1]), **who)
-    check = mup.coord_check(
-        factory,
-        help_text.next_byte(batch_size, length),
-        widths=widths,
-        depths=depths,
-        base=(base[0], base[1]),
-        k=layers,
-        seeds=range(seeds),
-        parametrization="sp" if sp else "mup",
-        **more,
-    )
+    sizes: dict[str, Any] = {"widths": widths, "depths": depths, "base": (base[0], base[1])}
+    how = {"k": layers, "seeds": range(seeds), "parametrization": "sp" if sp else "mup", **more}
+    check = mup.coord_check(factory, help_text.next_byte(batch_size, length), **sizes, **how)
     if as_json:
         kept = ("role", "quantity", "axis", "wanted", "condition")
         findings = [

@@ -8,8 +8,9 @@ data, or γ is held fixed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -62,23 +63,16 @@ class Parameters:
         checks.at_least("points", self.points, 12)
 
 
-def problem(
-    target: str,
-    samples: int,
-    gamma: float,
-    *,
-    seed: int,
-    width: int | None = None,
-    data_seed: int | None = None,
-    inputs: int = 2,
-    activation: str = "tanh",
-    gain: float = 1.0,
-    device: str = "cpu",
-) -> TwoLayerProblem:
-    """Return a two-layer net of width h, by default n, on one of the `TARGETS`."""
-    x, y = data(target, samples, seed if data_seed is None else data_seed, inputs)
-    net = models.two_layer(inputs, width or samples, gamma, activation, seed=seed, gain=gain)
-    return TwoLayerProblem(net.to(device), x.to(device), y.to(device))
+def problem(target: str, n: int, gamma: float, *, seed: int, **more: Any) -> TwoLayerProblem:
+    """Return a two-layer net on n samples of one of the `TARGETS`.
+
+    `more` may hold its width `h`, by default n, `data_seed`, by default `seed`, and fields of
+    `Parameters` that say what the net and its inputs are.
+    """
+    p = {**asdict(Parameters()), "h": n, "data_seed": seed, **more}
+    x, y = data(target, n, p["data_seed"], p["inputs"])
+    net = models.two_layer(p["inputs"], p["h"], gamma, p["activation"], seed=seed, gain=p["gain"])
+    return TwoLayerProblem(net.to(p["device"]), x.to(p["device"]), y.to(p["device"]))
 
 
 def follow(
@@ -105,8 +99,7 @@ def pieces(p: Parameters) -> list[Piece]:
 
 def measure(piece: Piece) -> Data:
     """Follow one net: fields c(t, edge), summaries at three orders of edge, loss exponents."""
-    names = ("target", "gamma", "seed", "data_seed", "inputs", "activation", "gain", "device")
-    at = problem(samples=piece["n"], width=piece["h"], **{name: piece[name] for name in names})
+    at = problem(**piece)
     path, instants = follow(at, piece["until"], piece["points"], piece["rtol"])
     times, after = path.times[1:], piece["after"]
     late = times >= after * ROUNDING

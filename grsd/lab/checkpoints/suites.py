@@ -200,16 +200,9 @@ def _train(
         spent = (time.monotonic() - begun) / (step - first) if step > first else None
         text: dict[str, Any] = {"name": corpus.name, "fingerprint": corpus.fingerprint}
         text["tokens"] = len(corpus.tokens)
-        record = {
-            "size": asdict(suite.size),
-            "parameters": suite.size.parameters,
-            "recipe": asdict(recipe),
-            "device": device.type,
-            "corpus": text,
-            "loss": run.losses,
-            "heldout": heldout,
-            "seconds_per_step": spent,
-        }
+        record: dict[str, Any] = {"size": asdict(suite.size), "recipe": asdict(recipe)}
+        record |= {"parameters": suite.size.parameters, "device": device.type, "corpus": text}
+        record |= {"loss": run.losses, "heldout": heldout, "seconds_per_step": spent}
         results.atomic_write(suite.root / _RECORD, json.dumps(record))
 
     if first in due:  # step 0; or the training was killed just before its record was written

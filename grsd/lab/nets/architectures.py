@@ -4,9 +4,9 @@ The plain MLP and the plain CNN are in `grsd.lab.nets.models`. Here every net is
 ``blocks`` (an `nn.ModuleList`, the residual stack) → ``head``, and a branch adds ``epsilon`` times
 what its last layer, ``branch_end``, gives. All come in eval mode, without dropout, float64 unless
 asked otherwise, weights normal with variance 1/fan-in, biases with variance 0.01, drawn from a
-generator of their own. Images are (n, channels, side, side). Every family takes what `Common` holds,
-beside what is its own. Sizes below 1 (depth: below 0), an unknown activation and an ε that is
-negative or not finite raise ValueError.
+generator of their own. Images are (n, channels, side, side). Every family takes what `Common`
+holds, beside what is its own. Sizes below 1 (depth: below 0), an unknown activation and an ε that
+is negative or not finite raise ValueError.
 """
 
 from __future__ import annotations
@@ -20,22 +20,8 @@ import torch
 from torch import nn
 
 from grsd.checks import at_least, one_of, whole
-from grsd.lab.nets import models
-from grsd.lab.nets.parts import (
-    Attention,
-    Branch,
-    Flatten,
-    Map,
-    Norm,
-    NormOfMean,
-    Patches,
-    Recurrence,
-    Residual,
-    ResidualNet,
-    Rows,
-    Transposed,
-    last,
-)
+from grsd.lab.nets import models, parts
+from grsd.lab.nets.parts import Branch, Norm, ResidualNet
 
 __all__ = ["Common", "Norm", "ResidualNet"]
 __all__ += ["mixer", "res_conv", "res_mlp", "ssm", "transformer"]
@@ -73,11 +59,11 @@ class Common:
         return Branch(first, self.activation, end, norm=Norm(self.width))
 
     def net(
-        self, read: Callable[[], nn.Module], branches: Callable[[], Branches], pool: Map
+        self, read: Callable[[], nn.Module], branches: Callable[[], Branches], pool: parts.Map
     ) -> ResidualNet:
         """The network that reads, adds these branches at every depth, pools and reads out."""
         with models.undrawn():
-            blocks = [Residual(self.epsilon, **branches()) for _ in range(self.depth)]
+            blocks = [parts.Residual(self.epsilon, **branches()) for _ in range(self.depth)]
             net = ResidualNet(read(), blocks, self.linear(self.width, self.outputs), pool)
         return models.drawn(net, self.seed, self.dtype)
 
@@ -96,7 +82,7 @@ def res_mlp(*, inputs: int, layers: int = 2, bias: bool = False, **common: Any) 
         first = how.linear(width, width) if layers == 2 else None
         return {"branch": Branch(first, how.activation, how.linear(width, width))}
 
-    return how.net(lambda: Flatten(inputs, width, bias=bias), branch, nn.Identity())
+    return how.net(lambda: parts.Flatten(inputs, width, bias=bias), branch, nn.Identity())
 
 
 def res_conv(
@@ -149,10 +135,10 @@ def transformer(
         raise ValueError(f"patch {patch} must divide side {side}, and heads {heads} width {width}")
 
     def branches() -> Branches:
-        return {"attention": Attention(width, heads, how.bias), "mlp": how.across()}
+        return {"attention": parts.Attention(width, heads, how.bias), "mlp": how.across()}
 
-    read = partial(Patches, channels, side, patch, width, positions, how.bias)
-    return how.net(read, branches, NormOfMean(width))
+    read = partial(parts.Patches, channels, side, patch, width, positions, how.bias)
+    return how.net(read, branches, parts.NormOfMean(width))
 
 
 def ssm(
@@ -184,9 +170,9 @@ def ssm(
     start = torch.linspace(low, high, states, dtype=torch.float64)
 
     def branch() -> Branches:
-        return {"recurrence": Recurrence(how.width, states, start, how.activation, how.bias)}
+        return {"recurrence": parts.Recurrence(how.width, states, start, how.activation, how.bias)}
 
-    return how.net(lambda: Rows(inputs, how.width, bias=how.bias), branch, last)
+    return how.net(lambda: parts.Rows(inputs, how.width, bias=how.bias), branch, parts.last)
 
 
 def mixer(
@@ -213,7 +199,7 @@ def mixer(
 
     def branches() -> Branches:
         along = Branch(how.linear(tokens, units), activation, how.linear(units, tokens))
-        return {"tokens": Transposed(Norm(width), along), "channels": how.across()}
+        return {"tokens": parts.Transposed(Norm(width), along), "channels": how.across()}
 
-    read = partial(Patches, channels, side, patch, width, False, how.bias)
-    return how.net(read, branches, NormOfMean(width))
+    read = partial(parts.Patches, channels, side, patch, width, False, how.bias)
+    return how.net(read, branches, parts.NormOfMean(width))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Norm(nn.LayerNorm):
 class ResidualNet(nn.Module):
     """``head(pool(blocks(read(x))))``. Attributes: read, blocks (ModuleList), head."""
 
-    def __init__(self, read: Layer, blocks: list[Layer], head: Layer, pool: Map) -> None:
+    def __init__(self, read: Layer, blocks: Iterable[Layer], head: Layer, pool: Map) -> None:
         super().__init__()
         self.read, self.blocks, self.pool = read, nn.ModuleList(blocks), pool
         self.head = head
