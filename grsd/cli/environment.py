@@ -84,9 +84,8 @@ def _rows(report: dict[str, Any]) -> dict[str, str]:
 def _suites(folder: Path) -> dict[str, int]:
     """Name and key of every suite → its number of checkpoints."""
     roots = sorted(path for path in folder.glob("*/*") if path.is_dir())
-    names = [f"{root.parent.name}-{root.name[:12]}" for root in roots]
-    counts = [len(list(root.glob("step*/config.json"))) for root in roots]
-    return dict(zip(names, counts, strict=True))
+    checkpoints = {root: len(list(root.glob("step*/config.json"))) for root in roots}
+    return {f"{root.parent.name}-{root.name[:12]}": n for root, n in checkpoints.items()}
 
 
 def _version(name: str) -> str | None:

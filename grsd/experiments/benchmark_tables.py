@@ -140,10 +140,7 @@ BLOCKS = {"products": products_table, "krylov": krylov_table, "gpu": gpu_table}
 
 
 def filled(text: str) -> str:
-    """Return `text` with the stored table between `<!-- benchmark: NAME -->` and `<!-- end -->`.
-
-    A marker that is not closed or names no table is a ValueError.
-    """
+    """Return `text` with the stored table between `<!-- benchmark: NAME -->` and `<!-- end -->`."""
     head, *parts = text.split("<!-- benchmark: ")
     for part in parts:
         name, opened, rest = part.partition(" -->")

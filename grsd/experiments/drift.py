@@ -191,7 +191,7 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
     runs = []
     for piece, one in zip(listed, measured, strict=True):
         kept = {k: v for k, v in one.items() if k not in ("times", "weights", "fields", "losses")}
-        runs.append({"n": piece["n"], "h": piece["h"], "seed": piece["seed"], **kept})
+        runs.append({**{k: piece[k] for k in ("n", "h", "seed")}, **kept})
     late = [t for t in measured[0]["times"] if t >= p.after * ROUNDING]
     axis = "n" if len({g["n"] for g in groups}) > 1 else "h"
     trends = _trends(axis, runs, deviations) if len(groups) > 1 else {}

@@ -187,10 +187,8 @@ def measure(piece: Piece) -> Data:
 
 
 def losses(data: Data, scheme: str) -> tuple[list[int], list[float], Any]:
-    """Return sizes, log₂ rates and losses (sizes, seeds, rates) of one scheme of a result.
-
-    A loss is NaN where a run diverged, and masked where none was.
-    """
+    """Return sizes, log₂ rates and losses (sizes, seeds, rates) of one scheme of a result: NaN
+    where a run diverged, masked where none was."""
     checks.one_of("scheme", scheme, sorted({c["scheme"] for c in data["curves"]}))
     chosen = [c for c in data["curves"] if c["scheme"] in (scheme, "base")]
     rates = sorted({run[1] for c in chosen for run in c["runs"]})

@@ -43,17 +43,16 @@ class Loaded:
     def check_fit(self, corpus: Corpus, length: int) -> None:
         """Refuse a text whose tokens or length the model cannot take, with ValueError."""
         if self.tokenizer is None and corpus.vocab_size > self.vocab_size:
+            made = f"the one made for the corpus {corpus.name!r} has {corpus.vocab_size} entries"
             raise ValueError(
-                f"{self.name} carries no tokenizer, and the one made for the corpus "
-                f"{corpus.name!r} has {corpus.vocab_size} entries for a vocabulary of "
+                f"{self.name} carries no tokenizer, and {made} for a vocabulary of "
                 f"{self.vocab_size}; put the model's tokenizer.json into its folder"
             )
         corpus.check_vocabulary(self.vocab_size)
         context = getattr(self.config, "max_position_embeddings", None)
         if context is not None and length > context:
-            raise ValueError(
-                f"length = {length} exceeds the model's context of {context} tokens; lower length"
-            )
+            what = f"exceeds the model's context of {context} tokens"
+            raise ValueError(f"length = {length} {what}; lower length")
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,11 @@ BLOCK = 2048
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes of a text; every tenth block of 2048 is held out: both parts hold the same mixture.
+    """Bytes of a text; every tenth block of 2048 is held out: both parts hold the same mixture."""
 
-    Attributes
-    ----------
-    train, heldout : Tensor (N,), int64
-    fingerprint : str, SHA-256 of all bytes
-    """
-
-    train: Tensor
-    heldout: Tensor
-    fingerprint: str
+    train: Tensor  #: (N,), int64
+    heldout: Tensor  #: the same
+    fingerprint: str  #: SHA-256 of all bytes
 
     def batch(self, seed: int, step: int, size: int, length: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, (size, length) each, that depend on seed and step alone."""

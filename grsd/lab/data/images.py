@@ -81,6 +81,8 @@ def _standardized(pixels: np.ndarray, targets: np.ndarray) -> Images:
 def digits(classes: Classes = (0, 1), samples: int = 48, *, seed: int) -> Images:
     """Two classes of handwritten digits, 8 × 8 pixels, from the 1797 that come with scikit-learn.
 
+    Inputs (n, 1, 8, 8) have mean 0 and mean square 1 over all pixels of the sample.
+
     Parameters
     ----------
     classes
@@ -88,11 +90,6 @@ def digits(classes: Classes = (0, 1), samples: int = 48, *, seed: int) -> Images
     samples : n
         Half of each class (one more of the first when n is odd), drawn without repetition. A digit
         occurs 174 to 183 times.
-
-    Returns
-    -------
-    Images
-        Inputs (n, 1, 8, 8), mean 0 and mean square 1 over all pixels of the sample; targets (n,).
     """
     try:
         from sklearn.datasets import load_digits
@@ -114,6 +111,8 @@ def cifar(
 ) -> Images:
     """Two classes of CIFAR-10, 3 × 32 × 32 pixels, from the files of its binary version.
 
+    Inputs (n, 3, 32, 32) have mean 0 and mean square 1 per channel over the sample.
+
     Parameters
     ----------
     root
@@ -126,17 +125,8 @@ def cifar(
         The five training files, or the test file.
     download
         If the folder is not there, get the published archive (162 MB), compare its MD5 sum, and
-        unpack the six files that are read here. The network is not touched otherwise.
-
-    Returns
-    -------
-    Images
-        Inputs (n, 3, 32, 32), mean 0 and mean square 1 per channel over the sample; targets (n,).
-
-    Raises
-    ------
-    FileNotFoundError
-        If files are missing and `download` is not set, with what to do.
+        unpack the six files that are read here. The network is not touched otherwise, and missing
+        files are a FileNotFoundError that says what to do.
 
     Notes
     -----
@@ -162,10 +152,8 @@ def _folder(root: Path, download: bool) -> Path:
             f"{root} holds the Python version of CIFAR-10, which is pickled and not read here, "
             f"since unpickling runs code: get the binary version {CIFAR_URL}, or pass download=True"
         )
-    raise FileNotFoundError(
-        f"no {CIFAR_FOLDER} with its six files in {root}: unpack {CIFAR_URL} there, "
-        "or pass download=True to do so"
-    )
+    do = f"unpack {CIFAR_URL} there, or pass download=True to do so"
+    raise FileNotFoundError(f"no {CIFAR_FOLDER} with its six files in {root}: {do}")
 
 
 def _records(path: Path) -> np.ndarray:
@@ -189,11 +177,9 @@ def _download(root: Path) -> Path:
             while block := source.read(1 << 20):
                 digest.update(block)
                 kept.write(block)
-        if digest.hexdigest() != CIFAR_MD5:
-            raise ValueError(
-                f"{CIFAR_URL} gave a file with the MD5 sum {digest.hexdigest()}; "
-                f"that of CIFAR-10 is {CIFAR_MD5}: not unpacked"
-            )
+        if (md5 := digest.hexdigest()) != CIFAR_MD5:
+            what = f"gave a file with the MD5 sum {md5}; that of CIFAR-10 is {CIFAR_MD5}"
+            raise ValueError(f"{CIFAR_URL} {what}: not unpacked")
         # nothing but the six files is unpacked, whatever else the archive holds
         with tarfile.open(archive) as packed:
             for name in _TRAIN + _TEST:

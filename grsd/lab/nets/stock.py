@@ -42,10 +42,8 @@ def configuration(model: str) -> Any:
         with quiet():
             return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no configuration {model!r}: expected {', '.join(FAMILIES)}, a folder or a name on "
-            f"the hub; {error}"
-        ) from None
+        known = f"{', '.join(FAMILIES)}, a folder or a name on the hub"
+        raise ValueError(f"no configuration {model!r}: expected {known}; {error}") from None
 
 
 def factory(
@@ -67,10 +65,9 @@ def factory(
         from transformers import AutoModelForCausalLM
 
         if n < 1 or layers < 1 or n % unit:
-            raise ValueError(
-                f"width {n} and depth {layers}: sizes are positive, and the width is a multiple of "
-                f"{unit} (heads of dimension {head}, {heads // keys} query heads to a key head)"
-            )
+            why = f"heads of dimension {head}, {heads // keys} query heads to a key head"
+            rule = f"sizes are positive, and the width is a multiple of {unit} ({why})"
+            raise ValueError(f"width {n} and depth {layers}: {rule}")
         scaled = copy.deepcopy(config)
         scaled.hidden_size, scaled.num_attention_heads = n, n * heads // width
         # what grows with the width, where the configuration has it

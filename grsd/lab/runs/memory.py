@@ -76,7 +76,6 @@ def bytes_of(text: str) -> int:
     """Return the bytes that a size such as "512M", "4G", "1.5G" or "0" means (decimal units)."""
     size = re.fullmatch(r"(\d+\.?\d*|\.\d+)([KMGT]?)B?", text.strip().upper())
     if size is None:
-        raise ValueError(
-            f"{text!r} is not a size of memory; write 512M or 4G (0 measures one batch at a time)"
-        )
+        do = "write 512M or 4G (0 measures one batch at a time)"
+        raise ValueError(f"{text!r} is not a size of memory; {do}")
     return int(float(size[1]) * _UNITS[size[2]])

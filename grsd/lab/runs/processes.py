@@ -78,7 +78,6 @@ class Ranks:
         try:
             exchange()
         except RuntimeError as error:
-            raise RuntimeError(
-                f"process {self.rank} of {self.size} lost the others: one of them failed (see its "
-                f"own message) or did not arrive within {WAIT}"
-            ) from error
+            who = f"process {self.rank} of {self.size} lost the others"
+            why = f"one of them failed (see its own message) or did not arrive within {WAIT}"
+            raise RuntimeError(f"{who}: {why}") from error

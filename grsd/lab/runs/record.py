@@ -15,14 +15,8 @@ import torch
 from grsd.checks import at_least, one_of
 from grsd.lab.data import corpora
 from grsd.lab.runs.spectra import Group, Measurement
-from grsd.spectrum import (
-    AveragedProfile,
-    LogShells,
-    ShellProfile,
-    SpectralMeasure,
-    Tridiagonal,
-    average,
-)
+from grsd.spectrum import AveragedProfile, LogShells, ShellProfile, average
+from grsd.spectrum.measure import SpectralMeasure, Tridiagonal
 
 STARTS = ("error", "ones", "signs", "random")
 TARGETS = ("text", "shuffled")
@@ -184,9 +178,8 @@ class RunResult:
         measures = [measure for pair in pairs for measure in self.measures(*pair)]
         seen = np.concatenate([one.nodes[one.nodes > one.floor] for one in measures])
         if not (seen.size and seen.max() > 0):
-            raise ValueError(
-                "no eigenvalue stands above the rounding floor: the operator is zero to precision"
-            )
+            why = "the operator is zero to precision"
+            raise ValueError(f"no eigenvalue stands above the rounding floor: {why}")
         return LogShells.spanning(float(seen.min()), float(seen.max()), ratio=ratio)
 
     def to_json(self) -> dict[str, Any]:

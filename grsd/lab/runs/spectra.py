@@ -19,15 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from grsd.lab.runs import memory
-from grsd.spectrum import (
-    NTK,
-    NTKBatches,
-    TokenLogProb,
-    Tridiagonal,
-    lanczos,
-    lanczos_batches,
-    nulls,
-)
+from grsd.spectrum import NTK, NTKBatches, TokenLogProb, Tridiagonal, nulls
+from grsd.spectrum.lanczos import lanczos, lanczos_batches
 
 CPU_BUDGET = 2**29  # bytes; beyond some hundred MB a larger group saves no time on a CPU
 GPU_BUDGET = 0.8  # share of the device's memory that the weights leave
