@@ -12,9 +12,9 @@ from grsd.cli.training import prepared
 
 EPILOG = """\b
 Examples:
-  grsd conditions mini-0.4m --revision all            along training; the suite is trained first if need be
+  grsd conditions mini-0.4m --revision all      along training; the suite is trained if need be
   grsd conditions ./my-model --corpus 'notes/*.txt' --batch-size 4 --length 64 --png conditions.png
-  grsd conditions EleutherAI/pythia-70m --revision step0 --revision step1000 --dtype float32 --probes 8 --json
+  grsd conditions EleutherAI/pythia-70m --revision step0 --revision step1000 --dtype float32 --json
 """
 ALONG = click.Choice(["flow", "path"])
 

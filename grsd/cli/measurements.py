@@ -10,7 +10,11 @@ from grsd import results as stored
 from grsd.cli import common
 from grsd.cli.common import emit, main, table
 
-PROTOCOL_EXAMPLES = "\b\nExamples:\n  grsd protocol mini\n  grsd protocol pythia-shapes --output pythia-shapes.json\n"
+PROTOCOL_EXAMPLES = """\b
+Examples:
+  grsd protocol mini
+  grsd protocol pythia-shapes --output pythia-shapes.json
+"""
 EXPERIMENT_EXAMPLES = (
     "\b\nExamples:\n  grsd experiment\n  grsd experiment drift --option target=wave "
     "--option sizes=64,128 --option seeds=3\n"

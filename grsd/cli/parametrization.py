@@ -14,7 +14,7 @@ EPILOG = """\b
 Examples:
   grsd mup-check gpt2 --optimizer adamw --lr 0.004
   grsd mup-check ./my-model --widths 128,256,512 --depths 2,4,8 --base 128,2 --optimizer muon_kimi
-  grsd mup-check gpt_neox --sp                 the control: one learning rate for all sizes, no multipliers
+  grsd mup-check gpt_neox --sp      the control: one learning rate for all sizes, no multipliers
 Exit code 1 when the check is not flat.
 """
 

@@ -166,17 +166,13 @@ def measure(piece: Piece) -> Data:
         sizes=[(piece["width"], piece["depth"])],
         base=(piece["base_width"], piece["base_depth"]),
         lrs=[2.0**rate for rate in piece["rates"]],
-        seeds=piece["seeds"],
-        steps=steps,
-        optimizer=piece["optimizer"],
         parametrization="sp" if scheme == "sp" else "mup",
-        near=piece["near"],
         k=1 if scheme == "k1" else 2,
         score=lambda model: float(mean_loss(model, *test)),
         schedule=schedules.cosine(steps, warmup=steps // 10, floor=0.1),
-        clip=piece["clip"],
         eps=1e-16,
         options={"adamw": {"betas": (0.9, 0.95)}} if adamw else None,
+        **{name: piece[name] for name in ("seeds", "steps", "optimizer", "near", "clip")},
     )
     runs = []
     for seed, row in zip(swept.seeds, swept.losses[0, 0], strict=True):

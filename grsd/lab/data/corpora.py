@@ -189,12 +189,12 @@ def hub(
     RuntimeError says which of them is missing.
     """
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
         do = "pip install datasets, or pass text files"
         raise RuntimeError(f"the corpus 'hub:{name}' needs the package datasets: {do}") from error
     try:
-        stream = load_dataset(name, config or None, split=split, streaming=True)
+        stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
         columns = list(next(iter(stream)).keys())
         rows = islice(stream, DOCUMENTS) if column in columns else ()
         texts = [str(row[column]) for row in rows]
