@@ -19,27 +19,23 @@ Exit code 1 when the check is not flat.
 """
 
 
-class Sizes(click.ParamType):
+def sizes(text: str) -> tuple[int, ...]:
     """Whole numbers between commas."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        said = f"{text!r} is not a list of whole numbers between commas"
+        raise click.BadParameter(said) from None
 
-    name = "N,N,..."
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in value.split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers between commas", param, ctx)
+NUMBERS: dict[str, Any] = {"type": sizes, "metavar": "N,N,..."}
 
 
 @main.command("mup-check", epilog=EPILOG)
 @click.argument("model")
-@shown("--widths", "64,128,256", "Hidden sizes, at the base's depth.", type=Sizes())
-@shown("--depths", "2,4,8", "Numbers of blocks, at the base's width.", type=Sizes())
-@shown("--base", "64,2", "WIDTH,DEPTH that the learning rate is for.", type=Sizes())
+@shown("--widths", "64,128,256", "Hidden sizes, at the base's depth.", **NUMBERS)
+@shown("--depths", "2,4,8", "Numbers of blocks, at the base's width.", **NUMBERS)
+@shown("--base", "64,2", "WIDTH,DEPTH that the learning rate is for.", **NUMBERS)
 @shown("--optimizer", "muon_kimi", "Of the hidden matrices; an unknown name lists all.")
 @shown("--other", "adamw", "Of what a matrix optimizer cannot take.")
 @shown("--lr", 2.0**-6, "Base learning rate.")
@@ -89,9 +85,9 @@ def mup_check(
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))
     who = {"optimizer": more["optimizer"], "other": more["other"], "k": layers}
     plan = mup.plan(largest, base=factory(base[0], base[1]), **who)
-    sizes: dict[str, Any] = {"widths": widths, "depths": depths, "base": (base[0], base[1])}
+    at: dict[str, Any] = {"widths": widths, "depths": depths, "base": (base[0], base[1])}
     how = {"k": layers, "seeds": range(seeds), "parametrization": "sp" if sp else "mup", **more}
-    check = mup.coord_check(factory, help_text.next_byte(batch_size, length), **sizes, **how)
+    check = mup.coord_check(factory, help_text.next_byte(batch_size, length), **at, **how)
     if as_json:
         kept = ("role", "quantity", "axis", "wanted", "condition")
         findings = [

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from grsd import pieces, results, scale
+from grsd.checks import one_of
 from grsd.lab.checkpoints import training
 from grsd.lab.checkpoints.training import Preset, Recipe, Training, build, checkpoint_steps
 from grsd.lab.data import corpora, windows
@@ -38,6 +39,7 @@ __all__ += ["of_suite", "train"]
 _PROGRESS, _RECORD = "progress.safetensors", "training.json"
 HELDOUT_BATCHES = 4
 Progress = Callable[[int, int, float], None]  # (step, steps, loss)
+Fields = dict[str, Any]
 
 # The mini sizes share one shape family (head size 16 to 32, V = 2048); learning rates fall with
 # width as in Pythia. The last two have Pythia's own shapes and learning rates, for an accelerator.
@@ -92,24 +94,23 @@ def of_suite(size: str, *, cache: Path | str | None = None) -> Corpus:
 def _preset(size: Preset | str) -> Preset:
     if isinstance(size, Preset):
         return size
-    if size not in MINI:
-        raise ValueError(f"unknown size {size!r}: expected one of {', '.join(MINI)}")
-    return MINI[size]
+    return MINI[one_of("size", size, MINI)]
 
 
 def _placed(
-    size: Preset, corpus: Corpus, steps: int, cache: Path | str | None, options: dict[str, Any]
-) -> tuple[Recipe, pieces.Store, dict[str, Any]]:
-    """The recipe, and where its suite is kept: the store, and the inputs that name it there."""
+    named: Preset | str, corpus: Corpus, steps: int, cache: Path | str | None, recipe: Fields
+) -> tuple[Suite, Recipe, pieces.Store, Fields]:
+    """A suite with its recipe, the store that keeps it, and the inputs that name it there."""
+    size = _preset(named)
     own = {"lr": size.lr, "batch_size": size.batch_size, "precision": size.precision}
-    recipe = Recipe(**{**own, **options})
+    made = Recipe(**{**own, **recipe})
     shape = {k: v for k, v in asdict(size).items() if k != "corpus" and k not in own}
-    inputs: dict[str, Any] = {"shape": shape, "recipe": asdict(recipe)}
-    inputs["corpus"] = corpus.fingerprint
-    if recipe.schedule == "cosine":  # only then does a long run not begin like a short one
+    inputs: Fields = {"shape": shape, "recipe": asdict(made), "corpus": corpus.fingerprint}
+    if made.schedule == "cosine":  # only then does a long run not begin like a short one
         inputs["steps"] = steps
     folder = scale.cache_dir(cache) / "suites" / size.name
-    return recipe, pieces.Store(folder, pieces.code(training, windows)), inputs
+    store = pieces.Store(folder, pieces.code(training, windows))
+    return Suite(size, store.path(inputs), steps), made, store, inputs
 
 
 def locate(
@@ -121,9 +122,7 @@ def locate(
     **recipe: Any,
 ) -> Suite:
     """Where `train` with the same arguments keeps its suite, whether or not it is there yet."""
-    size = _preset(size)
-    _, store, inputs = _placed(size, corpus, steps, cache, recipe)
-    return Suite(size, store.path(inputs), steps)
+    return _placed(size, corpus, steps, cache, recipe)[0]
 
 
 def train(
@@ -160,16 +159,14 @@ def train(
     number of threads a run that was killed and resumed equals an uninterrupted one bit for bit.
     A loss that is not finite raises FloatingPointError.
     """
-    size = _preset(size)
-    made, store, inputs = _placed(size, corpus, steps, cache, recipe)
-    suite = Suite(size, store.path(inputs), steps)
-    corpus.check_vocabulary(size.vocab_size)
+    suite, made, store, inputs = _placed(size, corpus, steps, cache, recipe)
+    corpus.check_vocabulary(suite.size.vocab_size)
     corpus.batches(1, made.batch_size, made.length, made.seed)  # refuses one that is too short
-    store.folder(
-        inputs,
-        lambda _: _train(suite, made, corpus, torch.device(device), progress),
-        enough=lambda _: suite.complete,
-    )
+
+    def fill(_: Path) -> None:
+        _train(suite, made, corpus, torch.device(device), progress)
+
+    store.folder(inputs, fill, enough=lambda _: suite.complete)
     return suite
 
 
@@ -198,9 +195,9 @@ def _train(
         state = save(run.state(), metadata={"heldout": json.dumps(heldout)})
         results.atomic_write(suite.root / _PROGRESS, state)
         spent = (time.monotonic() - begun) / (step - first) if step > first else None
-        text: dict[str, Any] = {"name": corpus.name, "fingerprint": corpus.fingerprint}
+        text: Fields = {"name": corpus.name, "fingerprint": corpus.fingerprint}
         text["tokens"] = len(corpus.tokens)
-        record: dict[str, Any] = {"size": asdict(suite.size), "recipe": asdict(recipe)}
+        record: Fields = {"size": asdict(suite.size), "recipe": asdict(recipe)}
         record |= {"parameters": suite.size.parameters, "device": device.type, "corpus": text}
         record |= {"loss": run.losses, "heldout": heldout, "seconds_per_step": spent}
         results.atomic_write(suite.root / _RECORD, json.dumps(record))

@@ -220,7 +220,7 @@ def test_damaged_state_starts_over(
 def test_bad_arguments_are_quoted(
     corpus: corpora.Corpus, suite: suites.Suite, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"unknown size 'mini-9m'.*mini-1\.3m"):
+    with pytest.raises(ValueError, match=r"size is 'mini-9m'.*mini-1\.3m"):
         suites.train("mini-9m", corpus)
     small = suites.Preset("small", 16, 1, 2, vocab_size=100, lr=1e-2)
     with pytest.raises(ValueError, match=r"vocabulary has 100"):

@@ -166,7 +166,7 @@ def test_vocabulary_of_the_embedded_corpus_and_of_a_suite() -> None:
     assert suites.of_suite("mini-0.4m").fingerprint == corpora.embedded().fingerprint
     with pytest.raises(ValueError, match="'embedded:many' is not of the form"):
         corpora.open_corpus("embedded:many")
-    with pytest.raises(ValueError, match=r"unknown size 'mini-2m'"):
+    with pytest.raises(ValueError, match=r"size is 'mini-2m'"):
         suites.of_suite("mini-2m")
 
 
