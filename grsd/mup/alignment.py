@@ -26,9 +26,9 @@ class Observed:
     Sample i alone asks for the update −η δ_i a_iᵀ, of rank one; the batch asks for their mean.
     """
 
-    weight: Tensor  # (n_out, n_in)
-    inputs: Tensor  # (B, n_in), a_i
-    deltas: Tensor  # (B, n_out), ∂ℓ_i/∂s_i of the samples' own losses
+    weight: Tensor  #: (n_out, n_in)
+    inputs: Tensor  #: (B, n_in), a_i
+    deltas: Tensor  #: (B, n_out), ∂ℓ_i/∂s_i of the samples' own losses
 
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss, (n_out, n_in)."""
@@ -69,10 +69,10 @@ class Step:
     size. What could fail is only seen when `floor` is well below 1.
     """
 
-    ratio: float  # ‖W + ΔW‖_R / (‖W‖_R + ‖ΔW‖_R)
-    size: float  # ‖ΔW‖_R / ‖W‖_R
-    floor: float  # the least that `ratio` can be at this size, |1 − size| / (1 + size)
-    cosine: float  # ⟨W, ΔW⟩ / (‖W‖_F ‖ΔW‖_F)
+    ratio: float  #: ‖W + ΔW‖_R / (‖W‖_R + ‖ΔW‖_R)
+    size: float  #: ‖ΔW‖_R / ‖W‖_R
+    floor: float  #: the least that `ratio` can be at this size, |1 − size| / (1 + size)
+    cosine: float  #: ⟨W, ΔW⟩ / (‖W‖_F ‖ΔW‖_F)
 
 
 def observe(

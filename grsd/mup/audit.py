@@ -54,19 +54,19 @@ class Sizes:
     width: int
     depth: int
     seed: int
-    weights: dict[str, float]  # role → ‖W‖_R before training (RMS norm of a bias)
-    gradients: dict[str, float]  # role → root mean square entry of ∇W
-    updates: dict[str, dict[str, float]]  # optimizer → role → ‖A‖_R
+    weights: dict[str, float]  #: role → ‖W‖_R before training (RMS norm of a bias)
+    gradients: dict[str, float]  #: role → root mean square entry of ∇W
+    updates: dict[str, dict[str, float]]  #: optimizer → role → ‖A‖_R
 
 
 @dataclass(frozen=True)
 class Exponent:
     """One exponent: measured, predicted, and whether they agree."""
 
-    optimizer: str  # "" for weights and gradients, in which it has no part
+    optimizer: str  #: "" for weights and gradients, in which it has no part
     role: str
-    quantity: str  # one of `QUANTITIES`
-    axis: str  # "width" or "depth"
+    quantity: str  #: one of `QUANTITIES`
+    axis: str  #: "width" or "depth"
     measured: Slope
     wanted: float
     tolerance: float

@@ -45,10 +45,10 @@ class Run:
     width: int
     depth: int
     seed: int
-    features: tuple[float, ...]  # (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch
-    losses: tuple[float, ...]  # (steps+1,)
-    weights: dict[str, float]  # role → α ‖W‖_R before training (RMS norm for biases)
-    updates: dict[str, float]  # role → α ‖ΔW‖_R of the first step
+    features: tuple[float, ...]  #: (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch
+    losses: tuple[float, ...]  #: (steps+1,)
+    weights: dict[str, float]  #: role → α ‖W‖_R before training (RMS norm for biases)
+    updates: dict[str, float]  #: role → α ‖ΔW‖_R of the first step
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Finding:
     """One quantity whose exponent is not what the condition asks for."""
 
     role: str
-    quantity: str  # "initial norm" or "update norm"
+    quantity: str  #: "initial norm" or "update norm"
     axis: str
     measured: Slope
     wanted: float
@@ -93,10 +93,10 @@ class CoordCheck:
     runs: tuple[Run, ...]
     optimizer: str
     parametrization: str
-    slopes: dict[str, Slope]  # axis → slope of ‖Δh_L‖_R after the last step, with two sizes
-    first: dict[str, Slope]  # the same after the first step
+    slopes: dict[str, Slope]  #: axis → slope of ‖Δh_L‖_R after the last step, with two sizes
+    first: dict[str, Slope]  #: the same after the first step
     verdict: str
-    findings: tuple[Finding, ...]  # conditions that the measured norms break
+    findings: tuple[Finding, ...]  #: conditions that the measured norms break
 
     @property
     def diagnosis(self) -> str:

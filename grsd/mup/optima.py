@@ -41,12 +41,12 @@ class Optimum:
     value: float
     low: float
     high: float
-    loss: float  # the parabola's smallest (the smallest mean loss for a bound)
+    loss: float  #: the parabola's smallest (the smallest mean loss for a bound)
     bound: Bound
     cliff: bool
     index: int
-    draws: Array = field(repr=False, compare=False)  # resampled values, empty without an interval
-    dof: float = math.inf  # of the spread over seeds; infinite when only `noise` is known
+    draws: Array = field(repr=False, compare=False)  #: resampled values, empty without an interval
+    dof: float = math.inf  #: of the spread over seeds; infinite when only `noise` is known
 
     def __str__(self) -> str:
         interval = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
@@ -65,12 +65,12 @@ class Drift:
         all push the slope one way; else "unknown", as with fewer than two optima.
     """
 
-    value: float  # least-squares slope of log₂ η∗ against log₂ size
+    value: float  #: least-squares slope of log₂ η∗ against log₂ size
     low: float
     high: float
     bound: Bound
-    scatter: float  # root mean square distance of the optima from the line, octaves
-    points: int  # optima used; those that are NaN are left out
+    scatter: float  #: root mean square distance of the optima from the line, octaves
+    points: int  #: optima used; those that are NaN are left out
 
     def __str__(self) -> str:
         interval = "" if math.isnan(self.low) else f" [{self.low:+.2f}, {self.high:+.2f}]"
@@ -86,11 +86,11 @@ class Regret:
     noise floor is none.
     """
 
-    at: float  # log₂ of the rate that is carried over
-    values: Array  # (sizes,)
-    low: Array  # (sizes,), 95 % interval over seeds, NaN with one seed
+    at: float  #: log₂ of the rate that is carried over
+    values: Array  #: (sizes,)
+    low: Array  #: (sizes,), 95 % interval over seeds, NaN with one seed
     high: Array
-    censored: tuple[bool, ...]  # its own best rate ends the grid: its regret is at least this
+    censored: tuple[bool, ...]  #: its own best rate ends the grid: its regret is at least this
 
 
 def optimum(

@@ -40,25 +40,25 @@ class Entry:
     lr: float
     weight_decay: float
     eps: float | None
-    std_base: float | None  # standard deviation of the base model's values, if there is one
-    mean_base: float  # their mean: 1 for a norm's gain
-    split: int | tuple[int, int] = 1  # parts fused along outputs, or (blocks, parts) in turn
-    transposed: bool = False  # stored (n_in, n_out)
+    std_base: float | None  #: standard deviation of the base model's values, if there is one
+    mean_base: float  #: their mean: 1 for a norm's gain
+    split: int | tuple[int, int] = 1  #: parts fused along outputs, or (blocks, parts) in turn
+    transposed: bool = False  #: stored (n_in, n_out)
     clip: float | None = None
-    block: int | None = None  # the residual block that holds it; None outside the stack
+    block: int | None = None  #: the residual block that holds it; None outside the stack
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to do with a model so that the base model's hyperparameters hold for it."""
 
-    entries: tuple[Entry, ...]  # in the order of `model.named_parameters()`
-    multipliers: tuple[Multiplier, ...]  # one for each head and each end of a residual branch
-    r_n: float  # width and depth ratio to the base model
+    entries: tuple[Entry, ...]  #: in the order of `model.named_parameters()`
+    multipliers: tuple[Multiplier, ...]  #: one for each head and each end of a residual branch
+    r_n: float  #: width and depth ratio to the base model
     r_L: float
-    k: int  # layers per residual block, 1 or 2 (2 stands for more)
-    tied: tuple[tuple[str, ...], ...] = ()  # groups of names that share one tensor
-    notes: tuple[str, ...] = ()  # what the plan leaves to the reader
+    k: int  #: layers per residual block, 1 or 2 (2 stands for more)
+    tied: tuple[tuple[str, ...], ...] = ()  #: groups of names that share one tensor
+    notes: tuple[str, ...] = ()  #: what the plan leaves to the reader
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)

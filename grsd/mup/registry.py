@@ -25,12 +25,12 @@ Builder = Callable[..., torch.optim.Optimizer]
 class Rule:
     """What one role needs under one optimizer; every field is the factor on the base value."""
 
-    multiplier: Scale  # α, on the output of the layer, or once on that of a residual block
-    variance: Scale  # σ², of the initial weights
-    lr: Scale  # η
-    weight_decay: Scale  # λ in ΔW = −η (A + λ W): the decay grows with what the update does
-    eps: Scale | None = None  # ε, or None when the optimizer has none that matters
-    clip: Scale | None = None  # ρ of Sophia, which multiplies the curvature before it divides
+    multiplier: Scale  #: α, on the output of the layer, or once on that of a residual block
+    variance: Scale  #: σ², of the initial weights
+    lr: Scale  #: η
+    weight_decay: Scale  #: λ in ΔW = −η (A + λ W): the decay grows with what the update does
+    eps: Scale | None = None  #: ε, or None when the optimizer has none that matters
+    clip: Scale | None = None  #: ρ of Sophia, which multiplies the curvature before it divides
 
 
 # Of every role, whatever the optimizer: α in blocks of two or more layers, α in blocks of one, σ².
@@ -70,21 +70,21 @@ class Optimizer:
     slow : 1 when every step after the first needs decompositions, 2 when the first needs many, too.
     """
 
-    words: str  # one line for lists
+    words: str  #: one line for lists
     build: Builder
     kind: Literal["gradient", "sign", "orthogonal"]
     table: str
-    # (scale of n_out, of n_in) → that of the factor on U Vᵀ
+    #: (scale of n_out, of n_in) → that of the factor on U Vᵀ
     factor: Callable[[Scale, Scale], Scale] = lambda out, into: ONE
     eps: Literal["entry", "square"] | None = None
-    caution: str = ""  # what a plan with it should say
+    caution: str = ""  #: what a plan with it should say
     variant_of: str | None = None
     rate: float | None = None
     mistake: tuple[float, float] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)  # of `build`, in coordinate checks
+    options: Mapping[str, Any] = field(default_factory=dict)  #: of `build`, in coordinate checks
     exact: Mapping[str, Any] = field(default_factory=dict)
-    first_lr: float = 1.0  # η of the exact first step, where it must be small
-    first: Callable[[Any], object] = lambda optimizer: optimizer.step()  # how that step is made
+    first_lr: float = 1.0  #: η of the exact first step, where it must be small
+    first: Callable[[Any], object] = lambda optimizer: optimizer.step()  #: how that step is made
     slow: Literal[0, 1, 2] = 0
 
     @cached_property

@@ -68,10 +68,10 @@ class Layout:
     """Where a parameter stands: in which module, inside the stack or before or after it."""
 
     modules: Mapping[str, nn.Module]
-    names: Sequence[str]  # of the parameters, in order
+    names: Sequence[str]  #: of the parameters, in order
     stack: str
-    compared: bool  # a base of another width says which sides grow; else the position does
-    roles: Mapping[str, str]  # pattern of names → role, what the user says
+    compared: bool  #: a base of another width says which sides grow; else the position does
+    roles: Mapping[str, str]  #: pattern of names → role, what the user says
     config: Any = None
 
     def owner(self, name: str) -> nn.Module:

@@ -33,11 +33,11 @@ Loss = Callable[[nn.Module, int, int], Tensor]
 class Sweep:
     """What a sweep gave; NaN is a run that diverged, and masked is one that was not made."""
 
-    sizes: tuple[Size, ...]  # (width, depth) of each
-    log2_lr: Array  # (G,), sorted base rates
+    sizes: tuple[Size, ...]  #: (width, depth) of each
+    log2_lr: Array  #: (G,), sorted base rates
     weight_decays: tuple[float, ...]
     seeds: tuple[int, ...]
-    losses: Any  # masked array (sizes, weight decays, seeds, G)
+    losses: Any  #: masked array (sizes, weight decays, seeds, G)
 
     def curve(self, size: Size, weight_decay: float | None = None) -> Any:
         """Return the losses (seeds, G) of one size and, of several, one weight decay."""
