@@ -1,1 +1,1 @@
-"""The operator M = J Jᵀ: how parameters enter, the blocks of K, and the forms that multiply by M."""
+"""The operator M = J Jᵀ: how parameters enter, blocks of K, and products that use them."""

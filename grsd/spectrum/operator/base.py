@@ -1,7 +1,7 @@
-"""What every form of M = J Jᵀ shares: its parameters, one checked forward pass, and the plan of a product.
+"""What every form of M = J Jᵀ shares: parameters, a checked forward pass, the plan of a product.
 
-The forms are one operator on a batch (:mod:`grsd.spectrum.operator.ntk`), independent batches in lock-step
-(:mod:`grsd.spectrum.operator.batches`) and one operator over micro-batches and processes
+The forms: one operator on a batch (:mod:`grsd.spectrum.operator.ntk`), independent batches in
+lock-step (:mod:`grsd.spectrum.operator.batches`), and one operator over micro-batches and processes
 (:mod:`grsd.spectrum.operator.shards`).
 """
 
@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from grsd import checks
 from grsd.spectrum.observables import Observable, raw_output
 from grsd.spectrum.operator.double_backward import CHANGED
 from grsd.spectrum.operator.trace import Trace
@@ -57,13 +58,13 @@ class PlanRow:
     Attributes
     ----------
     layer : names of the parameters, or the pass.
-    rule : how the parameter enters ("rows", "gather", "scale", "shift", "conv", "plain", joined by "+").
+    rule : how the parameter enters: `name` of :mod:`grsd.spectrum.operator.rules`, joined by "+".
     association : the form of K that is used.
     flops : multiplications and additions of one product.
     bytes : memory held for it beyond the weights.
     setup : FLOPs at set-up that buy this form.
-    pays : number of products from which a set-up pays: that of this form, or, where `setup` is 0, that of the form that
-        was not taken; None where there is no choice.
+    pays : number of products from which a set-up pays: of this form, or, where `setup` is 0, of the
+        form that was not taken; None where there is no choice.
     """
 
     layer: str
@@ -100,25 +101,13 @@ class Plan:
             pays = "" if r.pays is None else f"{r.pays:.1f}"
             lines.append((r.layer, r.rule, r.association, *numbers, pays))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if k < 3 else cell.rjust(w)
-                for k, (cell, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        aligned = (*[str.ljust] * 3, *[str.rjust] * 4)
+        table = [[f(x, w) for f, x, w in zip(aligned, r, widths, strict=True)] for r in lines]
+        return "\n".join("  ".join(row).rstrip() for row in table)
 
 
 class NTKBase:
-    """The parameters of a model that J is taken over, and the arithmetic of the operators made of it.
-
-    Parameters
-    ----------
-    model, normalize
-        As for `grsd.spectrum.NTK`.
-    parameters
-        Names of the parameters that J is taken over, out of those that require a gradient; None for all of them.
-    """
+    """The parameters that J is taken over, and the arithmetic of the operators made of it."""
 
     outputs: Tensor
     inner_weight: float
@@ -126,8 +115,7 @@ class NTKBase:
     def __init__(
         self, model: nn.Module, normalize: Normalize, parameters: Sequence[str] | None = None
     ) -> None:
-        if normalize not in ("mean", "sum"):
-            raise ValueError(f'normalize must be "mean" or "sum", got {normalize!r}')
+        checks.one_of("normalize", normalize, ("mean", "sum"))
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError("no parameter of the model requires a gradient, so J is empty")
@@ -135,8 +123,8 @@ class NTKBase:
             unknown = sorted(set(parameters) - set(named))
             if unknown or not parameters:
                 raise ValueError(
-                    f"parameters {unknown or '()'} are none of the model's that require a gradient; "
-                    "dict(model.named_parameters()) has the names"
+                    f"parameters {unknown or '()'} are none of the model's that require a "
+                    "gradient; dict(model.named_parameters()) has the names"
                 )
             chosen = set(parameters)
             named = {name: p for name, p in named.items() if name in chosen}
@@ -161,7 +149,7 @@ class NTKBase:
 
     @property
     def eps(self) -> float:
-        """Relative accuracy of a product: the unit of rounding of the coarsest arithmetic that is used."""
+        """Relative accuracy of a product: the unit of rounding of its coarsest arithmetic."""
         single = self.device.type == "cuda" and self.dtype == torch.float32
         tf32 = 2.0**-11 if single and torch.backends.cuda.matmul.allow_tf32 else 0.0
         return max(tf32, *(torch.finfo(dtype).eps for dtype in self._dtypes()))
@@ -174,7 +162,7 @@ class NTKBase:
         return self @ torch.eye(self.outputs.numel(), dtype=self.dtype, device=self.device)
 
     def _dtypes(self) -> set[torch.dtype]:
-        """Return the types of numbers that a product is made of: of the rows, and of the parameters behind them."""
+        """Return the types of numbers in a product: of the rows, and of the parameters."""
         return {self.dtype, *(p.dtype for p in self._parameters)}
 
     def _rows(self, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
@@ -194,13 +182,7 @@ class NTKBase:
     def _recorded(
         self, inputs: Inputs, observable: Observable, make: Callable[[Tensor, Trace], Made]
     ) -> tuple[Tensor, Made]:
-        """Return the rows and what `make` builds of them and the trace.
-
-        Raises
-        ------
-        Unrecordable
-            Whatever stands in the way of recording, in one line.
-        """
+        """Return the rows and what `make` builds of them and the trace, or raise Unrecordable."""
         rows, trace = self._traced(inputs, observable)
         try:
             return rows.detach(), make(rows, trace)
@@ -214,7 +196,8 @@ class NTKBase:
     def _check(self, u: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(u.shape) != shape:
             raise ValueError(
-                f"M is {tuple(self.shape)}: it multiplies vectors of shape {shape}, got {tuple(u.shape)}"
+                f"M is {tuple(self.shape)}: it multiplies vectors of shape {shape}, got "
+                f"{tuple(u.shape)}"
             )
         if u.dtype != self.dtype or u.device != self.device:
             raise ValueError(
@@ -229,13 +212,13 @@ def refuse_dropout(model: nn.Module) -> None:
         rate = getattr(module, attribute) if attribute is not None and module.training else 0.0
         if rate > 0:
             raise ValueError(
-                f"dropout {name or type(module).__name__!r} is active (p = {rate}): each pass would "
-                "see another network. Call model.eval() first"
+                f"dropout {name or type(module).__name__!r} is active (p = {rate}): each pass "
+                "would see another network. Call model.eval() first"
             )
 
 
 def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
-    """Raise ValueError for a model that has no real Jacobian, or that cannot be run with other values in its place."""
+    """Raise ValueError for a model without a real Jacobian, or that other values cannot run."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ValueError(f"{type(model).__name__} wraps the model: pass model.module")
     if isinstance(model, torch.jit.ScriptModule):
@@ -247,22 +230,22 @@ def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
             raise ValueError(f"parameter {name!r} has no shape yet: run the model once on a batch")
     if any(p.is_complex() for p in parameters):
         raise ValueError(
-            "a trainable parameter is complex, so J is not a matrix of real numbers: keep its real and "
-            "imaginary parts as one real parameter of shape (..., 2) and use torch.view_as_complex in "
-            "forward"
+            "a trainable parameter is complex, so J is not a matrix of real numbers: keep its real "
+            "and imaginary parts as one real parameter of shape (..., 2) and use "
+            "torch.view_as_complex in forward"
         )
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
         if module.max_norm is not None:
             raise ValueError(
-                f"{name!r} has max_norm = {module.max_norm}: its table is rescaled in place by every "
-                "forward pass. Run the model once on this batch and set max_norm = None"
+                f"{name!r} has max_norm = {module.max_norm}: its table is rescaled in place by "
+                "every forward pass. Run the model once on this batch and set max_norm = None"
             )
         if module.scale_grad_by_freq and module.weight.requires_grad:
             raise ValueError(
-                f"{name!r} has scale_grad_by_freq: its backward pass divides by counts and gives no "
-                "Jacobian. Set it to False"
+                f"{name!r} has scale_grad_by_freq: its backward pass divides by counts and gives "
+                "no Jacobian. Set it to False"
             )
 
 
@@ -273,14 +256,14 @@ def forward_rows(
     trace: Trace | None = None,
     constant: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Run the model once with its graph and return the rows; what the pass writes to buffers goes to copies.
+    """Run the model once with its graph and return the rows; copies of the buffers are written to.
 
     `constant` holds values without a graph that stand for parameters of the same names.
     """
     if not isinstance(observable, Observable):
         raise TypeError(
-            f"the observable is a {type(observable).__name__}, which does not say what the rows are: "
-            "use Outputs(targets), ClassLogits(targets) or TokenLogProb(targets)"
+            f"the observable is a {type(observable).__name__}, which does not say what the rows "
+            "are: use Outputs(targets), ClassLogits(targets) or TokenLogProb(targets)"
         )
     values = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(constant or {})
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
@@ -304,7 +287,7 @@ def forward_rows(
         raise ValueError("the batch gives no rows: is it empty?")
     if rows.is_complex():
         raise ValueError(
-            "the rows are complex: have the model or the observable give real and imaginary parts as rows"
+            "the rows are complex: have the model or the observable give real and imaginary parts"
         )
     if not rows.requires_grad:
         raise ValueError(

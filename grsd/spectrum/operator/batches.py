@@ -1,8 +1,8 @@
 """Many independent batches at once: one forward pass, and one operator a batch.
 
-A batch of a few hundred tokens does not fill a GPU. Here the sequences of all batches run through the network together, and
-the blocks of K are kept apart. A single batch is the business of :mod:`grsd.spectrum.operator.ntk`; the Lanczos recurrence of
-all batches is `grsd.spectrum.lanczos_batches`.
+A batch of a few hundred tokens does not fill a GPU. Here the sequences of all batches run through
+the network together, and the blocks of K are kept apart. `grsd.spectrum.lanczos_batches` runs the
+Lanczos recurrence of all of them.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ class NTKBatches(NTKBase):
     Parameters
     ----------
     model, inputs, observable, normalize, products
-        As for `NTK`. The first axis of the inputs (and targets) holds the batches one after another, all of one size.
+        As for `NTK`; the first axis of the inputs (and targets) holds one batch after another.
     batches
-        G. The number of rows must be a multiple of it.
+        G, all of one size.
 
     Attributes
     ----------
-    shape : (G, T, T)
-    outputs : Tensor, (G, T), f at the rows, detached.
-    inner_weight : float, 1 / (samples of one batch) for "mean" and 1 for "sum".
+    outputs : (G, T), f at the rows, detached.
+    inner_weight : 1 / (samples of one batch) for "mean" and 1 for "sum".
 
     Raises
     ------
     ValueError
-        What `NTK` raises; a parameter that does not see the batches apart (a learned table of positions that is shared by
-        all sequences, batch statistics, a parameter that no rule knows); unequal numbers of rows.
+        What `NTK` raises; unequal numbers of rows; a parameter that does not see the batches apart
+        (a learned table of positions, batch statistics, one that no rule knows).
 
     Notes
     -----
-    Cost of a product: that of the factored product of all sequences, with (T × T) Gram matrices for every batch.
+    Cost of a product: that of all sequences in one `NTK`, with (T × T) Gram matrices a batch.
     """
 
     def __init__(
@@ -61,16 +60,15 @@ class NTKBatches(NTKBase):
         def make(rows: Tensor, trace: Trace) -> Factored:
             if batches < 1 or rows.numel() % batches:
                 raise ValueError(
-                    f"{rows.numel()} rows cannot be split into {batches} batches of equal size"
+                    f"{rows.numel()} rows cannot be split into {batches} equal batches"
                 )
             return Factored(rows, trace, self._names, batches, products)
 
         try:
             flat, self._factored = self._recorded(inputs, observable, make)
         except Unrecordable as failure:
-            raise ValueError(
-                f"the backward pass of this model cannot be recorded ({failure})"
-            ) from failure
+            why = f"the backward pass of this model cannot be recorded ({failure})"
+            raise ValueError(why) from failure
         self.outputs: Tensor = flat.view(batches, -1)
         samples = observable.samples(flat)
         self.inner_weight: float = batches / samples if normalize == "mean" else 1.0

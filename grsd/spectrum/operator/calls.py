@@ -1,7 +1,7 @@
 """Calls that the trace reads beside those of :mod:`grsd.spectrum.operator.rules`.
 
-A norm is a gain and a bias, so that it is no rule of its own. Dropout is refused. A loss a row has no parameter, and becomes
-one operation.
+A norm is a gain and a bias. Dropout is refused. A loss a row has no parameter, and becomes one
+operation.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _refuse_dropout(p: float) -> None:
 
 @reads(functional.cross_entropy, always=True)
 def _cross_entropy(call: SimpleNamespace) -> Tensor | None:
-    """A loss a row, whose gradient is made in one pass over the logits and kept as fixed vectors."""
+    """A loss a row, whose gradient is made in one pass over the logits and kept, row by row."""
     settings: tuple[Any, ...] = (call.weight, call.size_average, call.reduce, call.reduction)
     if settings != (None, None, None, "none") or call.label_smoothing != 0:
         return None

@@ -1,7 +1,7 @@
 """A product on a GPU as one launch: its kernels are captured once and replayed.
 
-A product of a small model is a few hundred kernels of some microseconds each, so that issuing them takes longer than
-running them. The kernels are the same for every vector, which is what a CUDA graph needs.
+A product of a small model is a few hundred kernels of some microseconds each, which take longer to
+issue than to run. They are the same for every vector, which is what a CUDA graph needs.
 """
 
 from __future__ import annotations
@@ -15,20 +15,11 @@ Product = Callable[[Tensor], Tensor]
 
 
 def replayed(product: Product, example: Tensor) -> Product:
-    """Return `product` captured for vectors like `example`; `product` itself on a CPU, or if it cannot be captured.
+    """Return `product` captured for vectors like `example`; itself on a CPU, or if that fails.
 
-    Parameters
-    ----------
-    product
-        A function of one tensor that always runs the same kernels. One that waits for the device (a boolean mask, `.item()`)
-        cannot be captured.
-    example
-        A vector of the shape, dtype and device of all later ones.
-
-    Notes
-    -----
-    Cost: three products to capture; the graph keeps one product's temporaries. Each call copies the vector in and the result
-    out, so results of earlier calls stay as they were.
+    `product` must always run the same kernels: one that waits for the device (a boolean mask,
+    `.item()`) cannot be captured. Cost: three products to capture; the graph keeps the temporaries
+    of one. A call copies its vector in and its result out, so earlier results stay as they were.
     """
     if example.device.type != "cuda":
         return product
@@ -36,9 +27,8 @@ def replayed(product: Product, example: Tensor) -> Product:
     try:
         side = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(
-            side
-        ):  # kernels are chosen and workspaces made before anything is captured
+        # kernels are chosen and workspaces made before anything is captured
+        with torch.cuda.stream(side):
             for _ in range(2):
                 product(given)
         torch.cuda.current_stream(example.device).wait_stream(side)

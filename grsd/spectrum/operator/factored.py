@@ -1,8 +1,8 @@
-"""The exact product M u = J_ε K J_εᵀ u without parameter gradients: forward once, record, fold, multiply.
+"""The exact product M u = J_ε K J_εᵀ u without parameter gradients: forward once, record, multiply.
 
 Set-up runs the model once and its backward pass once, and leaves two linear programs
-(:mod:`grsd.spectrum.programs.program`), the blocks of K (:mod:`grsd.spectrum.operator.factors`) and one T × T matrix
-(:mod:`grsd.spectrum.operator.own_positions`). The graph of the model is dropped.
+(:mod:`grsd.spectrum.programs.program`), the blocks of K (:mod:`grsd.spectrum.operator.factors`) and
+one T × T matrix (:mod:`grsd.spectrum.operator.own_positions`). The graph of the model is dropped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from grsd.spectrum.operator.factors import (
 )
 from grsd.spectrum.operator.own_positions import OwnPositions, Share, refuse, total, unfold
 from grsd.spectrum.operator.rules import Embedding, Linear
-from grsd.spectrum.operator.trace import Place, Trace
+from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.program import Program, Rows
 from grsd.spectrum.programs.record import record
 from grsd.spectrum.programs.simplify import absorb, simplify
@@ -40,13 +40,12 @@ from grsd.spectrum.programs.transpose import transpose
 
 BLOCK_BYTES = 2**28  # what the temporaries of a block product may take
 FOLD_LIMIT = 8192  # rows; a larger T × T matrix takes too much memory
-# What bytes cost, in FLOPs of a matrix product that take as long (a CPU, float32): `spread` and `collect` of one number, and
-# one number of a T × T matrix that multiplies a vector
+# What bytes cost, in FLOPs of a matrix product that take as long (a CPU, float32): `spread` and
+# `collect` of one number, and one number of a T × T matrix that multiplies a vector
 BORDER_COST, SHARE_COST = 128, 8
 
-Placed = dict[
-    int, list[tuple[Use, int]]
-]  # number of a parameter → its uses and the slots of their δ
+# number of a parameter → its uses and the slots of their δ
+Placed = dict[int, list[tuple[Use, int]]]
 
 
 class Factored:
@@ -57,15 +56,16 @@ class Factored:
     rows : (T,), with its graph.
     trace : what was recorded during that pass.
     names : of `trace.parameters`.
-    groups : the first axis of the inputs holds this many independent batches of equal size, one after another; what one
-        does to a parameter is not seen by the others, so that the operator is block-diagonal.
-    products : how many are expected. A form that costs more at set-up is taken where it pays within them.
+    groups : so many independent batches of equal size lie one after another along the first axis of
+        the inputs; one does not see what another does to a parameter: M is block-diagonal.
+    products : how many are expected. A form that costs more at set-up is taken if it pays in them.
 
     Notes
     -----
-    Set-up: the backward pass of what is folded (in a decoder: head and last tail), Gram matrices, and no matrix products
-    for the rest, which is recorded and transposed by rule. A product: about one forward pass each for J_εᵀ and J_ε without
-    head and last block's tail, and 2 n² out FLOPs a layer for K, or 4 n in out; `plan_rows` has both.
+    Set-up: the backward pass of what is folded (in a decoder: head and last tail), Gram matrices,
+    and no matrix products for the rest, which is recorded and transposed by rule. A product: about
+    one forward pass each for J_εᵀ and J_ε without what is folded, and 2 n² out FLOPs a layer for K,
+    or 4 n in out; `plan_rows` has both.
     """
 
     def __init__(
@@ -84,7 +84,13 @@ class Factored:
         start = torch.ones_like(rows.detach())
         region = OwnPositions(self._size)
         places = [*trace.places, *trace.parameters]
-        adjoint, values, slots = _backward(rows, places, start, region if groups == 1 else None)
+
+        def backward(u: Tensor) -> Sequence[Tensor | None]:
+            return torch.autograd.grad(rows, places, u, allow_unused=True)  # type: ignore[arg-type]
+
+        adjoint, values, missing = record(backward, [start], region if groups == 1 else None)
+        reached = iter(adjoint.outputs)
+        slots = [None if k in missing else next(reached) for k in range(len(places))]
         kinds = [adjoint.kinds[out] for node in adjoint.nodes for out in node.outs if out >= 0]
         self.dtypes = {dtype for _, dtype in kinds if dtype.is_floating_point}
         placed = self._place(trace, slots)
@@ -119,10 +125,10 @@ class Factored:
             return self._product(u)
 
     def block(self, U: Tensor) -> Tensor:
-        """Return J Jᵀ U for U of shape (T, k); equal to `__call__` on every column, to rounding.
+        """Return J Jᵀ U for U of shape (T, k), to rounding `__call__` on every column.
 
-        Several columns go through the programs together, as many as `BLOCK_BYTES` holds; one by one where an operation
-        cannot take a batch. Cost: k products, with one call of every operation for a group of columns.
+        As many columns as `BLOCK_BYTES` holds go through the programs together; one by one where an
+        operation cannot take a batch. Cost: k products, in one call of an operation for all.
         """
         if not U.shape[1]:
             return torch.empty_like(U)
@@ -157,7 +163,7 @@ class Factored:
         return result
 
     def _place(self, trace: Trace, slots: Sequence[int | None]) -> Placed:
-        """Return the uses of every parameter that reaches the outputs, with those that no reader took."""
+        """Return the uses of every parameter that reaches the outputs, known to a reader or not."""
         uses, left = [*trace.uses], len(trace.places)
         for k, parameter in enumerate(trace.parameters):
             uses.append(Use(parameter, None, k, left + k, parameter.shape))
@@ -272,9 +278,10 @@ class Factored:
     def _check_groups(
         self, placed: Placed, adjoint: Program, start: Tensor, values: dict[int, Tensor]
     ) -> None:
-        """Raise ValueError when a parameter does not see the groups apart along the first axis of δ.
+        """Raise ValueError when a parameter does not see the groups apart along the first axis.
 
-        A backward pass from the first group alone must give zero in the others, and in the first what all groups give.
+        A backward pass from the first group alone must give zero in the others, and in the first
+        what all groups give.
         """
         first = torch.zeros_like(start)
         first[: self._size // self.groups] = 1
@@ -291,21 +298,22 @@ class Factored:
                     apart = bool(rest <= 1e3 * eps * torch.linalg.vector_norm(whole))
                 if not apart:
                     raise ValueError(
-                        f"parameter {self._names[k]!r} enters without a batch axis of its own (rule "
-                        f"{use.name!r}), so the batches cannot be kept apart in one pass; make one "
-                        "NTK for each"
+                        f"parameter {self._names[k]!r} enters without a batch axis of its own "
+                        f"(rule {use.name!r}), so the batches cannot be kept apart in one pass; "
+                        "make one NTK for each"
                     )
 
     def _check_finite(self) -> None:
-        """Raise ValueError when an activation is not finite: the diagonal of its A Aᵀ is not either."""
+        """Raise ValueError when an activation is not finite: nor is the diagonal of its A Aᵀ."""
         blocks = [f.gram for f in self._factors if isinstance(f, Gram)]
         blocks += [] if self.share is None else [self.share]
         sums = [x.diagonal(dim1=-2, dim2=-1) for x in blocks]
         sums += [f.inputs.sum(-1) for f in self._factors if isinstance(f, Span)]
         if any(not bool(torch.isfinite(x).all()) for x in sums):
             raise ValueError(
-                "activations or their gradients are not finite although the outputs are, so M is not "
-                "finite: check the checkpoint and the inputs, or use a wider dtype (model.double())"
+                "activations or their gradients are not finite although the outputs are, so M is "
+                "not finite: check the checkpoint and the inputs, or use a wider dtype "
+                "(model.double())"
             )
 
     def _note(self, uses: Sequence[Use], form: Form) -> None:
@@ -316,10 +324,10 @@ class Factored:
 
 
 def shares_of(uses: Sequence[Use], delta: Tensor, rows: Rows) -> list[Share] | None:
-    """Return the shares of M of single-use parameters with one own-position δ; None when a use has none.
+    """Return the shares of M of single-use parameters with one own-position δ; None if one lacks.
 
-    `delta` is δ at u = 1. Linear layers, embeddings and biases share one: (Σ A Aᵀ + b 1 1ᵀ + [t_i = t_j]) ⊙ (δ δᵀ); a gain has
-    rows of its own, (x̂ ⊙ δ)(x̂ ⊙ δ)ᵀ.
+    `delta` is δ at u = 1. Linear layers, embeddings and biases share one; a gain has rows of its
+    own, (x̂ ⊙ δ)(x̂ ⊙ δ)ᵀ.
     """
     front = rows.front(delta.shape)
     if front is None or any(not use.rowwise(rows, front) for use in uses):
@@ -331,7 +339,7 @@ def shares_of(uses: Sequence[Use], delta: Tensor, rows: Rows) -> list[Share] | N
 
 
 def blocks_of(uses: Sequence[Use], at: Setting) -> list[tuple[list[Use], Factor, Form]]:
-    """Return the blocks of K of single-use parameters with one δ; biases go where they cost nothing."""
+    """Return the blocks of K of single-use parameters with one δ; biases go where they are free."""
     left = sorted(uses, key=lambda use: use.name == "shift")
     blocks = []
     while left:
@@ -339,17 +347,3 @@ def blocks_of(uses: Sequence[Use], at: Setting) -> list[tuple[list[Use], Factor,
         blocks.append((group, *left[0].factor(group, at)))
         left = [use for use in left if use not in group]
     return blocks
-
-
-def _backward(
-    rows: Tensor, places: Sequence[Place], start: Tensor, region: OwnPositions | None
-) -> tuple[Program, dict[int, Tensor], list[int | None]]:
-    """Record the backward pass from u to every place; return it with its values and the place's slots."""
-
-    def backward(u: Tensor) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(rows, places, u, allow_unused=True)  # type: ignore[arg-type]
-
-    program, values, missing = record(backward, [start], region)
-    outputs = iter(program.outputs)
-    slots = [None if k in missing else next(outputs) for k in range(len(places))]
-    return program, values, slots

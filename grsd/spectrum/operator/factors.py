@@ -1,9 +1,9 @@
 """K of M = J_ε K J_εᵀ: what a perturbation of a layer's output becomes through the parameters.
 
-With δ = J_εᵀ u at the output s of a layer, the parameter gradient of Jᵀu is linear in δ, and the change of s that this
-gradient makes is K δ. For s = a Wᵀ + 1 bᵀ the gradient of W is δᵀ a and the change is (A Aᵀ + 1 1ᵀ) δ: the weight
-gradient need not be formed. Here are the base class of the rules (:mod:`grsd.spectrum.operator.rules`) and the blocks of K;
-layers whose rows do not mix are taken out of the product in :mod:`grsd.spectrum.operator.own_positions`.
+With δ = J_εᵀ u at the output s of a layer, the parameter gradient of Jᵀu is linear in δ, and the
+change of s that this gradient makes is K δ. For s = a Wᵀ + 1 bᵀ the gradient of W is δᵀ a and the
+change is (A Aᵀ + 1 1ᵀ) δ: the weight gradient need not be formed. Here are the base class of the
+rules (:mod:`grsd.spectrum.operator.rules`) and the blocks of K.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a block of K is chosen by: δ at its slot, independent groups of rows, products to come."""
+    """What a block of K is chosen by: δ at its slot, independent groups, products to come."""
 
     slot: int
     delta: Tensor
@@ -60,30 +60,22 @@ class Setting:
 
 @dataclass(eq=False)
 class Use:
-    """One entrance of one parameter; itself the rule of a parameter that stays in the graph.
-
-    Attributes
-    ----------
-    parameter : the tensor.
-    data : what the call did with it: a, (..., in); tokens; x̂ broadcast to s; or the input of a convolution.
-    number : position in the list of trainable parameters.
-    place : index into `Trace.places`, the output s.
-    shape : of s.
-    """
+    """One entrance of one parameter; itself the rule of a parameter that stays in the graph."""
 
     name: ClassVar[str] = "plain"
     parameter: Tensor
+    # what the call did with it: a, (..., in); tokens; x̂ broadcast to s; input of a convolution
     data: Tensor | None = None
-    number: int = -1
-    place: int = -1
-    shape: torch.Size = field(default_factory=torch.Size)
+    number: int = -1  # position in the list of trainable parameters
+    place: int = -1  # index into `Trace.places`, the output s
+    shape: torch.Size = field(default_factory=torch.Size)  # of s
 
     def gradient(self, delta: Tensor) -> Tensor:
         """Return the parameter's share of Jᵀu, in the parameter's shape, from δ at the output."""
         return delta
 
     def change(self, g: Tensor) -> Tensor:
-        """Return the change of the output when the parameter changes by g, as a new tensor of shape s."""
+        """Return the change of the output, a new tensor, when the parameter changes by g."""
         return g.clone()
 
     @property
@@ -92,7 +84,7 @@ class Use:
         return 0
 
     def partners(self, uses: Sequence[Use], width: int) -> list[Use]:
-        """Return the uses with the same δ, (..., width), that one block of K holds together with this."""
+        """Return the uses with the same δ, (..., width), that one block of K holds with this."""
         return [self]
 
     def factor(self, uses: Sequence[Use], at: Setting) -> tuple[Factor, Form]:
@@ -102,11 +94,11 @@ class Use:
         return Through((self,), (at.slot,), at.groups), form
 
     def rowwise(self, rows: Rows, front: int) -> bool:
-        """Say whether rows, the `front` leading axes of s, meet in nothing but the sum in `gradient`."""
+        """Say whether rows, the `front` leading axes of s, meet only in the sum in `gradient`."""
         return False
 
     def meet(self, share: Any, rows: Rows, rest: torch.Size) -> bool:
-        """Add to the `Share` of δ, rows of shape `rest`, how rows meet; say whether `gradient` has all of δ."""
+        """Add to the `Share` of δ, rows of shape `rest`, how rows meet; False if `own` must be."""
         return False
 
     def own(self, delta: Tensor, front: int) -> Tensor:
@@ -145,7 +137,7 @@ def accumulate(out: Vectors, slot: int, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Through:
-    """Any uses of one parameter, by way of its gradient, with all cross terms. Cost: `flops` of each use."""
+    """Any uses of one parameter, through its gradient, with all cross terms, at their `flops`."""
 
     uses: tuple[Use, ...]
     slots: tuple[int, ...]
@@ -186,7 +178,7 @@ class OneSlot:
 
 @dataclass(frozen=True)
 class Gram(OneSlot):
-    """All linear layers and biases with one δ: (Σ A Aᵀ + b 1 1ᵀ) δ with a cached matrix. Cost 2 n² out FLOPs."""
+    """Linear layers and biases with one δ: (Σ A Aᵀ + b 1 1ᵀ) δ, cached. Cost 2 n² out FLOPs."""
 
     gram: Tensor  # (groups, n / groups, n / groups)
 
@@ -198,7 +190,7 @@ class Gram(OneSlot):
 
 @dataclass(frozen=True)
 class Span(OneSlot):
-    """Linear layers and biases with one δ, associated as A (Aᵀ δ) + b 1 (1ᵀ δ). Cost 4 n in out FLOPs."""
+    """Linear layers and biases with one δ: A (Aᵀ δ) + b 1 (1ᵀ δ). Cost 4 n in out FLOPs."""
 
     inputs: Tensor  # (groups, n / groups, in)
     biases: int
@@ -232,7 +224,7 @@ class Gain(OneSlot):
 
 @dataclass(frozen=True)
 class Tokens(OneSlot):
-    """An embedding: rows of δ summed over equal tokens, and given back to each of them. Cost O(n h)."""
+    """An embedding: rows of δ are summed over equal tokens, and given to each. Cost O(n h)."""
 
     index: Tensor  # (n,) int64, number of the token among the distinct ones
     distinct: int
@@ -247,9 +239,10 @@ class Tokens(OneSlot):
 
 @dataclass(frozen=True)
 class Tied:
-    """The cross terms of one matrix W that is embedding s = W[t] and head z = a Wᵀ, without a V × h buffer.
+    """The cross terms of a matrix W, embedding s = W[t] and head z = a Wᵀ, in no V × h buffer.
 
-    δ_z goes to s_j as Σ_i δ_z[i, t_j] a_i, and δ_s to z[i, v] as Σ_{j: t_j = v} a_i · δ_s,j. Cost 4 n m h FLOPs.
+    δ_z goes to s_j as Σ_i δ_z[i, t_j] a_i, and δ_s to z[i, v] as Σ_{j: t_j = v} a_i · δ_s,j.
+    Cost 4 n m h FLOPs.
     """
 
     head: int
@@ -275,7 +268,7 @@ class Tied:
 
 @dataclass(frozen=True)
 class FoldedTie:
-    """The cross terms of embedding and folded head: δ_z = u ⊙ Γ at the head, of which Γ[:, t] is all that is needed.
+    """The cross terms of embedding and folded head: δ_z = u ⊙ Γ there, of which Γ[:, t] is needed.
 
     δ_s gets Γ[:, t]ᵀ (u ⊙ a); M u gets rowsum(a ⊙ (Γ[:, t] δ_s)). Cost 4 T m h FLOPs.
     """
@@ -320,7 +313,7 @@ def identity(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 
 def gram(x: Tensor, block: int = 256) -> Tensor:
-    """Return x xᵀ for x of shape (n, k), with the lower half made in blocks of rows. Cost about n² k FLOPs."""
+    """Return x xᵀ, (n, n), from the lower half in blocks of rows. Cost about n² k FLOPs."""
     n = x.shape[0]
     if n < 2 * block:
         return x @ x.T

@@ -1,8 +1,9 @@
-"""Layer by layer: which parameters make up a layer, what reaches a layer's output from u, and how two layers overlap.
+"""Layer by layer: the parameters of a layer, what reaches its output, how two layers overlap.
 
-The parameters of a model are split by the module that holds them, M = J Jᵀ = Σ_ℓ M^(ℓ) with M^(ℓ) = J^(ℓ) J^(ℓ)ᵀ. A matrix
-that several modules share is one parameter and makes a layer of its own, so that the sum is exact and its cross terms stay
-in one place. `NTK.layers`, `NTK.layer` and `NTK.output_gradients` are the ways in.
+The parameters are split by the module that holds them: M = J Jᵀ = Σ_ℓ M^(ℓ), M^(ℓ) = J^(ℓ) J^(ℓ)ᵀ.
+A matrix that several modules share is one parameter and makes a layer of its own, so that the sum
+is exact and its cross terms stay in one place. `NTK.layers`, `NTK.layer` and
+`NTK.output_gradients` are the ways in.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,9 @@ ROOT = "(model)"  # name of the layer of parameters that the model itself holds
 
 
 def by_layer(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, list[str]]:
-    """Return layer → names of its parameters, in the order of the model, for the given ones.
+    """Return layer → names of the given parameters in it, in the order of the model.
 
-    A layer's name is that of its module; of a shared parameter, the names of all its modules joined by " + ".
+    A layer is named as its module; one of a shared parameter, as all its modules, joined by " + ".
     """
     wanted = {id(p) for p in parameters}
     first: dict[int, str] = {}
@@ -40,35 +42,29 @@ def by_layer(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, list[s
 
 
 def select(groups: dict[str, list[str]], layer: str) -> list[str]:
-    """Return the names of the parameters of a layer, or of all layers below a module, such as one block.
-
-    Raises
-    ------
-    ValueError
-        No such layer; or a module that shares a parameter with modules outside it.
-    """
+    """Return the names of the parameters of a layer, or of all layers below a module."""
     if layer in groups:
         return groups[layer]
-    found: list[str] = []
+    chosen: list[str] = []
     for group, names in groups.items():
         inside = [owner == layer or owner.startswith(f"{layer}.") for owner in group.split(" + ")]
         if all(inside):
-            found += names
+            chosen += names
         elif any(inside):
             raise ValueError(
-                f"{layer!r} shares {names[0]!r} with modules outside it; its two uses have cross terms and belong to "
-                f"the layer {group!r}"
+                f"{layer!r} shares {names[0]!r} with modules outside it; its two uses have cross "
+                f"terms and belong to the layer {group!r}"
             )
-    if not found:
+    if not chosen:
         near = get_close_matches(layer, [*groups], n=3, cutoff=0.3) or [*groups][:3]
         raise ValueError(
             f"no layer or module {layer!r} has parameters that reach the outputs; near it: {near}"
         )
-    return found
+    return chosen
 
 
 class OutputGradients:
-    """J_εᵀ: the gradients of Σ u f with respect to the outputs of the layers, on the graph of one forward pass."""
+    """J_εᵀ: the gradients of Σ u f at the outputs of layers, on the graph of one forward pass."""
 
     def __init__(self, rows: Tensor, trace: Trace, layers: Sequence[str]) -> None:
         self._rows, self._places = rows, trace.places
@@ -76,72 +72,46 @@ class OutputGradients:
         self._layers = [at[k] for k in range(len(trace.places))]
 
     def __call__(self, u: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        places: Any = self._places
         with same_parameters():
-            found = torch.autograd.grad(
-                self._rows,
-                self._places,  # type: ignore[arg-type]
-                u,
-                retain_graph=True,
-                allow_unused=True,
+            deltas = torch.autograd.grad(
+                self._rows, places, u, retain_graph=True, allow_unused=True
             )
         result: dict[str, tuple[Tensor, ...]] = {}
-        for layer, delta in zip(self._layers, found, strict=True):
+        for layer, delta in zip(self._layers, deltas, strict=True):
             if delta is not None:
                 result[layer] = (*result.get(layer, ()), delta)
         return result
 
 
-def coherence(
-    A: Operator,
-    B: Operator,
-    *,
-    generator: torch.Generator | None = None,
-    steps: int = 50,
-    rtol: float = 1e-6,
-) -> float:
+def coherence(A: Operator, B: Operator, *, steps: int = 50, rtol: float = 1e-6) -> float:
     """Return ‖J^(ℓ)∗ J^(m)‖, the spectral norm of the overlap of two layers' parameter gradients.
 
-    Parameters
-    ----------
-    A, B
-        M^(ℓ) = J^(ℓ) J^(ℓ)∗ and M^(m), (T, T), such as two `NTK.layer` of one operator.
-    generator
-        Of the random start vector, on the CPU; a fixed one by default.
-    steps, rtol
-        At most so many Lanczos steps, until the norm is right to this relative accuracy.
+    A and B are M^(ℓ) and M^(m), such as two `NTK.layer` of one operator. The norm is found from
+    below to the relative accuracy `rtol`; RuntimeError if that takes more than `steps` Lanczos
+    steps, of one product with each operator.
 
-    Raises
-    ------
-    ValueError
-        Operators of different shape, dtype or device.
-    RuntimeError
-        Not converged in `steps` steps.
-
-    Notes
-    -----
-    J^(m)∗ J^(ℓ) J^(ℓ)∗ J^(m) has the eigenvalues of M^(ℓ) M^(m) apart from zeros, so nothing of the size of the parameters is
-    needed. That product is self-adjoint in ⟨x, M^(m) y⟩, in which Lanczos with full reorthogonalisation is run. Cost: one
-    product with each operator a step. The norm found approaches the true one from below.
+    J^(m)∗ J^(ℓ) J^(ℓ)∗ J^(m) has the eigenvalues of M^(ℓ) M^(m) apart from zeros, so nothing of the
+    size of the parameters is needed. That product is self-adjoint in ⟨x, M^(m) y⟩, in which Lanczos
+    with full reorthogonalisation is run.
     """
     size = int(A.shape[0])
-    if tuple(A.shape) != tuple(B.shape) or A.dtype != B.dtype or A.device != B.device:
-        raise ValueError(
-            f"the operators differ: {tuple(A.shape)} {A.dtype} on {A.device}, {tuple(B.shape)} {B.dtype} on {B.device}"
-        )
-    draw = torch.randn(size, generator=generator or torch.Generator().manual_seed(0), dtype=A.dtype)
+    marks = [f"{tuple(M.shape)} {M.dtype} on {M.device}" for M in (A, B)]
+    if marks[0] != marks[1]:
+        raise ValueError(f"the operators differ: {', '.join(marks)}")
+    draw = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=A.dtype)
     w = A @ draw.to(A.device)
     steps = min(steps, size)
     basis, images = w.new_zeros(steps, size), w.new_zeros(steps, size)
     projected = torch.zeros(steps, steps, dtype=torch.float64)
     for k in range(steps + 1):
+        # The next vector in the inner product of B, and the residual of the top Ritz pair.
         image = B @ w
         beta = max(float(w @ image), 0.0) ** 0.5
         if k:
             ritz, vectors = torch.linalg.eigh(projected[:k, :k])
             top = max(float(ritz[-1]), 0.0)
-            if (
-                k == size or beta * abs(float(vectors[-1, -1])) <= rtol * top
-            ):  # the residual of the Ritz pair
+            if k == size or beta * abs(float(vectors[-1, -1])) <= rtol * top:
                 return math.sqrt(top)
         elif beta == 0.0:
             return 0.0
@@ -150,6 +120,7 @@ def coherence(
         if k:
             projected[k, k - 1] = projected[k - 1, k] = beta
         basis[k], images[k] = w / beta, image / beta
+        # A step of the recurrence, orthogonalised twice.
         w = A @ images[k]
         inner = images[: k + 1] @ w
         projected[k, k] = float(inner[k])

@@ -1,9 +1,9 @@
 """The operator M = J Jᵀ of a network on a batch, as a matrix that is only ever multiplied.
 
 By default a product is the factored one, J_ε K J_εᵀ u, which forms no parameter gradient
-(:mod:`grsd.spectrum.operator.factored`). The plain form, a vector–Jacobian product followed by a Jacobian–vector product on a
-retained graph, is the definition and the other engine (:mod:`grsd.spectrum.operator.double_backward`). Lanczos, which calls
-either, is in :mod:`grsd.spectrum.lanczos`.
+(:mod:`grsd.spectrum.operator.factored`). The plain form, a vector–Jacobian product followed by a
+Jacobian–vector product on a retained graph, is the definition and the other engine
+(:mod:`grsd.spectrum.operator.double_backward`).
 """
 
 from __future__ import annotations
@@ -31,53 +31,51 @@ __all__ = ["NTK", "Inputs", "Method", "refuse_dropout"]
 
 
 class NTK(NTKBase):
-    """The (T, T) neural tangent kernel M = J Jᵀ of a model on a batch: symmetric, positive semidefinite.
+    """The (T, T) neural tangent kernel M = J Jᵀ of a model on a batch, symmetric and semidefinite.
 
     Parameters
     ----------
     model
-        Any module. Dropout must be inactive. Parameters that do not require a gradient are left out of J.
+        Any module without active dropout. Parameters that require no gradient are left out of J.
     inputs
         A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
     observable
-        What the rows are: `Outputs`, `ClassLogits`, `TokenLogProb`, or an object with the same three methods.
+        What the rows are: `Outputs`, `ClassLogits`, `TokenLogProb`, or one with the same methods.
     normalize
-        ``"mean"``: M = J Jᵀ / n for the empirical measure of n samples (the operator of ė = −M e); ``"sum"``: J Jᵀ.
+        ``"mean"``: J Jᵀ / n for n samples (the operator of ė = −M e); ``"sum"``: J Jᵀ.
     method
-        ``"factored"``: J_ε K J_εᵀ; ``"graph"``: VJP and JVP on a retained graph; ``"auto"``: factored, and the graph
-        for a model whose backward pass cannot be recorded (`plan` says so).
+        ``"factored"``: J_ε K J_εᵀ; ``"graph"``: VJP and JVP on a retained graph; ``"auto"``:
+        factored, and the graph where the backward pass cannot be recorded (`plan` says so).
     parameters
-        Names of the parameters that J is taken over; None for all that require a gradient. `layer` fills it in.
+        Names of the parameters that J is taken over; None for all that require a gradient.
     products
-        How many products are expected. A form that costs more at set-up and less in every product is taken where it pays
-        within them, by counted FLOPs; `plan` says from how many on it would.
+        How many are expected. A form that costs more at set-up and less in every product is taken
+        where it pays within them, by counted FLOPs; `plan` says from how many on it would.
 
     Attributes
     ----------
-    shape : (T, T)
-    outputs : Tensor, (T,), f at the rows, detached.
-    samples : int, n. For language models n = T.
-    inner_weight : float, 1/n for "mean" and 1 for "sum": ⟨u, v⟩ = inner_weight · Σ u v.
-    eps : float, the relative accuracy of a product (unit of rounding of the coarsest arithmetic that is used).
+    outputs : (T,), f at the rows, detached.
+    samples : n. For language models n = T.
+    inner_weight : 1/n for "mean" and 1 for "sum": ⟨u, v⟩ = inner_weight · Σ u v.
     method : "factored" or "graph", the one that is in use.
 
     Raises
     ------
     ValueError
-        Active dropout, no trainable parameter, a complex one, non-finite outputs, targets that do not fit, an output that
-        does not depend on the parameters, layers whose inputs are overwritten in place, an operation without a second
-        derivative, gradients that are changed on their way, or a model in a wrapper (`DataParallel`, `torch.jit`).
+        Active dropout, no trainable parameter, a complex one, non-finite outputs, targets that do
+        not fit, an output that does not depend on the parameters, layers whose inputs are
+        overwritten in place, an operation without a second derivative, gradients that are changed
+        on their way, or a model in a wrapper (`DataParallel`, `torch.jit`).
     RuntimeError
         A product after the parameters were changed.
 
     Notes
     -----
-    Cost of "factored": see :mod:`grsd.spectrum.operator.factored`. Cost of "graph": one forward and three backward passes to build,
-    with a check that ⟨u, J Jᵀu⟩ = ‖Jᵀu‖² for one u; about 1.4 forward-plus-backward passes per product, and the graph of
-    one forward and one backward pass is held until the object goes. Scaled-dot-product attention is run with its
-    mathematical backend: the fused ones have no second derivative. A compiled module is run as it was written. The model is
-    left as it was found: parameters, gradients, buffers and flags; the state of the random generator is put back. Source:
-    2512.10427, section 2.2.
+    Cost of "factored": see :mod:`grsd.spectrum.operator.factored`. Cost of "graph": one forward and
+    three backward passes to build, about 1.4 forward-plus-backward passes per product, and one such
+    graph held. Attention is run with its mathematical backend: the fused ones have no second
+    derivative. A compiled module is run as it was written. The model and the state of the random
+    generator are left as they were found. Source: 2512.10427, section 2.2.
     """
 
     def __init__(
@@ -146,7 +144,7 @@ class NTK(NTKBase):
     @property
     def _used(self) -> list[Tensor]:
         if self._factored is None:
-            return self._retain().used
+            return [self._parameters[k] for k in self._retain().used]
         return [self._parameters[k] for k in self._factored.used]
 
     @property
@@ -155,7 +153,7 @@ class NTK(NTKBase):
         return self._observable.error(self.outputs)
 
     def plan(self) -> Plan:
-        """Return what a product does, parameter by parameter, with FLOPs and bytes; prints as a table."""
+        """Return what a product does per parameter, with FLOPs and bytes; prints as a table."""
         if self._factored is not None:
             return Plan("factored", tuple(self._factored.plan_rows))
         rule = f"cannot be recorded: {self._why}" if self._why else "as asked"
@@ -169,19 +167,21 @@ class NTK(NTKBase):
         )
 
     def vjp(self, u: Tensor) -> tuple[Tensor, ...]:
-        """Return Jᵀu as one tensor per parameter in use (no normalisation).
+        """Return Jᵀu without normalisation, one tensor per parameter in use.
 
-        Cost: one backward pass; the first call of `vjp`, `jvp` or `jacobian` on a factored operator runs the model again.
+        Cost: one backward pass. The first `vjp`, `jvp` or `jacobian` of a factored operator runs
+        the model again.
         """
         self._check(u, (self.shape[0],))
-        return self._retain().vjp(u)
+        return tuple(self._retain().vjp(u).values())
 
     def jvp(self, v: tuple[Tensor, ...]) -> Tensor:
-        """Return J v, shape (T,), for one tensor per parameter in use. Cost: one pass through the doubled graph."""
-        return self._retain().jvp(v)
+        """Return J v, (T,), for v as `vjp` returns it. Cost: one pass through the doubled graph."""
+        graph = self._retain()
+        return graph.jvp(dict(zip(graph.used, v, strict=True)))
 
     def __matmul__(self, u: Tensor) -> Tensor:
-        """Return M u for u of shape (T,), or M U for U of shape (T, k), same dtype and device.
+        """Return M u for u of shape (T,), or M U for U of shape (T, k).
 
         Cost: one product a column; the factored form shares its passes among the columns of U.
         """
@@ -201,24 +201,18 @@ class NTK(NTKBase):
         return self._product(u) * self.inner_weight
 
     def layers(self) -> list[str]:
-        """Return the names of the layers, in the order of the model: the modules that hold the parameters in use.
+        """Return the names of the layers, in the order of the model: modules with used parameters.
 
-        A matrix that several modules share is a layer of its own, with the names of all of them joined by " + ".
+        A matrix that several modules share is a layer of its own, its names joined by " + ".
         """
         return [*by_layer(self._model, self._used)]
 
     def layer(self, name: str) -> NTK:
-        """Return M^(ℓ) = J^(ℓ) J^(ℓ)ᵀ of one layer, or of all layers below a module such as one block.
+        """Return M^(ℓ) = J^(ℓ) J^(ℓ)ᵀ of one layer, or of all layers below a module like a block.
 
-        Σ_ℓ M^(ℓ) over `layers` is M, exactly. Its `vjp` and `jvp` are J^(ℓ)ᵀ u and J^(ℓ) v. Cost: the model is run again, as for
-        a new operator; a product runs the passes as far down as the layer.
-
-        Raises
-        ------
-        ValueError
-            No such layer, or a module that shares a parameter with modules outside it.
-        RuntimeError
-            The model was changed since this operator was made.
+        Σ_ℓ M^(ℓ) over `layers` is M, exactly. Cost: the model is run again; a product runs the
+        passes as far down as the layer. A module that shares a parameter with others outside it
+        raises ValueError; a model that was changed, RuntimeError.
         """
         names = select(by_layer(self._model, self._used), name)
         one = NTK(
@@ -234,11 +228,11 @@ class NTK(NTKBase):
         return one
 
     def output_gradients(self, u: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        """Return J_εᵀ u: for every layer, δ = ∂(Σ u f)/∂s at its output s, one tensor a use in the order of the pass.
+        """Return J_εᵀ u: for every layer, δ = ∂(Σ u f)/∂s at its output s, a tensor a use.
 
-        With Kδ of :mod:`grsd.spectrum.operator.factors`, Σ_ℓ ⟨δ_ℓ, K_ℓ δ_ℓ⟩ = uᵀ J Jᵀ u. Layers whose parameters enter in a way that no
-        rule knows (`plan` calls them "plain") are left out. Cost: one activation-only backward pass; the first call runs
-        the model again and keeps its graph.
+        With Kδ of :mod:`grsd.spectrum.operator.factors`, Σ_ℓ ⟨δ_ℓ, K_ℓ δ_ℓ⟩ = uᵀ J Jᵀ u. Layers
+        that no rule knows ("plain" in `plan`) are left out. Cost: one activation-only backward
+        pass; the first call runs the model again and keeps its graph.
         """
         self._check(u, (self.shape[0],))
         if self._gradients is None:
@@ -250,12 +244,12 @@ class NTK(NTKBase):
         return self._gradients(u)
 
     def jacobian(self) -> Tensor:
-        """Return J itself, (T, P), in the order of `model.parameters()`. Cost: T backward passes, T·P numbers."""
+        """Return J, (T, P), in the order of `model.parameters()`. Cost: T backward passes."""
         units = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return torch.stack([torch.cat([g.reshape(-1) for g in self.vjp(u)]) for u in units])
 
     def scipy(self) -> LinearOperator:
-        """Return M as a `scipy.sparse.linalg.LinearOperator` on NumPy vectors (for `eigsh` and friends)."""
+        """Return M as a `LinearOperator` on NumPy vectors (for `eigsh` and friends)."""
 
         def product(u: Any) -> Any:
             return (self @ torch.as_tensor(u, dtype=self.dtype, device=self.device)).cpu().numpy()

@@ -1,10 +1,10 @@
 """Layers that output i reaches only at its own position: their share of M is a T × T matrix.
 
-In the backward pass from u, a value is *own-position* when its row i is u_i times a fixed vector: everything after the last
-operation that mixes positions (in a decoder: head, last norm, last MLP, output projection of the last attention). The
-recorded backward program says which values these are, operation by operation, so that no architecture has to be named; an
-operation without a rule here ends the region. The model itself is asked as well (`refuse`). The passes of a product then start
-from the fixed vectors at the border of the region.
+In the backward pass from u, a value is *own-position* when its row i is u_i times a fixed vector:
+everything after the last operation that mixes positions (in a decoder: head, last norm, last MLP,
+output projection of the last attention). The recorded program says which values these are, so that
+no architecture has to be named; an operation without a rule here ends the region. The model itself
+is asked as well (`refuse`). The passes of a product start at the border of the region.
 """
 
 from __future__ import annotations
@@ -33,14 +33,12 @@ from grsd.spectrum.programs.program import (
 aten = torch.ops.aten
 
 PROBED = 10**8  # FLOPs; a larger matrix product is not repeated as a whole
-TILES = (
-    128,
-    256,
-)  # least and most rows of a tile of a T × T matrix: what is added up stays in a cache
+# least and most rows of a tile of a T × T matrix: what is added up stays in a cache
+TILES = (128, 256)
 
 
 class OwnPositions:
-    """The slots of a backward pass from u, (size,) at slot 0, whose row i is u_i times a fixed vector: `rows`."""
+    """The slots of a backward pass from u, (size,), whose row i is u_i times a fixed vector."""
 
     def __init__(self, size: int) -> None:
         self.rows: dict[int, Rows] = {0: Rows(size)}
@@ -88,7 +86,7 @@ def _rows_after(
 
 
 def _put(node: Node, rows: Rows, entering: list[int], result: tuple[int, ...]) -> Rows | None:
-    """Rows that are written to chosen positions of a larger tensor of zeros, as by boolean indexing."""
+    """Return the rows written to chosen positions of a tensor of zeros, as by boolean indexing."""
     _, indices, values = node.args[:3]
     if rows.positions is not None or entering != [getattr(values, "index", None)]:
         return None
@@ -108,16 +106,9 @@ def _put(node: Node, rows: Rows, entering: list[int], result: tuple[int, ...]) -
     return Rows(prod(lengths), position)
 
 
-# Whether an operation keeps rows apart: from the node, the number of leading axes that are rows, and the value's ndim.
+# Whether an operation keeps rows apart: from the node, the number of leading axes that are rows,
+# and the ndim of the value.
 Rule = Callable[[Node, int, int], bool]
-
-
-def _always(node: Node, front: int, ndim: int) -> bool:
-    return True
-
-
-def _both(node: Node, front: int, ndim: int) -> bool:
-    return len(node.sources) == 2
 
 
 def _by_constant(node: Node, front: int, ndim: int) -> bool:
@@ -130,7 +121,7 @@ def _first_only(node: Node, front: int, ndim: int) -> bool:
 
 
 def _axes(place: int, shift: int = 0) -> Rule:
-    """The operation works along the axes at this place of its arguments: they must lie behind the rows."""
+    """The operation works along the axes at this place: they must lie behind the rows."""
 
     def behind(node: Node, front: int, ndim: int) -> bool:
         axes = node.args[place] if len(node.args) > place else 0
@@ -139,10 +130,6 @@ def _axes(place: int, shift: int = 0) -> Rule:
         return bool(axes) and all(front <= axis + (size if axis < 0 else 0) for axis in axes)
 
     return behind
-
-
-def _two_axes(node: Node, front: int, ndim: int) -> bool:
-    return all(front <= axis % ndim for axis in node.args[1:3])
 
 
 def _norm(node: Node, front: int, ndim: int) -> bool:
@@ -164,14 +151,13 @@ KEEPING = RESHAPING | {
     aten.mul.Scalar,
     aten.div.Scalar,
 }
-# of everything: what older versions of torch write for x[:, 0:]
-SLICES = {aten.slice.Tensor, aten.slice_backward.default}
+SLICES = {aten.slice.Tensor, aten.slice_backward.default}  # of everything, in older torch: x[:, 0:]
 ALIGNED = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.expand.default}
 SEPARATE: dict[Any, Rule] = {
     aten.mul.Tensor: _by_constant,
     aten.div.Tensor: _by_constant,
-    aten.add.Tensor: _both,
-    aten.expand.default: _always,
+    aten.add.Tensor: lambda node, front, ndim: len(node.sources) == 2,
+    aten.expand.default: lambda node, front, ndim: True,
     aten.mm.default: _first_only,
     aten.bmm.default: _first_only,
     pullback: _norm,
@@ -181,7 +167,7 @@ SEPARATE: dict[Any, Rule] = {
     aten.slice_backward.default: _axes(2),
     aten.select_backward.default: _axes(2, shift=1),
     aten.cat.default: _axes(1),
-    aten.transpose.int: _two_axes,
+    aten.transpose.int: lambda node, front, ndim: all(front <= a % ndim for a in node.args[1:3]),
     aten.convolution_backward.default: _samples,
     aten.max_pool2d_with_indices_backward.default: _samples,
 }
@@ -190,10 +176,11 @@ SEPARATE: dict[Any, Rule] = {
 def refuse(program: Program, values: Mapping[int, Tensor], region: OwnPositions, size: int) -> None:
     """Take out of `region` what the model itself denies: values whose rows mix after all.
 
-    The region is run once more, from a vector with zeros: rows of outputs that were left out must be exactly zero, and the
-    others their fixed vectors times u_i, which is a power of two, so that nothing rounds. What fails, and what follows
-    from it, goes through the passes instead. Cost: the elementwise operations of the region; a corner of a large matrix
-    product; nothing for a large value that is only renamed.
+    The region is run once more, from a vector with zeros: rows that were left out must be exactly
+    zero, and the others their fixed vectors times u_i, a power of two, so that nothing rounds. What
+    fails, and what follows from it, goes through the passes instead. Cost: the elementwise
+    operations of the region; a corner of a large matrix product; nothing for a large value that is
+    only renamed.
     """
     own, like = region.rows, values[0]
     draw = torch.randint(0, 4, (size,), generator=torch.Generator().manual_seed(0))
@@ -246,7 +233,7 @@ class _Probe(dict[int, Tensor]):
 
 
 def same_product(a: Tensor, b: Tensor, product: Tensor) -> bool:
-    """Say whether `product` is a b up to the order of summation: 10 √k ε |a||b| entry by entry, for sums of k terms.
+    """Say whether `product` is a b to the order of summation: 10 √k ε |a||b| for sums of k terms.
 
     Terms may cancel, so the result itself is no measure of its rounding.
     """
@@ -262,29 +249,22 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 @dataclass
 class Share:
-    """A share of M that is one T × T matrix: (Σ A Aᵀ + b 1 1ᵀ + Σ [t_i = t_j]) ⊙ (D Dᵀ).
+    """A share of M that is one T × T matrix: (Σ A Aᵀ + b 1 1ᵀ + Σ [t_i = t_j]) ⊙ (D Dᵀ)."""
 
-    Attributes
-    ----------
-    vectors : D, (T, k), gradients at own-position outputs.
-    ones : b.
-    inputs : A, (T, in) each.
-    tokens : (t, whether it has a gradient), (T,) each.
-    """
-
-    vectors: Tensor
-    ones: int = 0
-    inputs: list[Tensor] = field(default_factory=list)
+    vectors: Tensor  # D, (T, k): gradients at own-position outputs
+    ones: int = 0  # b
+    inputs: list[Tensor] = field(default_factory=list)  # A, (T, in) each
+    # (t, whether it has a gradient), (T,) each
     tokens: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def flops(self, met: int) -> int:
-        """FLOPs that making it costs, where each of its rows meets `met` rows; one half is enough."""
+        """FLOPs that making it costs where each row meets `met` rows; one half is enough."""
         size, width = self.vectors.shape
         return size * met * (width + sum(a.shape[1] for a in self.inputs))
 
 
 def total(shares: Sequence[Share], groups: int, dtype: torch.dtype) -> Tensor:
-    """Return the sum of the shares, (groups, T / groups, T / groups), tile by tile of the lower half."""
+    """Return the sum of the shares, (groups, T / groups, T / groups), by lower-half tiles."""
     vectors = shares[0].vectors
     size = len(vectors) // groups
     tile = min(max(size // 4, TILES[0]), TILES[1]) if vectors.device.type == "cpu" else size
@@ -328,7 +308,7 @@ def _tile(shares: Sequence[Share], rows: slice, columns: slice) -> Tensor:
 def unfold(
     program: Program, values: dict[int, Tensor], own: dict[int, Rows], outputs: Sequence[int]
 ) -> Program:
-    """Return the backward program that starts at the border of the own-position region and ends at `outputs`."""
+    """Return the backward program from the border of the own-position region to `outputs`."""
     inner = [node for node in program.nodes if not any(out in own for out in node.outs)]
     needed = {s for node in inner for s in node.sources} | set(outputs)
     border = [

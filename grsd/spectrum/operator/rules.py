@@ -1,15 +1,17 @@
 """The ways in which a parameter enters, one class each.
 
-A subclass of :class:`grsd.spectrum.operator.factors.Use` stands for one call in which one parameter changes the output s. It has
+A subclass of :class:`grsd.spectrum.operator.factors.Use` stands for one call in which one parameter
+changes the output s. It has
 
-- a **reader** (one or more), under ``@reads(torch function)``: from the arguments of a call to the uses of its parameters;
-- ``gradient``: the parameter's share of Jᵀu from δ = ∂(Σ u f)/∂s, and ``change``: what s becomes when the parameter changes;
+- a **reader** or more, under ``@reads(torch function)``: from the arguments of a call to its uses;
+- ``gradient``: the parameter's share of Jᵀu from δ = ∂(Σ u f)/∂s, and ``change``: what s becomes
+  when the parameter changes;
 - ``flops`` of one of each.
 
-That is all that exactness needs. What makes a product cheap is optional: ``partners`` and ``factor``, a block of K that forms
-no gradient, and, for layers that output i reaches at its own position alone, ``rowwise`` with ``meet`` or ``own``, by which
-the layer's share of M is folded into one T × T matrix. A new rule is a new class here and nothing else; `NTK.plan` shows its
-``name``.
+That is all that exactness needs. What makes a product cheap is optional: ``partners`` and
+``factor``, a block of K that forms no gradient, and, for layers that output i reaches at its own
+position alone, ``rowwise`` with ``meet`` or ``own``, by which the layer's share of M is folded into
+one T × T matrix. A new rule is a new class here and nothing else; `NTK.plan` shows its ``name``.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class Linear(Use):
         return [use for use in uses if isinstance(use, Linear) or _is_bias(use, width)]
 
     def factor(self, uses: Sequence[Use], at: Setting) -> tuple[Factor, Form]:
-        """A cached n × n matrix, where making it pays within the products to come; else A (Aᵀ δ)."""
+        """A cached n × n matrix, where making it pays in the products to come; else A (Aᵀ δ)."""
         inputs = [use.tensor for use in uses if isinstance(use, Linear)]
         biases, item = len(uses) - len(inputs), at.delta.element_size()
         n, rows = at.count, at.count // at.groups  # all rows, and those that meet
@@ -174,7 +176,7 @@ class Broadcast(Use):
 
     @classmethod
     def of(cls, parameter: Any, data: Tensor | None = None, spread: tuple[int, ...] = ()) -> Use:
-        """Return the use of `parameter`, which may be None; `spread` is its own shape by default."""
+        """Return the use of `parameter`, which may be None; `spread` is its shape by default."""
         own = () if parameter is None else tuple(parameter.shape)
         return cls(parameter, data, spread=spread or own)
 
@@ -193,7 +195,7 @@ class Broadcast(Use):
 
 @dataclass(eq=False)
 class Scale(Broadcast):
-    """s = x̂ ⊙ w: the gain of a norm (read in :mod:`grsd.spectrum.operator.calls`), or of anything else."""
+    """s = x̂ ⊙ w: the gain of a norm (:mod:`grsd.spectrum.operator.calls`), or of anything else."""
 
     name: ClassVar[str] = "scale"
 
@@ -252,7 +254,7 @@ class Shift(Broadcast):
 
 @dataclass(eq=False)
 class Convolution(Use):
-    """s = x ∗ W; `settings` are stride, padding, dilation, False, padding of the output, and groups."""
+    """s = x ∗ W; `settings`: stride, padding, dilation, False, padding of the output, groups."""
 
     name: ClassVar[str] = "conv"
     settings: tuple[Any, ...] = ()
@@ -300,7 +302,7 @@ reads(
 
 
 def _one_of_two(call: Call) -> list[tuple[Tensor, Tensor]]:
-    """Return (x, parameter) of input ∘ other in both orders in which the parameter is broadcast to x."""
+    """Return (x, parameter) of input ∘ other in the orders in which one is broadcast to x."""
     a, b = call.input, call.other
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a is b:
         return []

@@ -1,8 +1,9 @@
-"""One operator over rows that do not sit in one place: micro-batches of a process, and processes of a cluster.
+"""One operator over rows that do not sit in one place: micro-batches, and processes of a cluster.
 
-M u = J (Jᵀ u) with J = (J_1; …; J_B) by micro-batch: Jᵀu = Σ_b J_bᵀ u_b is summed over the micro-batches, and over the
-processes by an all-reduce of the size of the parameters; then every micro-batch takes J_b of the sum. All cross terms between
-micro-batches, and those of tied weights, are in the sum. Where all rows fit, :mod:`grsd.spectrum.operator.ntk` is faster.
+M u = J (Jᵀ u) with J = (J_1; …; J_B) by micro-batch: Jᵀu = Σ_b J_bᵀ u_b is summed over the
+micro-batches, and over the processes by an all-reduce of the size of the parameters; then every
+micro-batch takes J_b of the sum, which has all cross terms. Where all rows fit,
+:mod:`grsd.spectrum.operator.ntk` is faster.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from grsd.spectrum.observables import Observable
 from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRow
-from grsd.spectrum.operator.double_backward import Retained
+from grsd.spectrum.operator.double_backward import Gradients, Retained
 from grsd.spectrum.operator.factored import Factored, Placed
 from grsd.spectrum.operator.factors import Form, Vectors, accumulate, gradient
 from grsd.spectrum.operator.trace import Trace
@@ -26,7 +28,6 @@ from grsd.spectrum.programs.program import Rows
 from grsd.spectrum.programs.record import Unrecordable
 
 Part = tuple[Inputs, Observable]
-Gradients = list[Tensor | None]  # one per parameter; None where it has no effect
 
 
 class NTKShards(NTKBase):
@@ -35,39 +36,38 @@ class NTKShards(NTKBase):
     Parameters
     ----------
     model, normalize
-        As for `NTK`, with n the samples of all processes, each of which has a copy with the same parameters.
+        As for `NTK`, with n the samples of all processes, whose copies of the model are equal.
     parts
-        This process's micro-batches, (inputs, observable) each; `micro_batches` makes them from one batch. Processes may
-        have different numbers of rows.
+        This process's micro-batches; see `micro_batches`. Processes may differ in rows.
     hold
-        True: the recorded passes of every micro-batch are kept, and with them its activations. False: they are made anew in
-        both sweeps of every product, so that the memory is that of one micro-batch.
+        Whether the recorded passes of all micro-batches, with their activations, are kept. If not,
+        they are made anew in both sweeps of a product, in the memory of one micro-batch.
     processes
-        True for all processes of `torch.distributed`, or a process group; every one of them must make the operator and take
-        part in every product. False: this process alone.
+        True for all processes of `torch.distributed`, or a group; every one of them must make the
+        operator and take part in every product. False: this process alone.
 
     Attributes
     ----------
-    shape : (T, T), rows of all processes in the order of their ranks.
-    outputs : (T,), f at all rows; every process has all of them.
+    shape, outputs : of the rows of all processes, in the order of their ranks.
     samples, inner_weight, eps : as for `NTK`.
     local : slice, the rows of this process.
 
     Raises
     ------
     ValueError
-        What `NTK` raises; batch statistics in training mode, which a micro-batch does not share with the others; no parts.
+        What `NTK` raises; no parts; batch statistics in training mode.
     RuntimeError
-        `torch.distributed` is not initialised; another process failed, does not arrive within the timeout of the group, or
-        has other parameters; a product after the parameters were changed.
+        `torch.distributed` is not initialised; another process failed, is late by the timeout of
+        the group, or has other parameters; a product after the parameters were changed.
 
     Notes
     -----
-    Vectors are global: every process passes the same u, (T,), and gets the same M u, so that `lanczos` runs unchanged in all
-    of them. Cost of a product: about 4/3 of a forward and backward pass, one all-reduce of the gradients in use and one gather
-    of T numbers; hold=False adds a forward and backward pass and the set-up of an operator. For h = 256, 4 layers, V = 2048,
-    T = 1024 on two cores, in units of a forward and backward pass, with the peak of memory beyond the weights (17 MB):
-    `NTK` 0.80, 351 MB; four micro-batches held 1.3, 165 MB; made anew 3.9, 113 MB.
+    Every process passes the same u, (T,), and gets the same M u, so that `lanczos` runs unchanged.
+    Cost of a product: about 4/3 of a forward and backward pass, one all-reduce of the gradients in
+    use and one gather of T numbers; hold=False adds a forward and backward pass and a set-up. For
+    h = 256, 4 layers, V = 2048, T = 1024 on two cores, in forward and backward passes, and the peak
+    of memory beyond the weights (17 MB): `NTK` 0.80, 351 MB; four micro-batches held 1.3, 165 MB;
+    made anew 3.9, 113 MB.
     """
 
     def __init__(
@@ -81,9 +81,10 @@ class NTKShards(NTKBase):
     ) -> None:
         self._processes = Processes(processes)
         self._hold, self._parts = hold, list(parts)
-        self._halves: list[Halves | RetainedHalves] = []
+        self._halves: list[Halves | Retained] = []
         self._plan: list[PlanRow] = []
         local: dict[str, Any] = {"failure": None}
+        # A process that fails must still answer: the others wait for it.
         try:
             super().__init__(model, normalize)
             if len(self._parts) > 1 or self._processes.size > 1:
@@ -95,6 +96,7 @@ class NTKShards(NTKBase):
             local["failure"] = f"{type(error).__name__}: {error}"
         everyone = self._processes.everyone(local)
         _refuse_disagreement(everyone)
+        # Put the rows of this process among those of all.
         self._counts: list[int] = [one["rows"] for one in everyone]
         start = sum(self._counts[: self._processes.rank])
         self.local = slice(start, start + self._counts[self._processes.rank])
@@ -106,9 +108,7 @@ class NTKShards(NTKBase):
     def _build(self) -> dict[str, Any]:
         """Make the halves of all micro-batches, and return what the other processes must know."""
         if not self._parts:
-            raise ValueError(
-                "no micro-batches: pass at least one (inputs, observable); a process cannot have none"
-            )
+            raise ValueError("no micro-batches: a process needs at least one (inputs, observable)")
         outputs, samples, used = [], 0, set()
         for inputs, observable in self._parts:
             rows, halves = self._halves_of(inputs, observable)
@@ -120,22 +120,20 @@ class NTKShards(NTKBase):
             if self._hold:
                 self._halves.append(halves)
         self._outputs, self._sizes = torch.cat(outputs), [rows.numel() for rows in outputs]
+        named = zip(self._names, self._parameters, strict=True)
+        norms = [torch.linalg.vector_norm(p.detach().double()) for p in self._parameters]
         return {
             "rows": self._outputs.numel(),
             "samples": samples,
             "used": used,
-            "marks": [
-                (name, p.shape) for name, p in zip(self._names, self._parameters, strict=True)
-            ],
-            "norms": [
-                float(torch.linalg.vector_norm(p.detach().double())) for p in self._parameters
-            ],
+            "marks": [(name, p.shape) for name, p in named],
+            "norms": [float(norm) for norm in norms],
         }
 
     def _halves_of(
         self, inputs: Inputs, observable: Observable
-    ) -> tuple[Tensor, Halves | RetainedHalves]:
-        """Return the rows of one micro-batch and its halves, retained where it cannot be recorded."""
+    ) -> tuple[Tensor, Halves | Retained]:
+        """Return the rows of one micro-batch, and its halves, retained if it cannot be recorded."""
 
         def make(rows: Tensor, trace: Trace) -> Halves:
             return Halves(rows, trace, self._names)
@@ -144,7 +142,7 @@ class NTKShards(NTKBase):
             return self._recorded(inputs, observable, make)
         except Unrecordable:
             rows = self._rows(inputs, observable)
-            return rows.detach(), RetainedHalves(rows, self._parameters)
+            return rows.detach(), Retained(rows, self._parameters)
 
     @property
     def error(self) -> Tensor:
@@ -154,16 +152,18 @@ class NTKShards(NTKBase):
         return self._processes.gather(torch.cat(errors), self._counts)
 
     def plan(self) -> Plan:
-        """Return what this process does in a product, with FLOPs and bytes; prints as a table."""
+        """Return what this process does in a product, as `NTK.plan`."""
+        # One row for each parameter; held micro-batches add up their bytes.
         merged: dict[tuple[str, str, str], list[int]] = {}
         for row in self._plan:
             total = merged.setdefault((row.layer, row.rule, row.association), [0, 0])
             total[0] += row.flops
             total[1] = total[1] + row.bytes if self._hold else max(total[1], row.bytes)
         rows = [PlanRow(*key, *total) for key, total in merged.items()]
-        if any(isinstance(h, RetainedHalves) for h in self._halves) or not rows:
+        if any(isinstance(h, Retained) for h in self._halves) or not rows:
             why = "cannot be recorded"
             rows.append(PlanRow("all parameters", why, "VJP, then JVP; not counted", 0, 0))
+        # The gradients, which the micro-batches and the processes sum.
         gradients = sum(self._parameters[k].numel() for k in self._used)
         what = f"summed over {len(self._parts)} micro-batches"
         if self._processes.group is not None:
@@ -176,34 +176,33 @@ class NTKShards(NTKBase):
         return Plan("two sweeps", tuple(rows))
 
     def __matmul__(self, u: Tensor) -> Tensor:
-        """Return M u for u of shape (T,) or (T, k), the same in all processes. Cost: one product a column."""
+        """Return M u for u of shape (T,) or (T, k), the same in all processes."""
         if u.ndim == 2:
             self._check(u, (self.shape[0], u.shape[1]))
             return torch.stack([self @ column for column in u.unbind(1)], dim=1)
         self._check(u, self.shape[:1])
         self._same_parameters()
+        # First sweep: Jᵀu. Neither u may be written to, nor a gradient that is also another's.
         pieces = torch.split(u[self.local], self._sizes)
-        total: dict[int, Tensor] = {}
-        # what may not be written to: u, and a gradient that is also another's
+        total: Gradients = {}
         held = {u.untyped_storage().data_ptr()}
         for k, piece in enumerate(pieces):
-            for at, g in enumerate(self._vjp(k, piece)):
-                if g is None:
-                    continue
+            for at, g in self._vjp(k, piece).items():
                 if at in total:
                     total[at] += g
                     continue
                 pointer = g.untyped_storage().data_ptr()
                 total[at] = g.clone() if pointer in held else g
                 held.add(pointer)
+        # Sum over the processes, with zeros for what has no effect in this one.
         if self._processes.group is not None:
             for k in self._used:
-                if k not in total:  # it has no effect in this process
+                if k not in total:
                     total[k] = torch.zeros_like(self._parameters[k], dtype=self.dtype)
                 total[k] = total[k].contiguous()  # an expanded one is not
             self._processes.sum_up([total[k] for k in self._used])
-        gradients: Gradients = [total.get(k) for k in range(len(self._parameters))]
-        changes = torch.cat([self._jvp(k, gradients) for k in range(len(pieces))])
+        # Second sweep: J of the sum, micro-batch by micro-batch.
+        changes = torch.cat([self._jvp(k, total) for k in range(len(pieces))])
         return self._processes.gather(changes, self._counts) * self.inner_weight
 
     def __repr__(self) -> str:
@@ -216,7 +215,8 @@ class NTKShards(NTKBase):
         if self._hold:
             return self._halves[k].vjp(u)
         rows = self._rows(*self._parts[k])
-        return [*torch.autograd.grad(rows, self._parameters, u, allow_unused=True)]
+        gradients = torch.autograd.grad(rows, self._parameters, u, allow_unused=True)
+        return {at: g for at, g in enumerate(gradients) if g is not None}
 
     def _jvp(self, k: int, gradients: Gradients) -> Tensor:
         halves = self._halves[k] if self._hold else self._halves_of(*self._parts[k])[1]
@@ -224,19 +224,14 @@ class NTKShards(NTKBase):
 
 
 def micro_batches(inputs: Inputs, observable: Observable, count: int) -> list[Part]:
-    """Split a batch along the first axis into `count` micro-batches, whose sizes differ by one at most.
+    """Split a batch along the first axis into `count` micro-batches; sizes differ by one at most.
 
     The observable must be a dataclass with targets.
     """
-    given: Any = inputs
-    whole: dict[Any, Any] = dict(given) if isinstance(given, Mapping) else {}
-    if not isinstance(given, Mapping):
-        whole = dict(enumerate((given,) if isinstance(given, Tensor) else given))
-    sizes = [len(x) for x in whole.values() if isinstance(x, Tensor) and x.ndim]
+    tree: Any = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    sizes = [len(x) for x in tree_leaves(tree) if isinstance(x, Tensor) and x.ndim]
     if not sizes:
-        raise ValueError(
-            "the inputs hold no tensor with a batch axis, so there is nothing to split"
-        )
+        raise ValueError("the inputs hold no tensor with a batch axis: there is nothing to split")
     if not 1 <= count <= sizes[0]:
         raise ValueError(f"a batch of {sizes[0]} cannot be split into {count} micro-batches")
     kind: Any = observable
@@ -246,18 +241,15 @@ def micro_batches(inputs: Inputs, observable: Observable, count: int) -> list[Pa
             "pairs yourself"
         )
 
-    def cut(x: Any, at: slice) -> Any:
-        return x[at] if isinstance(x, Tensor) and x.ndim and len(x) == sizes[0] else x
+    def part(at: slice) -> Part:
+        def cut(x: Any) -> Any:
+            return x[at] if isinstance(x, Tensor) and x.ndim and len(x) == sizes[0] else x
 
-    parts: list[Part] = []
-    for start, stop in pairwise(k * sizes[0] // count for k in range(count + 1)):
-        at = slice(start, stop)
-        part = {key: cut(x, at) for key, x in whole.items()}
-        if not isinstance(given, Mapping):
-            part = part[0] if isinstance(given, Tensor) else tuple(part.values())  # type: ignore[assignment]
         targets = None if kind.targets is None else kind.targets[at]
-        parts.append((part, replace(kind, targets=targets)))
-    return parts
+        return tree_map(cut, tree), replace(kind, targets=targets)
+
+    bounds = [k * sizes[0] // count for k in range(count + 1)]
+    return [part(slice(start, stop)) for start, stop in pairwise(bounds)]
 
 
 class Processes:
@@ -328,8 +320,8 @@ def _refuse_disagreement(everyone: Sequence[Mapping[str, Any]]) -> None:
         norms = zip(first["norms"], one["norms"], strict=False)
         if one["marks"] != first["marks"] or any(not abs(a - b) <= 1e-6 * abs(a) for a, b in norms):
             raise RuntimeError(
-                f"process {k} has other parameters than process 0; load the same checkpoint in all of "
-                "them (random weights need one seed)"
+                f"process {k} has other parameters than process 0; load the same checkpoint in "
+                "all of them (random weights need one seed)"
             )
 
 
@@ -344,62 +336,37 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 
 
 class Halves(Factored):
-    """J and Jᵀ apart, from the recorded passes of one forward pass: the product cut in two at the parameters.
+    """J and Jᵀ apart: the recorded product cut in two at the parameters, K δ = A (Aᵀ δ).
 
-    K δ = A (Aᵀ δ): the gradient Aᵀδ is summed over all places, and A sends the sum forward. Cost of each half: one
-    activation-only pass and one product per weight matrix, 2 n in out FLOPs.
+    Cost of each half: one activation-only pass, and 2 n in out FLOPs per weight matrix.
     """
 
     def _build(self, placed: Placed, own: dict[int, Rows], values: dict[int, Tensor]) -> set[int]:
         self._placed = placed
         for k, entrances in placed.items():
             uses = [use for use, _ in entrances]
-            data = [use.data for use in uses if use.data is not None]
-            held = sum(x.nbytes for x in data)
+            held = sum(use.data.nbytes for use in uses if use.data is not None)
             shape = tuple(self._parameters[k].shape)
             self._note(uses, Form(f"its gradient, {shape}", sum(u.flops for u in uses), held))
         return {slot for uses in placed.values() for _, slot in uses}
 
     def vjp(self, u: Tensor) -> Gradients:
-        """Return Jᵀu, one tensor per parameter."""
+        """Return Jᵀu."""
         assert self.adjoint is not None
-        gradients: Gradients = [None] * len(self._parameters)
         with torch.no_grad():
             deltas = dict(zip(self.slots, self.adjoint.run(u), strict=True))
-            for k, uses in self._placed.items():
-                gradients[k] = gradient([use for use, _ in uses], [deltas[s] for _, s in uses])
-        return gradients
+            return {
+                k: gradient([use for use, _ in uses], [deltas[s] for _, s in uses])
+                for k, uses in self._placed.items()
+            }
 
-    def jvp(self, v: Sequence[Tensor | None]) -> Tensor:
-        """Return J v, (T,), for one tensor per parameter."""
+    def jvp(self, v: Gradients) -> Tensor:
+        """Return J v, (T,)."""
         assert self.adjoint is not None and self.forward is not None
         changes: Vectors = {}
         with torch.no_grad():
             for k, uses in self._placed.items():
-                value = v[k]
-                if value is None:
-                    raise ValueError(
-                        f"parameter {self._names[k]!r} has an effect here, so its part of v is needed"
-                    )
                 for use, slot in uses:
                     dtype = self.adjoint.kinds[slot][1]
-                    accumulate(changes, slot, use.change(value).to(dtype))
+                    accumulate(changes, slot, use.change(v[k]).to(dtype))
             return self.forward.consume([changes.pop(slot) for slot in self.slots])[0]
-
-
-class RetainedHalves:
-    """The same two halves on a retained graph, for a model whose backward pass cannot be recorded."""
-
-    def __init__(self, rows: Tensor, parameters: Sequence[Tensor]) -> None:
-        self._graph = Retained(rows, parameters)
-        places = {id(p): k for k, p in enumerate(parameters)}
-        self._count, self.used = len(parameters), [places[id(p)] for p in self._graph.used]
-
-    def vjp(self, u: Tensor) -> Gradients:
-        gradients: Gradients = [None] * self._count
-        for k, g in zip(self.used, self._graph.vjp(u), strict=True):
-            gradients[k] = g
-        return gradients
-
-    def jvp(self, v: Sequence[Tensor | None]) -> Tensor:
-        return self._graph.jvp(tuple(x for k in self.used if (x := v[k]) is not None))

@@ -1,9 +1,10 @@
-"""Where the parameters of a model enter its output: one record per use, made during a forward pass.
+"""Where the parameters of a model enter its output: one record per use, made in a forward pass.
 
-`Trace` runs the model under a torch-function mode. A call such as `F.linear(x, W, b)` with trainable W or b is carried
-out with their detached values; what is kept is a record of each (:mod:`grsd.spectrum.operator.rules`) and the place (a
-gradient edge) of the output. The model itself is not touched, so nothing has to be put back, and several threads may
-look at one model. A parameter that enters in any other way stays in the graph.
+`Trace` runs the model under a torch-function mode. A call such as `F.linear(x, W, b)` with
+trainable W or b is carried out with their detached values; what is kept is a record of each
+(:mod:`grsd.spectrum.operator.rules`) and the place (a gradient edge) of the output. The model is
+not touched, so several threads may look at one. A parameter that enters in any other way stays in
+the graph.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from grsd.spectrum.operator.factors import Use
 from grsd.spectrum.programs.record import Unrecordable
 
 Place = Tensor | GradientEdge
-# From a call (its arguments by name, and the function as `func`): the uses of parameters in it, or the result of a call that
-# has none; None where it does not know the call, whose parameters then stay in the graph.
+# From a call (its arguments by name, and the function as `func`): the uses of parameters in it, or
+# the result of a call that has none; None where its parameters stay in the graph.
 Reader = Callable[[SimpleNamespace], Sequence[Use] | Tensor | None]
 
 IN_PLACE = frozenset(
@@ -40,10 +41,9 @@ READERS: dict[Any, tuple[Reader, Signature, bool]] = {}
 def reads(
     *functions: Any, form: Callable[..., Any] | None = None, always: bool = False
 ) -> Callable[[Reader], Reader]:
-    """Register the reader of calls of `functions`.
+    """Register the reader of calls of `functions`; `form`: their parameters, if Python cannot tell.
 
-    `form` has their parameters, where Python cannot tell them. A reader sees calls with a trainable parameter among their
-    arguments, or all of them where `always` is set.
+    A reader sees calls with a trainable parameter among the arguments; all if `always` is set.
     """
 
     def register(reader: Reader) -> Reader:
@@ -55,7 +55,7 @@ def reads(
 
 
 def _transformed() -> bool:
-    """Say whether a call is made inside a transformation of `torch.func` or with forward-mode tangents."""
+    """Say whether a call is inside a transformation of `torch.func` or has forward tangents."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
@@ -129,8 +129,8 @@ class Trace(TorchFunctionMode):
         changed = sum(data._version != version for data, version in self._kept)
         if changed:
             raise ValueError(
-                f"{changed} inputs of parametrised layers were overwritten in place during the forward "
-                "pass, so the Jacobian cannot be taken: replace in-place operations (inplace=True, +=) "
-                'on them, or use method="graph"'
+                f"{changed} inputs of parametrised layers were overwritten in place during the "
+                "forward pass, so the Jacobian cannot be taken: replace in-place operations "
+                '(inplace=True, +=) on them, or use method="graph"'
             )
         self._kept.clear()

@@ -1,1 +1,1 @@
-"""Linear maps recorded from a run of torch operations: record, transpose, simplify, run. Knows no network."""
+"""Linear maps recorded from a run of torch operations: record, transpose, simplify, run again."""

@@ -1,8 +1,8 @@
-"""Linear programs: a computation that is linear in its inputs, recorded once and run again without autograd.
+"""Linear programs: computations linear in their inputs, recorded, and run without autograd.
 
-:mod:`grsd.spectrum.programs.record` turns a backward pass, which is linear in the vector that starts it, into a program;
-:mod:`grsd.spectrum.programs.transpose` transposes it, and :mod:`grsd.spectrum.programs.simplify` makes it fast. What
-the programs are for is in :mod:`grsd.spectrum.operator.factored`.
+:mod:`grsd.spectrum.programs.record` turns a backward pass, which is linear in the vector that
+starts it, into a program; :mod:`grsd.spectrum.programs.transpose` transposes it, and
+:mod:`grsd.spectrum.programs.simplify` makes it fast.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def pullback(g: Tensor, func: Any, args: tuple[Any, ...]) -> Tensor:
 
 
 def spread(u: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
-    """Return the own-position value at u: row i of `fixed`, (count, ...), times u_i, in its dtype."""
+    """Return the own-position value at u: row i of `fixed`, (count, ...), times u_i."""
     value = rows.place(u).view(-1, 1) * fixed.reshape(rows.count, -1)
     return value.to(fixed.dtype).view(fixed.shape)
 
@@ -114,13 +114,9 @@ def collect(g: Tensor, rows: Rows, fixed: Tensor) -> Tensor:
 
 
 class Program:
-    """A recorded linear map.
+    """A recorded linear map from slots `inputs` to `outputs`; `kinds` are of all slots.
 
-    Parameters
-    ----------
-    nodes : in the order in which they run; those that no output needs are left out.
-    inputs, outputs : slots.
-    kinds : shape and dtype of every slot.
+    Nodes are in the order in which they run; those that no output needs are left out.
     """
 
     def __init__(
@@ -163,7 +159,7 @@ class Program:
 
     @cached_property
     def _steps(self) -> list[tuple[Node, list[tuple[int, Any]], list[int]]]:
-        """Every node with the places of its arguments that are values, and the slots to free after it."""
+        """Every node with the places of its arguments that are values, and the slots it frees."""
         last: dict[int, int] = {}
         for k, node in enumerate(self.nodes):
             last.update(dict.fromkeys(node.sources, k))
@@ -177,7 +173,7 @@ class Program:
 
 
 def _holes(node: Node) -> list[tuple[int, Any]]:
-    """Return (place, slot) of arguments that are values, and (place, list) of lists that hold some."""
+    """Return (place, slot) of arguments that are values, and (place, list) of lists with some."""
     holes: list[tuple[int, Any]] = []
     for place, arg in enumerate(node.args):
         if isinstance(arg, Slot):

@@ -1,7 +1,7 @@
 """Recording: one backward pass is watched at the level of ATen operations and becomes a program.
 
-`record` keeps the operations that depend on the inputs; everything else (weights, activations, derivatives of
-activations) is a constant that is evaluated once. The programs are in :mod:`grsd.spectrum.programs.program`.
+`record` keeps the operations that depend on the inputs; everything else (weights, activations,
+their derivatives) is a constant that is evaluated once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHAPES = _named(
     "new_zeros zeros_like new_empty empty_like new_ones ones_like new_full full_like "
     "new_empty_strided"
 )
-# their arithmetic is left out where nobody reads it: products, and what has the shape of its arguments
+# their arithmetic is left out where nobody reads it: products, and what has its arguments' shape
 PRODUCTS = {aten.mm.default, aten.bmm.default}
 ALIKE = {aten.mul.Tensor, aten.add.Tensor, aten._softmax_backward_data.default}
 BLOCK = 2**21  # elements of the logits that are worked on at once: a few MB, which stay in a cache
@@ -77,20 +77,10 @@ def record(
 ) -> tuple[Program, dict[int, Tensor], list[int]]:
     """Run `function(*inputs)`, linear in its inputs, and record it.
 
-    Parameters
-    ----------
-    region
-        Says of every operation whether its value will be read. Most arithmetic that nobody reads is left out (a quarter of
-        a forward and backward pass), and the values after it are arbitrary.
-
-    Returns
-    -------
-    program
-        Its outputs are those results that depend on the inputs.
-    values : dict
-        The value of every slot in this run.
-    missing : list of int
-        Positions of the results that are None or do not depend on the inputs.
+    The outputs of the program are those results that depend on the inputs. With it come the value
+    of every slot in this run, and the positions of the other results. `region` says of every
+    operation whether its value will be read: most arithmetic that nobody reads is left out (a
+    quarter of a forward and backward pass), and the values after it are arbitrary.
     """
     tape = _Tape(region)
     entries = [tape.enter(x) for x in inputs]
@@ -103,10 +93,7 @@ def record(
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the inputs through every ATen operation.
-
-    Values are kept alive so that their identities stay unique.
-    """
+    """Follows the inputs through every ATen operation; values live on, so identities are unique."""
 
     def __init__(self, region: Region | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -181,7 +168,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def _perhaps(self, func: Any, args: Any, shape: Sequence[int]) -> Tensor:
-        """Record an operation with a result of this shape; carry it out if the result will be read."""
+        """Record an operation with a result of this shape; carry it out if that will be read."""
         slot, result = len(self.values), args[0].new_empty(shape)
         if self._emit(func, args, {}, (result,), _flops(func, args, {}, result)):
             del self._slots[id(result)]  # another tensor may get its identity
@@ -202,7 +189,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._region is None or self._region.reads(node, self.kinds)
 
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Record an operation that writes into its first argument as one on a copy of that argument."""
+        """Record an operation that writes into its first argument as one on a copy of it."""
         target, slot = args[0], self._slots.get(id(args[0]))
         others = func._schema.arguments[1:]
         if any(a.alias_info is not None and a.alias_info.is_write for a in others):
@@ -240,10 +227,10 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """−log q(y_i) of logits (T, V) and targets (T,), the numbers of `torch.nn.functional.cross_entropy`.
+    """−log q(y_i), the numbers of `functional.cross_entropy`, of logits (T, V) and targets (T,).
 
-    One operation, so that set-up reads the logits twice and makes one other matrix of their size. The gradient is
-    Γ u with the fixed rows Γ_i = q_i − onehot(y_i), and is recorded as such.
+    One operation, so that set-up reads the logits twice and makes one other matrix of their size.
+    The gradient is Γ u with the fixed rows Γ_i = q_i − onehot(y_i), and is recorded as such.
     """
 
     @staticmethod

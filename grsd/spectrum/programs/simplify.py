@@ -1,7 +1,7 @@
-"""Fewer passes over memory for a linear program: the same map with fused operations.
+"""Fewer passes over memory for a linear program: the same map, to rounding, in fused operations.
 
-Slices that fill one tensor are joined, sums and factors go into matrix products, and operations that do nothing are dropped.
-What is computed does not change but for rounding.
+Slices that fill one tensor are joined, sums and factors go into matrix products, and operations
+that do nothing are dropped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def simplify(program: Program) -> Program:
 
 
 def absorb(program: Program) -> Program:
-    """Return the same map, where constants of matrix products have taken over the numbers by which values are scaled."""
+    """Return the same map, where constants of products took over the factors of scaled values."""
     kinds, nodes = dict(program.kinds), []
     scaled: dict[int, tuple[Slot, float]] = {}  # slot → what it is a multiple of, and by how much
     for node in program.nodes:
@@ -166,7 +166,7 @@ def _fused(
     uses: Counter[int],
     kinds: dict[int, Kind],
 ) -> Sequence[Node]:
-    """Return the nodes that add q, seen through its reshapes, to p as it is made; () if none can."""
+    """Return the nodes that add q, seen through its reshapes, to p as it is made; () if none."""
     at, maker = q, makers.get(q.index)
     while maker is not None and maker.func is torch.reshape and uses[at.index] == 1:
         at = maker.args[0]

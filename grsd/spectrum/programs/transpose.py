@@ -1,7 +1,7 @@
 """The transpose of a recorded linear program, operation by operation, without running anything.
 
-Every operation that passes of neural networks are made of has its transpose in a table; one that is not in the table is
-transposed by recording its own backward pass at zeros of its shapes.
+Every operation of usual networks has its transpose in a table; another one is transposed by
+recording its own backward pass at zeros of its shapes.
 """
 
 from __future__ import annotations
@@ -80,14 +80,8 @@ class Writer:
 def transpose(program: Program, device: torch.device) -> Program:
     """Return the transposed map, from one vector per output to one per input.
 
-    Raises
-    ------
-    Unrecordable
-        An input without effect on the outputs, or an operation whose backward pass cannot be recorded.
-
-    Notes
-    -----
-    Cost: no arithmetic, but for operations that the table does not know.
+    An input without effect, or an operation whose backward pass cannot be recorded, raises
+    Unrecordable. Cost: no arithmetic, but for operations that the table does not know.
     """
     writer = Writer()
     entering = [writer.new(program.kinds[slot]) for slot in program.outputs]
@@ -150,7 +144,7 @@ def _results(node: Node, values: dict[int, Any]) -> list[Any]:
 
 
 def _refuse_nonlinear(node: Node, sources: list[int], kinds: Kinds, device: torch.device) -> None:
-    """Raise Unrecordable when f(x) + f(y) is not f(x + y) for random x and y: no transpose exists."""
+    """Raise Unrecordable unless f(x) + f(y) is f(x + y) for random x, y: no transpose exists."""
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> dict[int, Tensor]:
