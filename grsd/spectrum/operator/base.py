@@ -265,12 +265,13 @@ def forward_rows(
             f"the observable is a {type(observable).__name__}, which does not say what the rows "
             "are: use Outputs(targets), ClassLogits(targets) or TokenLogProb(targets)"
         )
+    # The model gets copies of the buffers and the inputs, which it may write to.
     values = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(constant or {})
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     args: Any = (inputs,) if isinstance(inputs, Tensor) else inputs
     args = () if isinstance(inputs, Mapping) else args
-    # a model that writes into its inputs writes into copies
     args, kwargs = tree_map(_copied, args), tree_map(_copied, kwargs)
+    # It runs as it was written, without fused kernels, and leaves the random generator alone.
     ready: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()) if ready else ())
     plain: Any = nullcontext()
@@ -279,25 +280,21 @@ def forward_rows(
     math = sdpa_kernel(SDPBackend.MATH)  # the fused kernels have no second derivative
     with _FORWARD, fork, plain, torch.enable_grad(), math, trace or nullcontext():
         rows = observable.rows(raw_output(functional_call(model, values, args, kwargs)))
-    if rows.ndim != 1:
-        raise ValueError(
-            f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}"
-        )
-    if not rows.numel():
-        raise ValueError("the batch gives no rows: is it empty?")
-    if rows.is_complex():
-        raise ValueError(
-            "the rows are complex: have the model or the observable give real and imaginary parts"
-        )
-    if not rows.requires_grad:
-        raise ValueError(
-            "the outputs carry no gradient: was the model's forward run under no_grad or detached?"
-        )
     bad = int((~torch.isfinite(rows.detach())).sum())
-    if bad:
-        raise ValueError(
-            f"{bad} of {rows.numel()} outputs are not finite; check the checkpoint and the inputs"
-        )
+    refused = {
+        f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}": (
+            rows.ndim != 1
+        ),
+        "the batch gives no rows: is it empty?": not rows.numel(),
+        "the rows are complex: give real and imaginary parts as rows": rows.is_complex(),
+        "the outputs carry no gradient: was the forward pass run under no_grad or detached?": (
+            not rows.requires_grad
+        ),
+        f"{bad} of {rows.numel()} outputs are not finite; check the checkpoint and the inputs": bad,
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise ValueError(reason)
     return rows
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import astuple
 from math import prod
 
 import torch
@@ -45,7 +46,9 @@ FOLD_LIMIT = 8192  # rows; a larger T × T matrix takes too much memory
 BORDER_COST, SHARE_COST = 128, 8
 
 # number of a parameter → its uses and the slots of their δ
-Placed = dict[int, list[tuple[Use, int]]]
+Entrances = list[tuple[Use, int]]
+Placed = dict[int, Entrances]
+Singles = dict[int, list[Use]]  # slot → uses of parameters that enter once
 
 
 class Factored:
@@ -95,7 +98,7 @@ class Factored:
         self.dtypes = {dtype for _, dtype in kinds if dtype.is_floating_point}
         placed = self._place(trace, slots)
         if groups > 1:
-            self._check_groups(placed, adjoint, start, values)
+            self._check_groups(placed, adjoint, values)
             for node in adjoint.nodes:
                 region.reads(node, adjoint.kinds)
         refuse(adjoint, values, region, self._size)
@@ -180,7 +183,7 @@ class Factored:
     def _build(self, placed: Placed, own: dict[int, Rows], values: dict[int, Tensor]) -> set[int]:
         """Choose a form for every parameter; return the slots of δ that the passes must deliver."""
         needed: set[int] = set()
-        singles: dict[int, list[Use]] = {}  # slot → uses of parameters that enter once
+        singles: Singles = {}
         for uses in placed.values():
             if len(uses) == 1:
                 singles.setdefault(uses[0][1], []).append(uses[0][0])
@@ -197,9 +200,7 @@ class Factored:
                 self._note(group, form)
         return needed
 
-    def _fold(
-        self, singles: dict[int, list[Use]], own: dict[int, Rows], values: dict[int, Tensor]
-    ) -> set[int]:
+    def _fold(self, singles: Singles, own: dict[int, Rows], values: Vectors) -> set[int]:
         """Make one matrix of the own-position uses for which that pays; return their slots."""
         size, chosen = self._size // self.groups, {}
         if size > FOLD_LIMIT:
@@ -233,11 +234,7 @@ class Factored:
         return set(chosen)
 
     def _several(
-        self,
-        uses: list[tuple[Use, int]],
-        own: dict[int, Rows],
-        values: dict[int, Tensor],
-        singles: dict[int, list[Use]],
+        self, uses: Entrances, own: dict[int, Rows], values: Vectors, singles: Singles
     ) -> set[int]:
         """Make the factors of a parameter that enters more than once, with all cross terms."""
         plain, slots = [use for use, _ in uses], tuple(slot for _, slot in uses)
@@ -275,15 +272,13 @@ class Factored:
         ones = like.new_ones(n // self.groups, m // self.groups)
         return torch.block_diag(*[ones] * self.groups)  # type: ignore[no-untyped-call]
 
-    def _check_groups(
-        self, placed: Placed, adjoint: Program, start: Tensor, values: dict[int, Tensor]
-    ) -> None:
+    def _check_groups(self, placed: Placed, adjoint: Program, values: Vectors) -> None:
         """Raise ValueError when a parameter does not see the groups apart along the first axis.
 
         A backward pass from the first group alone must give zero in the others, and in the first
         what all groups give.
         """
-        first = torch.zeros_like(start)
+        first = torch.zeros_like(values[0])
         first[: self._size // self.groups] = 1
         deltas = dict(zip(adjoint.outputs, adjoint.run(first), strict=True))
         for k, uses in placed.items():
@@ -319,8 +314,7 @@ class Factored:
     def _note(self, uses: Sequence[Use], form: Form) -> None:
         names = ", ".join(dict.fromkeys(self._names[use.number] for use in uses))
         rules = " + ".join(dict.fromkeys(use.name for use in uses))
-        costs = (form.association, form.flops, form.bytes, form.setup, form.pays)
-        self.plan_rows.append(PlanRow(names, rules, *costs))
+        self.plan_rows.append(PlanRow(names, rules, *astuple(form)))
 
 
 def shares_of(uses: Sequence[Use], delta: Tensor, rows: Rows) -> list[Share] | None:

@@ -9,6 +9,7 @@ Jacobian–vector product on a retained graph, is the definition and the other e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,6 @@ from grsd.spectrum.operator.cuda_graph import Product, replayed
 from grsd.spectrum.operator.double_backward import Retained
 from grsd.spectrum.operator.factored import Factored
 from grsd.spectrum.operator.layers import OutputGradients, by_layer, select
-from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.record import Unrecordable
 
 Method = Literal["auto", "graph", "factored"]
@@ -108,9 +108,7 @@ class NTK(NTKBase):
         self.inner_weight: float = 1.0 / self.samples if normalize == "mean" else 1.0
 
     def _factor(self, strict: bool) -> None:
-        def make(rows: Tensor, trace: Trace) -> Factored:
-            return Factored(rows, trace, self._names, products=self._expected)
-
+        make = partial(Factored, names=self._names, products=self._expected)
         try:
             self.outputs, self._factored = self._recorded(self._inputs, self._observable, make)
         except Unrecordable as failure:

@@ -21,7 +21,7 @@ from grsd.spectrum.operator.factors import identity
 from grsd.spectrum.programs.program import (
     NORMS,
     RESHAPING,
-    Kind,
+    Kinds,
     Node,
     Program,
     Rows,
@@ -44,7 +44,7 @@ class OwnPositions:
         self.rows: dict[int, Rows] = {0: Rows(size)}
         self.constant: set[int] = set()
 
-    def reads(self, node: Node, kinds: Mapping[int, Kind]) -> bool:
+    def reads(self, node: Node, kinds: Kinds) -> bool:
         """Take in the next operation, and say whether its value is constant or own-position."""
         entering = [s for s in node.sources if s not in self.constant]
         if not entering:
@@ -63,9 +63,7 @@ class OwnPositions:
         return True
 
 
-def _rows_after(
-    node: Node, rows: Rows, entering: list[int], kinds: Mapping[int, Kind]
-) -> Rows | None:
+def _rows_after(node: Node, rows: Rows, entering: list[int], kinds: Kinds) -> Rows | None:
     """Return how rows lie in the result; None when they may mix."""
     shape, result = kinds[entering[0]][0], kinds[node.outs[0]][0]
     if node.func in KEEPING or (node.func in SLICES and shape == result):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +24,6 @@ from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRo
 from grsd.spectrum.operator.double_backward import Gradients, Retained
 from grsd.spectrum.operator.factored import Factored, Placed
 from grsd.spectrum.operator.factors import Form, Vectors, accumulate, gradient
-from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.program import Rows
 from grsd.spectrum.programs.record import Unrecordable
 
@@ -108,7 +108,7 @@ class NTKShards(NTKBase):
     def _build(self) -> dict[str, Any]:
         """Make the halves of all micro-batches, and return what the other processes must know."""
         if not self._parts:
-            raise ValueError("no micro-batches: a process needs at least one (inputs, observable)")
+            raise ValueError("no micro-batches: pass at least one (inputs, observable)")
         outputs, samples, used = [], 0, set()
         for inputs, observable in self._parts:
             rows, halves = self._halves_of(inputs, observable)
@@ -135,11 +135,8 @@ class NTKShards(NTKBase):
     ) -> tuple[Tensor, Halves | Retained]:
         """Return the rows of one micro-batch, and its halves, retained if it cannot be recorded."""
 
-        def make(rows: Tensor, trace: Trace) -> Halves:
-            return Halves(rows, trace, self._names)
-
         try:
-            return self._recorded(inputs, observable, make)
+            return self._recorded(inputs, observable, partial(Halves, names=self._names))
         except Unrecordable:
             rows = self._rows(inputs, observable)
             return rows.detach(), Retained(rows, self._parameters)

@@ -72,14 +72,15 @@ class Trace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # Refuse what would change or see the detached values.
         if args and self.has(args[0]) and getattr(func, "__name__", "") in IN_PLACE:
             raise ValueError(
                 f"the forward pass changes the parameter of shape {tuple(args[0].shape)} in place "
                 f"({func.__name__}): move that update out of the forward pass, or work on a copy"
             )
         if func in DERIVATIVES and kwargs.get("create_graph") and not _transformed():
-            # it would see the detached values
             raise Unrecordable("the forward pass differentiates on its own, with create_graph=True")
+        # Let calls pass that no reader watches, or knows in this form.
         reader, form, always = READERS.get(func, (None, None, False))
         watched = always or self._trainable((*args, *kwargs.values()))
         if not reader or not form or not watched or not torch.is_grad_enabled() or _transformed():
@@ -89,12 +90,13 @@ class Trace(TorchFunctionMode):
         except TypeError:  # arguments that the reader does not know
             return func(*args, **kwargs)
         bound.apply_defaults()
-        found = reader(SimpleNamespace(func=func, **bound.arguments))
-        if found is None or isinstance(found, Tensor):
-            return func(*args, **kwargs) if found is None else found
-        uses = [use for use in found if self.has(use.parameter)]
-        if len(uses) != len(self._trainable(bound.arguments.values())):
+        read = reader(SimpleNamespace(func=func, **bound.arguments))
+        if isinstance(read, Tensor):
+            return read
+        uses = [use for use in read or () if self.has(use.parameter)]
+        if read is None or len(uses) != len(self._trainable(bound.arguments.values())):
             return func(*args, **kwargs)  # a parameter has another part in the call
+        # Carry the call out with detached parameters, and note where its output is.
         args = [x.detach() if self.has(x) else x for x in args]
         kwargs = {name: x.detach() if self.has(x) else x for name, x in kwargs.items()}
         return self._note(func(*args, **kwargs), uses)

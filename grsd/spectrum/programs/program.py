@@ -18,6 +18,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a value
+Kinds = dict[int, Kind]  # of every slot
 
 # dx = P (w ⊙ g) with P symmetric: the position of w in the call, and whether it runs over channels
 NORMS = {
@@ -120,11 +121,7 @@ class Program:
     """
 
     def __init__(
-        self,
-        nodes: Sequence[Node],
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        kinds: Mapping[int, Kind],
+        self, nodes: Sequence[Node], inputs: Sequence[int], outputs: Sequence[int], kinds: Kinds
     ) -> None:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.nodes = reachable(nodes, self.outputs)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from grsd.spectrum.programs.program import (
     NORMS,
-    Kind,
+    Kinds,
     Node,
     Program,
     Rows,
@@ -65,7 +65,7 @@ class Region(Protocol):
 
     rows: dict[int, Rows]
 
-    def reads(self, node: Node, kinds: dict[int, Kind]) -> bool:
+    def reads(self, node: Node, kinds: Kinds) -> bool:
         """Say whether the values that the node makes will be read."""
         ...
 
@@ -99,7 +99,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         self.values: dict[int, Tensor] = {}
-        self.kinds: dict[int, Kind] = {}
+        self.kinds: Kinds = {}
         self._region = region
         self._slots: dict[int, int] = {}
         # storages of constants that received a value that depends on the inputs
@@ -122,6 +122,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         slots = self._slots
         tensors = [x for x in leaves_of(args, kwargs) if isinstance(x, Tensor)]
         followed = [x for x in tensors if id(x) in slots]
+        # Writing through a view that is not followed would be missed.
         if self._written and any(
             id(x) not in slots and x.untyped_storage().data_ptr() in self._written for x in tensors
         ):
@@ -132,6 +133,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             return self._in_place(func, args, kwargs)
+        # Linear operations with constants that are known now: a derivative, a whole norm.
         alone = all(x is args[0] for x in followed)
         if func is aten.detach.default:
             func = aten.alias.default  # the same for values, and transparent to the transpose
@@ -142,6 +144,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif alone and func in NORMS and not kwargs and not any(args[-1][1:]):
             gradient = self._perhaps(pullback, (args[0], func, tuple(args[1:])), args[0].shape)
             return gradient, *[None] * (len(args[-1]) - 1)
+        # Arithmetic that may be left out, and all else.
         if func in PRODUCTS:
             return self._perhaps(func, args, (*args[0].shape[:-1], args[1].shape[-1]))
         if func in ALIKE and not kwargs and all(_same(x, args[0]) for x in tensors):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grsd.spectrum.programs.program import RESHAPING, Kind, Node, Program, Slot, fill, reachable
+from grsd.spectrum.programs.program import RESHAPING, Kinds, Node, Program, Slot, fill, reachable
 
 aten = torch.ops.aten
 
@@ -35,6 +35,7 @@ SLICES = (aten.slice.Tensor, aten.slice_backward.default)
 SCALING = (aten.mul.Tensor, aten.mul.Scalar)
 PRODUCTS = (aten.mm.default, aten.bmm.default)
 INTO_SUM: dict[Any, Any] = {torch.mm: torch.addmm, torch.bmm: torch.baddbmm}
+Makers = dict[int, Node]  # slot → the node that makes it
 
 
 def simplify(program: Program) -> Program:
@@ -69,7 +70,7 @@ def absorb(program: Program) -> Program:
     return Program(nodes, program.inputs, program.outputs, kinds)
 
 
-def _without_idle(program: Program, kinds: dict[int, Kind]) -> tuple[list[Node], dict[int, int]]:
+def _without_idle(program: Program, kinds: Kinds) -> tuple[list[Node], dict[int, int]]:
     """Drop slices of everything and reshapes to the same shape; join reshapes of reshapes."""
     swap: dict[int, int] = {}  # slot that is no longer made → slot that stands for it
     source: dict[int, Slot] = {}  # reshaped slot → what it was reshaped from
@@ -140,7 +141,7 @@ def _joined(nodes: list[Node], outputs: list[int]) -> list[Node]:
     return result
 
 
-def _added(nodes: list[Node], outputs: list[int], kinds: dict[int, Kind]) -> list[Node]:
+def _added(nodes: list[Node], outputs: list[int], kinds: Kinds) -> list[Node]:
     """Write p + reshape(a b) as a product that is added to p, and p + x ⊙ c as one operation."""
     uses = _uses(nodes, outputs)
     makers = {node.outs[0]: node for node in nodes if len(node.outs) == 1}
@@ -159,20 +160,17 @@ def _added(nodes: list[Node], outputs: list[int], kinds: dict[int, Kind]) -> lis
 
 
 def _fused(
-    node: Node,
-    p: Slot,
-    q: Slot,
-    makers: dict[int, Node],
-    uses: Counter[int],
-    kinds: dict[int, Kind],
+    node: Node, p: Slot, q: Slot, makers: Makers, uses: Counter[int], kinds: Kinds
 ) -> Sequence[Node]:
     """Return the nodes that add q, seen through its reshapes, to p as it is made; () if none."""
+    # Find what made q.
     at, maker = q, makers.get(q.index)
     while maker is not None and maker.func is torch.reshape and uses[at.index] == 1:
         at = maker.args[0]
         maker = makers.get(at.index)
     if maker is None or uses[at.index] != 1 or maker.kwargs:
         return ()
+    # A product entry by entry with a constant goes into one operation.
     if maker.func is torch.mul and at == q:
         fixed = [x for x in maker.args if isinstance(x, Tensor)]
         moving = [x for x in maker.args if isinstance(x, Slot)]
@@ -180,6 +178,7 @@ def _fused(
         if same and fixed[0].dtype == kinds[q.index][1]:
             addcmul: Any = torch.addcmul
             return [Node(addcmul, (p, moving[0], fixed[0]), {}, node.outs)]
+    # So does a product of matrices.
     if maker.func not in INTO_SUM:
         return ()
     func, kind = INTO_SUM[maker.func], kinds[at.index]

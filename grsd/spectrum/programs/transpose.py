@@ -17,6 +17,7 @@ from grsd.spectrum.programs.program import (
     NORMS,
     RESHAPING,
     Kind,
+    Kinds,
     Node,
     Program,
     Slot,
@@ -30,7 +31,6 @@ from grsd.spectrum.programs.record import Unrecordable, record
 aten = torch.ops.aten
 
 Given = list[tuple[int, Slot]]  # slot of the program → what goes back to it
-Kinds = dict[int, Kind]
 Transpose = Callable[["Writer", Node, Slot, Kinds], Given | None]
 
 
