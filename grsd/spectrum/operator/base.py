@@ -223,16 +223,15 @@ def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
         raise ValueError(f"{type(model).__name__} wraps the model: pass model.module")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            "a module of torch.jit cannot be taken apart: pass the module that it was made from"
+            "a torch.jit module cannot be taken apart: pass the module that it was made from"
         )
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run the model once on a batch")
     if any(p.is_complex() for p in parameters):
         raise ValueError(
-            "a trainable parameter is complex, so J is not a matrix of real numbers: keep its real "
-            "and imaginary parts as one real parameter of shape (..., 2) and use "
-            "torch.view_as_complex in forward"
+            "a trainable parameter is complex, so J is not real: keep its real and imaginary parts "
+            "as one real parameter, (..., 2), and use torch.view_as_complex in forward"
         )
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

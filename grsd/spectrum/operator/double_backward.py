@@ -62,8 +62,7 @@ class Retained:
             raise ValueError(
                 f"⟨u, J Jᵀu⟩ is {inner:.4g} and ‖Jᵀu‖² is {square:.4g}: a hook or an "
                 "autograd.Function of this model changes gradients on their way (clipping, "
-                "normalising, a solver), so that the backward pass gives no Jacobian to double "
-                "differentiation; take it out of the model"
+                "normalising, a solver), so that they give no Jacobian; take it out of the model"
             )
 
     def vjp(self, u: Tensor) -> Gradients:

@@ -148,12 +148,14 @@ class Factored:
         return torch.stack([self(u) for u in U.unbind(1)], dim=1)
 
     def _product(self, u: Tensor) -> Tensor:
+        # What is folded.
         if self.share is None:
             result = torch.zeros_like(u)
         else:
             result = (self.share @ u.view(self.groups, -1, 1)).view(-1)
         if self.adjoint is None or self.forward is None:
             return result
+        # δ = J_εᵀ u, then K δ, block by block, then J_ε of it; a δ goes after its last use.
         deltas: Vectors = dict(zip(self.slots, self.adjoint.run(u), strict=True))
         changes: Vectors = {}
         for tie in self._folded_ties:
@@ -184,11 +186,13 @@ class Factored:
         """Choose a form for every parameter; return the slots of δ that the passes must deliver."""
         needed: set[int] = set()
         singles: Singles = {}
+        # Cross terms first; what is left enters once, alone.
         for uses in placed.values():
             if len(uses) == 1:
                 singles.setdefault(uses[0][1], []).append(uses[0][0])
             else:
                 needed |= self._several(uses, own, values, singles)
+        # Fold what pays, and choose blocks of K for the rest.
         folded = self._fold(singles, own, values)
         for slot, single in singles.items():
             if slot in folded:
@@ -306,9 +310,8 @@ class Factored:
         sums += [f.inputs.sum(-1) for f in self._factors if isinstance(f, Span)]
         if any(not bool(torch.isfinite(x).all()) for x in sums):
             raise ValueError(
-                "activations or their gradients are not finite although the outputs are, so M is "
-                "not finite: check the checkpoint and the inputs, or use a wider dtype "
-                "(model.double())"
+                "activations or their gradients are not finite although the outputs are: check "
+                "the checkpoint and the inputs, or use a wider dtype (model.double())"
             )
 
     def _note(self, uses: Sequence[Use], form: Form) -> None:

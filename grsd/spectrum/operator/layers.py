@@ -11,14 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grsd.spectrum.operator.base import Operator
-from grsd.spectrum.operator.double_backward import same_parameters
-from grsd.spectrum.operator.trace import Trace
 
 ROOT = "(model)"  # name of the layer of parameters that the model itself holds
 
@@ -61,27 +58,6 @@ def select(groups: dict[str, list[str]], layer: str) -> list[str]:
             f"no layer or module {layer!r} has parameters that reach the outputs; near it: {near}"
         )
     return chosen
-
-
-class OutputGradients:
-    """J_εᵀ: the gradients of Σ u f at the outputs of layers, on the graph of one forward pass."""
-
-    def __init__(self, rows: Tensor, trace: Trace, layers: Sequence[str]) -> None:
-        self._rows, self._places = rows, trace.places
-        at = {use.place: layers[use.number] for use in trace.uses}
-        self._layers = [at[k] for k in range(len(trace.places))]
-
-    def __call__(self, u: Tensor) -> dict[str, tuple[Tensor, ...]]:
-        places: Any = self._places
-        with same_parameters():
-            deltas = torch.autograd.grad(
-                self._rows, places, u, retain_graph=True, allow_unused=True
-            )
-        result: dict[str, tuple[Tensor, ...]] = {}
-        for layer, delta in zip(self._layers, deltas, strict=True):
-            if delta is not None:
-                result[layer] = (*result.get(layer, ()), delta)
-        return result
 
 
 def coherence(A: Operator, B: Operator, *, steps: int = 50, rtol: float = 1e-6) -> float:

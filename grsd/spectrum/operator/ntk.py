@@ -20,9 +20,10 @@ from grsd import checks
 from grsd.spectrum.observables import Observable
 from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRow, refuse_dropout
 from grsd.spectrum.operator.cuda_graph import Product, replayed
-from grsd.spectrum.operator.double_backward import Retained
+from grsd.spectrum.operator.double_backward import Retained, same_parameters
 from grsd.spectrum.operator.factored import Factored
-from grsd.spectrum.operator.layers import OutputGradients, by_layer, select
+from grsd.spectrum.operator.layers import by_layer, select
+from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.record import Unrecordable
 
 Method = Literal["auto", "graph", "factored"]
@@ -93,9 +94,9 @@ class NTK(NTKBase):
         checks.whole("products", products, 1)
         super().__init__(model, normalize, parameters)
         self._inputs, self._observable = inputs, observable
-        self._asked, self._expected = method, products
+        self._settings: Any = {"normalize": normalize, "method": method, "products": products}
         self._graph: Retained | None = None
-        self._gradients: OutputGradients | None = None
+        self._traced_pass: tuple[Tensor, Trace] | None = None
         self._factored: Factored | None = None
         self._product: Product | None = None
         self._why = ""
@@ -108,7 +109,7 @@ class NTK(NTKBase):
         self.inner_weight: float = 1.0 / self.samples if normalize == "mean" else 1.0
 
     def _factor(self, strict: bool) -> None:
-        make = partial(Factored, names=self._names, products=self._expected)
+        make = partial(Factored, names=self._names, products=self._settings["products"])
         try:
             self.outputs, self._factored = self._recorded(self._inputs, self._observable, make)
         except Unrecordable as failure:
@@ -213,15 +214,8 @@ class NTK(NTKBase):
         raises ValueError; a model that was changed, RuntimeError.
         """
         names = select(by_layer(self._model, self._used), name)
-        one = NTK(
-            self._model,
-            self._inputs,
-            self._observable,
-            normalize=self.normalize,
-            method=self._asked,
-            parameters=names,
-            products=self._expected,
-        )
+        batch = (self._model, self._inputs, self._observable)
+        one = NTK(*batch, parameters=names, **self._settings)
         self._same_outputs(one.outputs)
         return one
 
@@ -233,13 +227,22 @@ class NTK(NTKBase):
         pass; the first call runs the model again and keeps its graph.
         """
         self._check(u, (self.shape[0],))
-        if self._gradients is None:
-            rows, trace = self._traced(self._inputs, self._observable)
-            self._same_outputs(rows)
-            groups = by_layer(self._model, self._parameters)
-            layers = {name: layer for layer, names in groups.items() for name in names}
-            self._gradients = OutputGradients(rows, trace, [layers[name] for name in self._names])
-        return self._gradients(u)
+        if self._traced_pass is None:
+            self._traced_pass = self._traced(self._inputs, self._observable)
+            self._same_outputs(self._traced_pass[0])
+        rows, trace = self._traced_pass
+        places: Any = trace.places
+        with same_parameters():
+            deltas = torch.autograd.grad(rows, places, u, retain_graph=True, allow_unused=True)
+        # Every place is the output of one layer.
+        groups = by_layer(self._model, self._parameters)
+        layers = {name: layer for layer, names in groups.items() for name in names}
+        at = {use.place: layers[self._names[use.number]] for use in trace.uses}
+        result: dict[str, tuple[Tensor, ...]] = {}
+        for place, delta in enumerate(deltas):
+            if delta is not None:
+                result[at[place]] = (*result.get(at[place], ()), delta)
+        return result
 
     def jacobian(self) -> Tensor:
         """Return J, (T, P), in the order of `model.parameters()`. Cost: T backward passes."""

@@ -47,7 +47,15 @@ Uses = Sequence[Use] | None
 
 
 @dataclass(eq=False)
-class Linear(Use):
+class RowUse(Use):
+    """Acts on the last axis of s alone."""
+
+    def rowwise(self, rows: Rows, front: int) -> bool:
+        return front == len(self.shape) - 1 and prod(self.shape[:-1]) == rows.count
+
+
+@dataclass(eq=False)
+class Linear(RowUse):
     """s = a Wᵀ, or a W where `transposed`. K δ = (A Aᵀ) δ = A (Aᵀ δ)."""
 
     name: ClassVar[str] = "rows"
@@ -86,9 +94,6 @@ class Linear(Use):
         form = Form("A (Aᵀ δ) + b 1 (1ᵀ δ)", span, joined.numel() * item, 0, pays)
         return Span(at.slot, grouped(joined, at.groups), biases), form
 
-    def rowwise(self, rows: Rows, front: int) -> bool:
-        return _whole_rows(self, rows, front)
-
     def meet(self, share: Share, rows: Rows, rest: torch.Size) -> bool:
         share.inputs.append(rows.pick(self.tensor))
         return True
@@ -119,7 +124,7 @@ class Linear(Use):
 
 
 @dataclass(eq=False)
-class Embedding(Use):
+class Embedding(RowUse):
     """s = W[t]; the row `padding` has no gradient. K δ sums rows of δ over equal tokens."""
 
     name: ClassVar[str] = "gather"
@@ -149,9 +154,6 @@ class Embedding(Use):
         distinct, index = torch.unique(tokens + apart, return_inverse=True)
         block = Tokens(at.slot, index, distinct.numel(), self.kept(at.delta.dtype))
         return block, Form("sum over equal tokens", 2 * at.delta.numel(), 8 * at.count)
-
-    def rowwise(self, rows: Rows, front: int) -> bool:
-        return _whole_rows(self, rows, front)
 
     def meet(self, share: Share, rows: Rows, rest: torch.Size) -> bool:
         tokens = rows.pick(self.tensor)[:, 0]
@@ -312,8 +314,3 @@ def _one_of_two(call: Call) -> list[tuple[Tensor, Tensor]]:
 
 def _is_bias(use: Use, width: int) -> bool:
     return isinstance(use, Shift) and use.spread == (width,)
-
-
-def _whole_rows(use: Use, rows: Rows, front: int) -> bool:
-    """Say whether the rows are all axes of s but the last."""
-    return front == len(use.shape) - 1 and prod(use.shape[:-1]) == rows.count

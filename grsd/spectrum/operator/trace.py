@@ -132,7 +132,7 @@ class Trace(TorchFunctionMode):
         if changed:
             raise ValueError(
                 f"{changed} inputs of parametrised layers were overwritten in place during the "
-                "forward pass, so the Jacobian cannot be taken: replace in-place operations "
-                '(inplace=True, +=) on them, or use method="graph"'
+                "forward pass: replace in-place operations (inplace=True, +=) on them, or use "
+                'method="graph"'
             )
         self._kept.clear()

@@ -195,9 +195,8 @@ def test_a_layer_that_a_wrong_rule_would_fold_is_unfolded(monkeypatch: pytest.Mo
 
     right = folded()
     assert "after.weight, after.bias" in right[0] and right[1] < 1e-13
-    monkeypatch.setitem(
-        own_positions.SEPARATE, aten.mm.default, own_positions._always
-    )  # a product with the rows on the other side
+    # a product with the rows on the other side
+    monkeypatch.setitem(own_positions.SEPARATE, aten.mm.default, lambda node, front, ndim: True)
     assert folded() == right
     # the control: nobody asks the model, and the layer before the mixing is folded
     monkeypatch.setattr(factored, "refuse", lambda *arguments: None)
