@@ -63,11 +63,10 @@ class NTKShards(NTKBase):
     Notes
     -----
     Every process passes the same u, (T,), and gets the same M u, so that `lanczos` runs unchanged.
-    Cost of a product: about 4/3 of a forward and backward pass, one all-reduce of the gradients in
-    use and one gather of T numbers; hold=False adds a forward and backward pass and a set-up. For
-    h = 256, 4 layers, V = 2048, T = 1024 on two cores, in forward and backward passes, and the peak
-    of memory beyond the weights (17 MB): `NTK` 0.80, 351 MB; four micro-batches held 1.3, 165 MB;
-    made anew 3.9, 113 MB.
+    Cost: about 4/3 of a forward and backward pass, one all-reduce of the gradients in use, one
+    gather of T numbers; hold=False adds a pass and a set-up. For h = 256, 4 layers, V = 2048,
+    T = 1024 on two cores, in passes, and the peak of memory beyond the weights (17 MB): `NTK` 0.80,
+    351 MB; four micro-batches held 1.3, 165 MB; made anew 3.9, 113 MB.
     """
 
     def __init__(
@@ -234,8 +233,7 @@ def micro_batches(inputs: Inputs, observable: Observable, count: int) -> list[Pa
     kind: Any = observable
     if "targets" not in ({f.name for f in fields(kind)} if is_dataclass(kind) else ()):
         raise ValueError(
-            f"{type(observable).__name__} has no targets to split; make the (inputs, observable) "
-            "pairs yourself"
+            f"{type(kind).__name__} has no targets to split: make the (inputs, observable) yourself"
         )
 
     def part(at: slice) -> Part:
@@ -259,7 +257,7 @@ class Processes:
             return
         if not distributed.is_available() or not distributed.is_initialized():
             raise RuntimeError(
-                "torch.distributed is not initialised: start the program with torchrun and call "
+                "torch.distributed is not initialised: start with torchrun and call "
                 "torch.distributed.init_process_group first, or leave out processes="
             )
         self.group = distributed.group.WORLD if asked is True else asked
