@@ -49,6 +49,7 @@ class Run:
     losses: tuple[float, ...]  #: (steps+1,)
     weights: dict[str, float]  #: role → α ‖W‖_R before training (RMS norm for biases)
     updates: dict[str, float]  #: role → α ‖ΔW‖_R of the first step
+    outputs: tuple[float, ...] = ()  #: (steps+1,), the same as `features` of the model's output
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class CoordCheck:
     first: dict[str, Slope]  #: the same after the first step
     verdict: str
     findings: tuple[Finding, ...]  #: conditions that the measured norms break
+    output_slopes: dict[str, Slope]  #: as `slopes`, of the model's output; empty without `outputs`
 
     @property
     def diagnosis(self) -> str:
@@ -130,6 +132,7 @@ def coord_check(
     parametrization: Literal["mup", "sp"] = "mup",
     k: int = 2,
     make_plan: Callable[[nn.Module, nn.Module], Plan] | None = None,
+    outputs: Loss | None = None,
     **more: Any,
 ) -> CoordCheck:
     """Train models of several widths and depths for some steps, and fit exponents.
@@ -148,6 +151,7 @@ def coord_check(
         multipliers.
     make_plan : (model, base model) → Plan, in place of `grsd.mup.planning`: for roles of your own,
         or a rule to be tested.
+    outputs : model → its output on the batch, samples in rows; by default not recorded.
     """
     checks.one_of("parametrization", parametrization, ("mup", "sp"))
     sizes = sizes_along(widths, depths, base)
@@ -171,7 +175,7 @@ def coord_check(
             made.initialize_(model, seed=seed)
             made.attach(model)
             stepper = made.make_optimizer(model, lr=lr, **more)
-            runs.append(_run(model, made, stepper, loss, (*size, seed), steps))
+            runs.append(_run(model, made, stepper, loss, outputs, (*size, seed), steps))
     return _judge(runs, base, parametrization, **who)
 
 
@@ -192,9 +196,15 @@ def _standard(made: Plan) -> Plan:
 
 
 def _run(
-    model: nn.Module, made: Plan, optimizer: Optimizer, loss: Loss, label: Label, steps: int
+    model: nn.Module,
+    made: Plan,
+    optimizer: Optimizer,
+    loss: Loss,
+    outputs: Loss | None,
+    label: Label,
+    steps: int,
 ) -> Run:
-    """Train, and watch what leaves the last block."""
+    """Train, and watch what leaves the last block, and the model."""
     seen: list[Tensor] = []
 
     def watch(module: nn.Module, inputs: Any, out: Any) -> None:
@@ -207,7 +217,7 @@ def _run(
     rows = tables(model)
     weights = _by_role(made, before, rows, gaussian=True)
     updates: dict[str, float] = {}
-    features, losses = [], []
+    features, values, losses = [], [], []
     handle = last.register_forward_hook(watch)
     try:
         for step in range(steps + 1):
@@ -216,9 +226,12 @@ def _run(
             optimizer.zero_grad()
             now = loss(model)
             h = seen[0]
+            f = None if outputs is None else outputs(model).detach().double()
             if step == 0:
-                start = h
+                start, first = h, f
             features.append(float(rms_norm(h - start).square().mean().sqrt()))
+            if f is not None and first is not None:
+                values.append(float(rms_norm(f - first).square().mean().sqrt()))
             losses.append(float(now.detach()))
             if step < steps:
                 backward(now, optimizer)
@@ -229,7 +242,7 @@ def _run(
                 updates = _by_role(made, change, rows)
     finally:
         handle.remove()
-    return Run(*label, tuple(features), tuple(losses), weights, updates)
+    return Run(*label, tuple(features), tuple(losses), weights, updates, tuple(values))
 
 
 def _by_role(
@@ -325,8 +338,9 @@ def _judge(
                 if off and not slope.low <= wanted <= slope.high:
                     condition = _condition(role, quantity, k)
                     findings.append(Finding(role, quantity, axis, slope, wanted, condition))
+    outs = fit_along(sizes, [r.outputs[-1] for r in runs], base) if runs[0].outputs else {}
     return CoordCheck(
-        tuple(runs), optimizer, parametrization, slopes, first, verdict, tuple(findings)
+        tuple(runs), optimizer, parametrization, slopes, first, verdict, tuple(findings), outs
     )
 
 

@@ -49,6 +49,16 @@ def test_mup_is_flat_and_sp_is_not(optimizer: str, lr: float) -> None:
     assert "C1.2 is broken: the initial norm of hidden goes like depth^" in bad.diagnosis
 
 
+def test_outputs_are_fitted_where_they_are_asked_for() -> None:
+    sizes: dict[str, Any] = {"depths": (4,), "outputs": lambda model: model(X)}
+    good = check("adamw", 2**-8, **sizes)
+    assert abs(good.output_slopes["width"].value) < 0.25 and len(good.runs[0].outputs) == 6
+    # standard parametrization: the head adds up n aligned terms, at the same rate
+    bad = check("adamw", 2**-8, parametrization="sp", **sizes)
+    assert bad.output_slopes["width"].low > 0.25
+    assert check("adamw", 2**-8, depths=(4,)).output_slopes == {}
+
+
 @pytest.mark.parametrize(
     ("role", "condition"), [("hidden", "C2.2"), ("input", "C2.1"), ("output", "C2.1")]
 )
