@@ -1,4 +1,4 @@
-"""What every chapter of the book starts with: the names that all of them use, and one call that sets the stage.
+"""What every chapter starts with: the names that all of them use, and one call that sets the stage.
 
 A chapter's first cell installs `grsd` where it is missing and then reads
 
@@ -21,10 +21,10 @@ __all__ = ["claims", "figures", "np", "pick", "plt", "start", "torch"]
 
 
 def start(*, threads: int | None = None, dtype: str = "") -> None:
-    """Check the environment, set the figures' style, and, where asked for, threads and torch's default dtype.
+    """Check the environment, set the figures' style and, where asked for, threads and torch's dtype.
 
-    One thread is right for small matrices, where threads only wait for each other. Installs nothing and draws nothing;
-    silences the one warning that notebooks without widgets print for a progress bar nobody asked for.
+    One thread is right for small matrices, where threads only wait for each other. Installs and
+    draws nothing; silences the warning of notebooks without widgets that a progress bar is missing.
     """
     check_environment()
     figures.style()

@@ -1,9 +1,10 @@
-"""Draw the house from its code: the picture book/_assets/architecture.svg and the made parts of ARCHITECTURE.md.
+"""Draw the house from its code: book/_assets/architecture.svg and parts of ARCHITECTURE.md.
 
     python tools/architecture.py            # writes both; a test compares them with the code
 
-The tree and its sentences are the modules and the first sentences of their docstrings, the arrows are their imports, the rules are
-the contracts of pyproject.toml, and the road of the data is read from the annotations of the functions that a number passes.
+The tree and its sentences are the modules and the first sentences of their docstrings; who imports
+whom is read from the imports, the rules from the contracts of pyproject.toml, and the road of the
+data from the annotations of the functions that a number passes.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def sentence(path: Path) -> str:
 
 
 def layers(root: Path) -> list[list[str]]:
-    """Rooms and single modules from top to bottom, as the layer contract of pyproject.toml has them."""
+    """Rooms and single modules from top to bottom, as the layer contract has them."""
     (contract,) = (c for c in contracts(root) if c.get("containers") == ["grsd"])
     return [re.findall(r"\w+", layer) for layer in contract["layers"]]
 
@@ -80,7 +81,7 @@ def uses(root: Path) -> dict[str, list[str]]:
 
 
 def road() -> list[str]:
-    """Names of what a number passes, one a step; RuntimeError when a step's result does not fit the next step."""
+    """Names of what a number passes; RuntimeError when a step's result does not fit the next."""
     stations: list[str] = []
     for module, owner, method in STEPS:
         holder = getattr(importlib.import_module(module), owner)
@@ -89,7 +90,7 @@ def road() -> list[str]:
         result = owner if method == "__init__" else _name(hints["return"])
         taken = {_name(kind) for name, kind in hints.items() if name != "return"}
         before = stations[-1] if stations else ""
-        # A method takes its own object; lanczos takes any operator; a network takes a batch of tensors.
+        # a method takes its own object, lanczos any operator, a network a batch of tensors
         fits = {owner, *taken} | ({"NTK"} if "Operator" in taken else set())
         fits |= {"batch"} if method == "__init__" else set()
         if before and before not in fits:
@@ -102,7 +103,7 @@ def _name(kind: typing.Any) -> str:
     return str(getattr(kind, "__name__", kind))
 
 
-# --- ARCHITECTURE.md -------------------------------------------------------------------------------
+# --- ARCHITECTURE.md ---
 
 
 def tree(root: Path) -> str:
@@ -151,7 +152,7 @@ def page(root: Path, text: str) -> str:
     return re.sub(r"<!-- made: (\w+) -->.*?<!-- end -->", block, text, flags=re.S)
 
 
-# --- The picture -----------------------------------------------------------------------------------
+# --- The picture ---
 
 WIDTH, MARGIN, LINE, GAP = 1180, 20, 17, 14  # pixels
 TONES = ("#f3e9dc", "#e8eef7", "#e6f2ec", "#f7ecf2", "#eef0e2", "#e9e6f4", "#f0f0f0")
@@ -168,7 +169,7 @@ def rooms(root: Path, room: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def picture(root: Path) -> str:
-    """The layers as bands, rooms and sub-rooms as boxes, imports as arrows, the road of the data below."""
+    """The layers as bands, rooms as boxes with what they import, the road of the data below."""
     out: list[str] = []
     used, place = uses(root), dict[str, tuple[float, float, float]]()
     y = 58.0
@@ -210,7 +211,8 @@ def picture(root: Path) -> str:
             out.append(_text(x + step - 15, y + 50, f"{verb}()", "", "middle", 11, "#555555"))
     y += 50 + MARGIN
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y:.0f}" width="{WIDTH}" height="{y:.0f}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y:.0f}" '
+        f'width="{WIDTH}" height="{y:.0f}" '
         'font-family="Helvetica, Arial, sans-serif">\n'
         '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="6" refY="3" orient="auto">'
         '<path d="M0 0 L6 3 L0 6 z" fill="#333"/></marker></defs>\n'
@@ -264,7 +266,8 @@ def _text(
 ) -> str:
     bold = ' font-weight="bold"' if weight else ""
     kept = escape(words).replace("  ", "\u00a0 ")
-    return f'<text x="{x:.0f}" y="{y:.0f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{bold}>{kept}</text>'
+    place = f'x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}"'
+    return f'<text {place} font-size="{size}" fill="{colour}"{bold}>{kept}</text>'
 
 
 def main() -> None:

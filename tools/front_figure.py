@@ -3,7 +3,8 @@
     grsd protocol mini --output grsd/data/results/protocol-mini.json    # measure it again
     python tools/front_figure.py
 
-Left, the profile of the error of the trained net beside three null models. Right, the same net at batches of four sizes.
+Left, the profile of the error of the trained net beside three null models. Right, the same net at
+batches of four sizes.
 """
 
 from __future__ import annotations

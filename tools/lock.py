@@ -1,8 +1,8 @@
-"""Write requirements.txt: the exact versions of everything the project's extras need, without torch.
+"""Write requirements.txt: exact versions of all that the project's extras need, without torch.
 
-Run by `make lock`, in the project's environment, after torch is installed. pip resolves afresh, with torch held
-at the version given; torch itself and the accelerator libraries that it brings are left out, because which build
-of them is right depends on the machine.
+Run by `make lock`, in the project's environment, after torch is installed. pip resolves afresh,
+with torch held at the version given; torch itself and the accelerator libraries that it brings are
+left out, because which build of them is right depends on the machine.
 
     python tools/lock.py "torch==2.13.0"
 """
@@ -27,7 +27,7 @@ HEAD = """\
 
 
 def canonical(name: str) -> str:
-    """Package name as the registries compare it: lower case, runs of "-", "_" and "." as one "-"."""
+    """Package name as the registries compare it: lower case, "-", "_" and "." as one "-"."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -34,8 +34,8 @@ def newton_schulz(
 
     It has the dtype of G; the iteration runs in `dtype`, by default bfloat16 on a GPU (off by about
     0.03 in the spectral norm), float32, or G's float64, on a CPU. Singular values that are above
-    10⁻³ of the norm end in [0.68, 1.13] after five steps of the default coefficients; `polar` is exact. Cost: 4 m² n + 2 m³
-    multiply-adds a step and matrix, m ≤ n, in three batched products.
+    10⁻³ of the norm end in [0.68, 1.13] after five steps of the default coefficients; `polar` is
+    exact. Cost: 4 m² n + 2 m³ multiply-adds a step and matrix, m ≤ n, in three batched products.
     """
     if G.ndim < 2:
         raise ValueError(f"orthogonalisation needs matrices, got shape {tuple(G.shape)}")
