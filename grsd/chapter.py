@@ -21,7 +21,7 @@ __all__ = ["claims", "figures", "np", "pick", "plt", "start", "torch"]
 
 
 def start(*, threads: int | None = None, dtype: str = "") -> None:
-    """Check the environment, set the figures' style and, where asked for, threads and torch's dtype.
+    """Check the environment, set the figures' style and, if asked, threads and torch's dtype.
 
     One thread is right for small matrices, where threads only wait for each other. Installs and
     draws nothing; silences the warning of notebooks without widgets that a progress bar is missing.

@@ -2,8 +2,9 @@
 
 A piece is the answer to its *inputs* by some *code*. Both make its key, so that a change of either
 makes it anew and leaves everything else alone. A JSON piece is the file ``KEY.json``; a folder
-piece is the folder ``KEY``, which counts once its manifest stands. Runs, experiments, sweeps, suites and
-corpora are kept this way: `Store` says how, `grsd.dependencies.code` what the code of a module is.
+piece is the folder ``KEY``, which counts once its manifest stands. Runs, experiments, sweeps,
+suites and corpora are kept this way: `Store` says how, `grsd.dependencies.code` what the code of a
+module is.
 """
 
 from __future__ import annotations
