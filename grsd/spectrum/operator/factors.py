@@ -167,13 +167,20 @@ class Through:
 
 @dataclass(frozen=True)
 class OneSlot:
-    """A block of K with one δ."""
+    """A block of K with one δ; `times` is K δ, in any shape."""
 
     slot: int
 
     @property
     def slots(self) -> tuple[int, ...]:
         return (self.slot,)
+
+    def add(self, deltas: Vectors, out: Vectors) -> None:
+        delta = deltas[self.slot]
+        accumulate(out, self.slot, self.times(delta).view(delta.shape))
+
+    def times(self, delta: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -182,10 +189,8 @@ class Gram(OneSlot):
 
     gram: Tensor  # (groups, n / groups, n / groups)
 
-    def add(self, deltas: Vectors, out: Vectors) -> None:
-        delta = deltas[self.slot]
-        rows = delta.reshape(*self.gram.shape[:-1], delta.shape[-1])
-        accumulate(out, self.slot, (self.gram @ rows).view(delta.shape))
+    def times(self, delta: Tensor) -> Tensor:
+        return self.gram @ delta.reshape(*self.gram.shape[:-1], delta.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -195,13 +200,12 @@ class Span(OneSlot):
     inputs: Tensor  # (groups, n / groups, in)
     biases: int
 
-    def add(self, deltas: Vectors, out: Vectors) -> None:
-        delta = deltas[self.slot]
+    def times(self, delta: Tensor) -> Tensor:
         rows = delta.reshape(*self.inputs.shape[:-1], delta.shape[-1])
         value = self.inputs @ (self.inputs.mT @ rows)
         if self.biases:
             value += self.biases * rows.sum(-2, keepdim=True)
-        accumulate(out, self.slot, value.view(delta.shape))
+        return value
 
 
 @dataclass(frozen=True)
@@ -211,15 +215,12 @@ class Gain(OneSlot):
     plain: Tensor  # x̂, (groups, n / groups, h)
     biases: int
 
-    def add(self, deltas: Vectors, out: Vectors) -> None:
-        delta = deltas[self.slot].reshape(self.plain.shape)
+    def times(self, delta: Tensor) -> Tensor:
+        delta = delta.reshape(self.plain.shape)
         gain = torch.linalg.vecdot(self.plain, delta, dim=1).unsqueeze(1)
-        if self.biases:
-            bias = self.biases * delta.sum(1, keepdim=True)
-            value = torch.addcmul(bias, self.plain, gain)
-        else:
-            value = self.plain * gain
-        accumulate(out, self.slot, value.view(deltas[self.slot].shape))
+        if not self.biases:
+            return self.plain * gain
+        return torch.addcmul(self.biases * delta.sum(1, keepdim=True), self.plain, gain)
 
 
 @dataclass(frozen=True)
@@ -230,11 +231,10 @@ class Tokens(OneSlot):
     distinct: int
     kept: Tensor | float  # (n, 1), 0 at the padding token
 
-    def add(self, deltas: Vectors, out: Vectors) -> None:
-        rows = matrix(deltas[self.slot])
+    def times(self, delta: Tensor) -> Tensor:
+        rows = matrix(delta)
         sums = rows.new_zeros(self.distinct, rows.shape[1]).index_add_(0, self.index, rows)
-        back = sums[self.index] * self.kept if isinstance(self.kept, Tensor) else sums[self.index]
-        accumulate(out, self.slot, back.view(deltas[self.slot].shape))
+        return sums[self.index] * self.kept if isinstance(self.kept, Tensor) else sums[self.index]
 
 
 @dataclass(frozen=True)

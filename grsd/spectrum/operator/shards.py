@@ -8,8 +8,7 @@ micro-batch takes J_b of the sum, which has all cross terms. Where all rows fit,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from grsd.spectrum.observables import Observable
 from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRow
 from grsd.spectrum.operator.double_backward import Gradients, Retained
+from grsd.spectrum.operator.exchange import Processes, refuse_disagreement
 from grsd.spectrum.operator.factored import Factored, Placed
 from grsd.spectrum.operator.factors import Form, Vectors, accumulate, gradient
 from grsd.spectrum.programs.program import Rows
@@ -94,7 +94,7 @@ class NTKShards(NTKBase):
                 raise
             local["failure"] = f"{type(error).__name__}: {error}"
         everyone = self._processes.everyone(local)
-        _refuse_disagreement(everyone)
+        refuse_disagreement(everyone)
         # Put the rows of this process among those of all.
         self._counts: list[int] = [one["rows"] for one in everyone]
         start = sum(self._counts[: self._processes.rank])
@@ -245,79 +245,6 @@ def micro_batches(inputs: Inputs, observable: Observable, count: int) -> list[Pa
 
     bounds = [k * sizes[0] // count for k in range(count + 1)]
     return [part(slice(start, stop)) for start, stop in pairwise(bounds)]
-
-
-class Processes:
-    """What is exchanged with the other processes of a group; alone, nothing is."""
-
-    def __init__(self, asked: bool | distributed.ProcessGroup) -> None:
-        self.group: distributed.ProcessGroup | None = None
-        self.rank, self.size = 0, 1
-        if asked is False:
-            return
-        if not distributed.is_available() or not distributed.is_initialized():
-            raise RuntimeError(
-                "torch.distributed is not initialised: start with torchrun and call "
-                "torch.distributed.init_process_group first, or leave out processes="
-            )
-        self.group = distributed.group.WORLD if asked is True else asked
-        self.rank = distributed.get_rank(self.group)
-        self.size = distributed.get_world_size(self.group)
-
-    def everyone(self, local: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return what every process says, in the order of their ranks."""
-        said: list[dict[str, Any]] = [local] * self.size
-        if self.group is not None:
-            with _in_time():
-                distributed.all_gather_object(said, local, group=self.group)
-        return said
-
-    def sum_up(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each of the tensors over all processes, in place."""
-        with _in_time():
-            pending = [distributed.all_reduce(x, group=self.group, async_op=True) for x in tensors]
-            for work in pending:
-                work.wait()
-
-    def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the pieces of all processes, one after another; x is the one of this process."""
-        if self.group is None:
-            return x
-        padded = x.new_zeros(max(counts))
-        padded[: x.numel()] = x
-        pieces = [torch.empty_like(padded) for _ in counts]
-        with _in_time():
-            distributed.all_gather(pieces, padded, group=self.group)
-        return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
-
-
-@contextmanager
-def _in_time() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            "another process failed, or did not take part in this call in time "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _refuse_disagreement(everyone: Sequence[Mapping[str, Any]]) -> None:
-    """Raise RuntimeError, in all processes alike, when one of them failed or has another model."""
-    failed = [(k, one["failure"]) for k, one in enumerate(everyone) if one["failure"] is not None]
-    if failed:
-        raise RuntimeError(
-            f"the operator could not be made in {len(failed)} of {len(everyone)} processes; "
-            f"process {failed[0][0]}: {failed[0][1]}"
-        )
-    first = everyone[0]
-    for k, one in enumerate(everyone):
-        norms = zip(first["norms"], one["norms"], strict=False)
-        if one["marks"] != first["marks"] or any(not abs(a - b) <= 1e-6 * abs(a) for a, b in norms):
-            raise RuntimeError(
-                f"process {k} has other parameters than process 0; load the same checkpoint in "
-                "all of them (random weights need one seed)"
-            )
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
