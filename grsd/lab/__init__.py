@@ -13,8 +13,8 @@ argument.
 """
 
 from grsd.lab import runs
-from grsd.lab.checkpoints import opened, suites
+from grsd.lab.checkpoints import hub, opened, suites
 from grsd.lab.data import corpora
 from grsd.lab.nets import models
 
-__all__ = ["corpora", "models", "opened", "runs", "suites"]
+__all__ = ["corpora", "hub", "models", "opened", "runs", "suites"]
