@@ -124,6 +124,7 @@ def shell_profile(
         raise ValueError(f"shell energies must be finite and not negative; got {energies.min()!r}")
     lower, upper = (_values(profile, name, len(centers)) for name in ("lower", "upper"))
 
+    # the energies, with gaps where a shell holds none
     ax.set_xscale("log")
     ax.set_yscale("log", nonpositive="clip")
     if remainder and label is not None and (words := _remainder(profile, energies)):
@@ -134,7 +135,7 @@ def shell_profile(
     color = drawn.get_color()
 
     if interval and lower is not None and upper is not None and np.any(positive):
-        # A lower bound may be 0 or 1e-300; a bar ends a factor 10 under the smallest drawn point.
+        # a lower bound may be 0 or 1e-300; a bar ends a factor 10 under the smallest drawn point
         bottom = 0.1 * float(energies[positive].min())
         low, high = np.maximum(lower, bottom), np.maximum(upper, energies)
         bars: dict[str, Any] = {"colors": color, "alpha": 0.55, "linewidth": 1.2}
@@ -142,6 +143,7 @@ def shell_profile(
         limits = ~positive & (upper > bottom)
         arrows: dict[str, Any] = {"color": color, "marker": 7, "linestyle": "none", "markersize": 5}
         ax.plot(centers[limits], scale * upper[limits], **arrows)
+    # what lies under the rounding floor is shaded, and axes without a name get one
     rounding = getattr(profile, "floor", None)
     first = float(np.asarray(profile.shells.edges)[0])
     if floor and rounding is not None and rounding > first:

@@ -5,6 +5,7 @@ Every check is a function that takes text or a folder, and is shown a planted fa
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -441,6 +442,49 @@ def test_importing_the_top_module_is_light() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+# --- Style that no linter knows ------------------------------------------------------------------------------
+
+SCREEN = 32  # lines of a body
+
+
+def bare(source: str) -> list[str]:
+    """Functions longer than a screen with fewer than two comments on lines of their own."""
+    lines = source.splitlines()
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            start = first.end_lineno if ast.get_docstring(node) is not None else first.lineno - 1
+            body = lines[start : node.end_lineno]
+            if len(body) >= SCREEN and sum(line.strip().startswith("#") for line in body) < 2:
+                found.append(node.name)
+    return found
+
+
+def test_a_long_function_has_a_comment_at_its_steps() -> None:
+    paths = sorted((ROOT / "grsd").rglob("*.py"))
+    assert len(paths) > 80
+    assert {str(path): bare(path.read_text(encoding="utf-8")) for path in paths} == {
+        str(path): [] for path in paths
+    }
+    body = "    x = 1\n" * SCREEN
+    assert bare(f"def f():\n{body}") == ["f"]
+    assert bare(f"def f():\n    # one\n{body}    # two\n    x = 1\n") == []
+
+
+def test_no_file_of_the_package_is_longer_than_four_hundred_lines() -> None:
+    lengths = {p: len(p.read_text("utf-8").splitlines()) for p in (ROOT / "grsd").rglob("*.py")}
+    assert {path.name: n for path, n in lengths.items() if n > 400} == {}
+
+
+def test_the_hooks_before_a_commit_are_the_linters_of_make_lint() -> None:
+    (recipe,) = re.findall(r"^lint:.*\n((?:\t.*\n)+)", read("Makefile"), flags=re.MULTILINE)
+    linters = {line.strip().removesuffix(" .") for line in recipe.splitlines()}
+    (hooks,) = (repo["hooks"] for repo in yaml.safe_load(read(".pre-commit-config.yaml"))["repos"])
+    entries = {hook["entry"].removeprefix(".venv/bin/") for hook in hooks}
+    assert linters <= entries
 
 
 # --- The two commands --------------------------------------------------------------------------------------

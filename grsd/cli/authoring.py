@@ -37,6 +37,7 @@ def new_chapter(name: str, title: str | None) -> None:
     Adds book/NAME.md, its line in _toc.yml and an example entry in the ledger. The page has every
     part that the tests ask of a chapter.
     """
+    # a name of a room that the ledger has, and a page that is not there yet
     root = checkout(Path.cwd())
     match = NAME.fullmatch(name)
     rooms = sorted(p.stem for p in (root / "grsd/data/claims").glob("*.yaml"))
@@ -48,7 +49,7 @@ def new_chapter(name: str, title: str | None) -> None:
     if target.exists():
         raise ValueError(f"book/{name}.md exists; choose another name")
 
-    # The page goes last in its room, before the scoreboard where the room has one.
+    # the page goes last in its room, before the scoreboard where the room has one
     toc = (root / "_toc.yml").read_text(encoding="utf-8")
     lines = [line for line in toc.splitlines() if f"book/{room}/" in line]
     if not lines:
@@ -58,6 +59,7 @@ def new_chapter(name: str, title: str | None) -> None:
     old = before or lines[-1]
     toc = toc.replace(old, f"{new}\n{old}" if before else f"{old}\n{new}")
 
+    # the template with the names filled in, and its entry behind the others of the room
     words = {"claim": f"grsd.{page}", "label": page, "page": page, "room": room}
     words["title"] = title or page.replace("-", " ").capitalize()
     text = (Path(__file__).parents[1] / "data/chapter.md").read_text(encoding="utf-8")

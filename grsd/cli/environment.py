@@ -23,6 +23,7 @@ def doctor(as_json: bool) -> None:
 
     Exit code 1 when a required package is missing or too old.
     """
+    # what can be said without torch, which may be what is missing
     wanted = check_environment(verbose=False)
     cache = cache_dir()
     parent = next(p for p in [cache, *cache.parents] if p.exists())
@@ -43,6 +44,7 @@ def doctor(as_json: bool) -> None:
         "devices": [],
         "suites": _suites(cache / "suites"),
     }
+    # torch, its threads and its devices
     if util.find_spec("torch") is not None:
         import torch
 
@@ -50,6 +52,7 @@ def doctor(as_json: bool) -> None:
         devices = ["cpu", *(f"cuda:{i} {name}" for i, name in enumerate(gpus))]
         threads = torch.get_num_threads()
         report |= {"torch": torch.__version__, "threads": threads, "devices": devices}
+    # one object, or one line for each fact
     if as_json:
         emit(report)
     else:

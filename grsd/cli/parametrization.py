@@ -72,6 +72,7 @@ def mup_check(
     from grsd.lab.data import help_text
     from grsd.lab.nets import stock
 
+    # what can be refused is refused before the work
     if len(base) != 2:
         raise ValueError(f"--base {','.join(map(str, base))}: expected WIDTH,DEPTH")
     seeds = more.pop("seeds")
@@ -81,6 +82,7 @@ def mup_check(
     if len(set(widths)) < 2 and len(set(depths)) < 2:
         got = f"--widths {widths} and --depths {depths}"
         raise ValueError(f"two widths or two depths are needed to compare, got {got}")
+    # the plan of the largest model, which is shown, and the check over all sizes
     factory = stock.factory(stock.configuration(model), positions=length)
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))
     who = {"optimizer": more["optimizer"], "other": more["other"], "k": layers}
@@ -88,6 +90,7 @@ def mup_check(
     at: dict[str, Any] = {"widths": widths, "depths": depths, "base": (base[0], base[1])}
     how = {"k": layers, "seeds": range(seeds), "parametrization": "sp" if sp else "mup", **more}
     check = mup.coord_check(factory, help_text.next_byte(batch_size, length), **at, **how)
+    # one object, or the plan, a row for each size and the verdict
     if as_json:
         kept = ("role", "quantity", "axis", "wanted", "condition")
         findings = [

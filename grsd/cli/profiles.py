@@ -91,6 +91,7 @@ def shells(
         LogShells.spanning(1.0, 1.0, ratio=ratio)
     budget = None if memory is None else bytes_of(memory)
 
+    # the first process resolves the name; then all share the batches
     world = processes.Ranks.join()
     opened, asked = world.from_first(lambda: prepared(model, revisions, where))
     spec = replace(spec, revisions=tuple(asked))
@@ -98,6 +99,7 @@ def shells(
         update(0, max(1, len(asked)) * spec.batches, "first batch")
         how: dict[str, Any] = {"model": opened, "memory": budget, "ranks": world}
         run = shell_run(spec, resume=resume, progress=update, **how)
+    # the first process alone bins, draws, stores and prints
     if world.rank > 0:
         return
     if run.group is not None:

@@ -149,6 +149,7 @@ def measure(piece: Piece) -> Data:
     batch, length = piece["batch"], piece["length"]
     shape: dict[str, Any] = {name: piece[name] for name in ("length", "head", "std")}
 
+    # the loss of a training step depends on seed and step alone; the score is held out
     def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(model(inputs.to(device)).flatten(0, 1), targets.to(device).flatten())
 
@@ -158,6 +159,7 @@ def measure(piece: Piece) -> Data:
     def factory(width: int, depth: int) -> nn.Module:
         return GPT(width, depth, norm=piece["norm"] == "layer", **shape).to(device)
 
+    # one curve: every rate for the first seed, the others near its best
     test = words.test(TEST // length, length)
     adamw = piece["optimizer"] == "adamw" or OPTIMIZERS[piece["optimizer"]].matrices_only
     swept = sweeps.sweep(
@@ -174,6 +176,7 @@ def measure(piece: Piece) -> Data:
         options={"adamw": {"betas": (0.9, 0.95)}} if adamw else None,
         **{name: piece[name] for name in ("seeds", "steps", "optimizer", "near", "clip")},
     )
+    # the runs that were made, with None for one that diverged
     runs = []
     for seed, row in zip(swept.seeds, swept.losses[0, 0], strict=True):
         ran = ~np.ma.getmaskarray(row)

@@ -96,6 +96,7 @@ def build(folder: Path, dtype: torch.dtype, attention: str) -> Any:
     """The network of a checkpoint, on the CPU, in eval mode; a wrong weight is named."""
     from transformers import AutoModelForCausalLM
 
+    # nothing of the checkpoint is run: safetensors only, and no code of its own
     files = check_files(folder)
     if "auto_map" in _configuration(folder):
         config = folder / "config.json"
@@ -150,6 +151,7 @@ def download(name: str, revision: str) -> Path:
     """Folder of a checkpoint of the hub, in the cache of huggingface_hub or downloaded to it."""
     from huggingface_hub import errors, list_repo_refs, snapshot_download
 
+    # what each failure of the hub means for the one who asked
     command = f"hf download {name} --revision {revision} --local-dir FOLDER"
     get = f"on a machine with network run '{command}' and pass the folder"
     try:
@@ -176,6 +178,7 @@ def download(name: str, revision: str) -> Path:
         if "connect" in kind.lower() or "timeout" in kind.lower():
             raise RuntimeError(f"no network for {name!r} ({kind}); {get}") from error
         raise ValueError(f"cannot load {name!r}, revision {revision!r}: {error}") from error
+    # a revision may exist and hold pickles only, which are never opened
     if not list(path.glob("*.safetensors")):
         what = "has no safetensors (many Pythia revisions hold only pytorch_model.bin)"
         raise ValueError(f"{name}, revision {revision!r}, {what}; {_CONVERT}")

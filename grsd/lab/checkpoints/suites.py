@@ -178,6 +178,7 @@ def _train(
 
     for leftover in suite.root.glob(".draft-*"):  # the store is locked: no living process owns one
         shutil.rmtree(leftover, ignore_errors=True)
+    # the state of an earlier training, and what is due from there
     run = Training(suite.size, recipe, device)
     heldout = _resume(run, suite)
     first, begun = len(run.losses), time.monotonic()
@@ -202,6 +203,7 @@ def _train(
         record |= {"loss": run.losses, "heldout": heldout, "seconds_per_step": spent}
         results.atomic_write(suite.root / _RECORD, json.dumps(record))
 
+    # train, keeping every checkpoint with its held-out loss
     if first in due:  # step 0; or the training was killed just before its record was written
         keep(first)
     stream = corpus.batches(suite.steps, recipe.batch_size, recipe.length, recipe.seed)

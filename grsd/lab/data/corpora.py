@@ -269,6 +269,7 @@ def from_texts(
     Equal documents are kept once; the rest is ordered as given. The twentieth part of the documents
     with the largest SHA-256 (at least one, when there are two or more) is held out.
     """
+    # documents by their digest, which also says who is held out
     by_digest: dict[str, str] = {}
     for text in filter(str.strip, texts):
         by_digest.setdefault(_sha256(text), text)
@@ -293,6 +294,7 @@ def from_texts(
         if tokenizer is None:
             made.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
+    # what names the tokens: the tokenizer and the documents
     if tokenizer is None:
         why = "it must be at least 257 (256 bytes and the end of text)"
         maker = f"bpe-{at_least('vocab_size', vocab_size, 257, why)}"

@@ -82,6 +82,7 @@ class Report:
             ("D4 rms, nats", "its floor"),
             ("D6 roughness (of ranks)", "0; 1 without relation"),
         ]
+        # two columns of numbers; D5 is one number for the whole path
         cells = zip(_column(first, bands), _column(last, bands), strict=True)
         rows = [(name, *pair, wanted) for (name, wanted), pair in zip(names, cells, strict=True)]
         along, wanted = MISSING, "0"
