@@ -456,7 +456,7 @@ def bare(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             first = node.body[0]
-            start = first.end_lineno if ast.get_docstring(node) is not None else first.lineno - 1
+            start = first.end_lineno if ast.get_docstring(node) is not None else node.lineno
             body = lines[start : node.end_lineno]
             if len(body) >= SCREEN and sum(line.strip().startswith("#") for line in body) < 2:
                 found.append(node.name)
