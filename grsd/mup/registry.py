@@ -50,7 +50,7 @@ class Optimizer:
 
     Attributes
     ----------
-    build : (parameter groups, lr=, **options) → optimizer, as the classes of `torch.optim` are
+    build : (parameter groups, lr=, options) → optimizer, as the classes of `torch.optim` are
         called.
     kind : the A of the first update ΔW = −η A is ∇, an entrywise sign, or U Vᵀ.
     table : a line for each of η, λ and, where there is one, ε and ρ (Sophia's bound). Cells are
