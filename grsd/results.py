@@ -37,7 +37,7 @@ PACKAGES = ("torch", "numpy", "scipy", "transformers", "tokenizers", "safetensor
 class Result:
     """One stored result."""
 
-    id: str  #: file name without its ending: lower-case letters, digits, ".", "_" and "-"
+    id: str  #: file name without its ending, of lower-case letters, digits, ".", "_" and "-"
     data: dict[str, Any]  #: what was measured; only what JSON can hold, and finite numbers
     provenance: dict[str, Any]  #: as `provenance` makes it
 

@@ -90,7 +90,7 @@ class Regret:
     values: Array  #: (sizes,)
     low: Array  #: (sizes,), 95 % interval over seeds, NaN with one seed
     high: Array
-    censored: tuple[bool, ...]  #: its own best rate ends the grid: its regret is at least this
+    censored: tuple[bool, ...]  #: its own best rate ends the grid, its regret is at least this
 
 
 def optimum(

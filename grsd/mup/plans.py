@@ -41,7 +41,7 @@ class Entry:
     weight_decay: float
     eps: float | None
     std_base: float | None  #: standard deviation of the base model's values, if there is one
-    mean_base: float  #: their mean: 1 for a norm's gain
+    mean_base: float  #: their mean, 1 for a norm's gain
     split: int | tuple[int, int] = 1  #: parts fused along outputs, or (blocks, parts) in turn
     transposed: bool = False  #: stored (n_in, n_out)
     clip: float | None = None

@@ -28,7 +28,7 @@ class Rule:
     multiplier: Scale  #: α, on the output of the layer, or once on that of a residual block
     variance: Scale  #: σ², of the initial weights
     lr: Scale  #: η
-    weight_decay: Scale  #: λ in ΔW = −η (A + λ W): the decay grows with what the update does
+    weight_decay: Scale  #: λ in ΔW = −η (A + λ W), so the decay grows with the update
     eps: Scale | None = None  #: ε, or None when the optimizer has none that matters
     clip: Scale | None = None  #: ρ of Sophia, which multiplies the curvature before it divides
 
