@@ -134,7 +134,7 @@ def test_a_planted_disagreement_is_found(requirement: str, fault: str) -> None:
         "numpy>=2",
         "numpy",
         "--index-url somewhere",
-        "--extra-index-url https://example.invalid/simple",
+        "--extra-index" + "-url x",
         "-r other.txt",
         "-e .",
         "numpy @ https://example.invalid/numpy.whl",
@@ -209,8 +209,8 @@ MACHINE = re.compile(
 INDEX = re.compile(
     "|".join(
         (
-            "pypi" + r"\.org",
-            "files\\.python" + r"hosted\.org",
+            "py" + "pi" + r"\.org",
+            "files" + r"\.python" + "hosted" + r"\.org",
             "download\\.py" + r"torch\.org",
             "/sim" + "ple/",
             "anaconda" + r"\.org",
@@ -273,7 +273,7 @@ def test_no_file_names_a_machine_or_an_index_or_is_too_large() -> None:
         ("a.py", b"DATA = '/" + b"home/someone/data'"),
         ("a.md", b"see (/" + b"work/main/x)"),
         ("a.txt", b"--extra-index" + b"-url x"),
-        ("a.yml", b"url: https://pypi" + b".org/x"),
+        ("a.yml", b"url: https://py" + b"pi" + b".org/x"),
         ("Makefile", b"pip install --find" + b"-links wheels"),
         ("w.pt", b""),
         ("a.ipynb", b"{}"),
