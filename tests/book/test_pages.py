@@ -36,6 +36,9 @@ BOOTSTRAP = [
 ]
 
 
+SHOWN, LONGEST = 15, 30  # code cells that are not folded, and lines in one
+
+
 def normal(code: str) -> str:
     """Code without comments, blank lines and the line breaks of a formatter."""
     return (
@@ -85,6 +88,11 @@ def faults(text: str, wanted: list[str]) -> list[str]:
         for cell in code
         if not {"hide-cell", "hide-input"} & set(cell.metadata.get("tags", []))
     ]
+    if len(visible) > SHOWN:
+        found.append(f"cells: {len(visible)} are shown; fold what is over {SHOWN}")
+    for cell in visible:
+        if (lines := len(cell.splitlines())) > LONGEST:
+            found.append(f"cells: one has {lines} lines, more than {LONGEST}")
     if not any("assert " in cell for cell in visible):
         found.append("check: no visible assertion")
     if "claims.record(" not in source:
@@ -165,6 +173,8 @@ def test_a_complete_chapter_has_no_fault() -> None:
         ('REPOSITORY = ""', 'REPOSITORY = "git+https://example.org/x"', "bootstrap"),
         (":tags: [hide-cell]\n", "", "bootstrap"),
         ("start()\n", "", "bootstrap"),
+        ("assert gap < bound\n", "assert gap < bound\n" * 30, "cells: one has 31 lines"),
+        ("## Summary", "```{code-cell} ipython3\n1\n```\n" * 15 + "## Summary", "cells: 16"),
         ("start()\n", "start()\nimport numpy as np\n", "bootstrap"),
         ("assert gap < bound\n", "", "check: no visible assertion"),
         (
