@@ -38,6 +38,7 @@ class Common:
     outputs: int = 1
     activation: str = "tanh"  #: a key of `grsd.lab.nets.models.ACTIVATIONS`
     epsilon: float = 1.0  #: ε ≥ 0; a stack of fixed size needs ε ∝ 1/√depth
+    skip: bool = True  #: False leaves ε·branch(h) alone: the twin without skips
     bias: bool = True  #: of every layer
     seed: int
     dtype: torch.dtype = torch.float64
@@ -63,7 +64,8 @@ class Common:
     ) -> ResidualNet:
         """The network that reads, adds these branches at every depth, pools and reads out."""
         with models.undrawn():
-            blocks = [parts.Residual(self.epsilon, **branches()) for _ in range(self.depth)]
+            how = self.epsilon, self.skip
+            blocks = [parts.Residual(*how, **branches()) for _ in range(self.depth)]
             net = ResidualNet(read(), blocks, self.linear(self.width, self.outputs), pool)
         return models.drawn(net, self.seed, self.dtype)
 

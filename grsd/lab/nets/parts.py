@@ -61,17 +61,17 @@ class Branch(nn.Module):
 
 
 class Residual(nn.Module):
-    """h + ε·branch(h) for each of its branches in turn."""
+    """h + ε·branch(h) for each of its branches in turn; without the skip, ε·branch(h)."""
 
-    def __init__(self, epsilon: float, **branches: nn.Module) -> None:
+    def __init__(self, epsilon: float, skip: bool = True, **branches: nn.Module) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon, self.skip = epsilon, skip
         for name, branch in branches.items():
             self.add_module(name, branch)
 
     def forward(self, h: Tensor) -> Tensor:
         for branch in self.children():
-            h = h + self.epsilon * branch(h)
+            h = self.skip * h + self.epsilon * branch(h)
         return h
 
 
