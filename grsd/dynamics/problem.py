@@ -241,7 +241,7 @@ class Problem:
         rate, size = u @ self._jacobian_rate(theta, along), float(pulled(theta).abs().max())
         wide = 1e-3 * float(1 + theta.abs().max()) / max(float(along.abs().max()), 1e-300)
         # deep networks bend within the wide step; a wrong derivative is wrong at every step
-        for h in (wide, wide / 8, wide / 64):
+        for h in (wide, wide / 8, wide / 64, wide / 512):
             near, far = (
                 pulled(theta + k * h * along) - pulled(theta - k * h * along) for k in (1, 2)
             )

@@ -107,13 +107,17 @@ def trained(at: Problem, remaining: float) -> torch.Tensor | None:
 
 
 def measure(piece: Piece) -> Data:
-    """D4 of both nets, and of a null on the spectrum of each; None if one did not learn."""
+    """D4 of both nets and of a null on the spectrum of each; None if one did not learn, or bends so
+    that its second derivative cannot be checked."""
     data: Data = {}
     for kind, at in pair(piece).items():
         theta = at.theta if piece["remaining"] == 1 else trained(at, piece["remaining"])
-        if theta is None:
+        try:
+            seen = None if theta is None else modes.modes(*modes.instant(at, theta))
+        except ArithmeticError:
+            seen = None
+        if seen is None:
             return {**dict.fromkeys(KINDS), "failed": kind}
-        seen = modes.modes(*modes.instant(at, theta))
         lam = seen.eigenvalues.clip(min=seen.eigenvalues[-1] * 1e-300)
         null = couplings.planted(lam, seed=1000 * piece["seed"] + piece["depth"])
         read = (

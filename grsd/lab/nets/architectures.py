@@ -64,8 +64,8 @@ class Common:
     ) -> ResidualNet:
         """The network that reads, adds these branches at every depth, pools and reads out."""
         with models.undrawn():
-            how = self.epsilon, self.skip
-            blocks = [parts.Residual(*how, **branches()) for _ in range(self.depth)]
+            block = partial(parts.Residual, self.epsilon, self.skip)
+            blocks = [block(**branches()) for _ in range(self.depth)]
             net = ResidualNet(read(), blocks, self.linear(self.width, self.outputs), pool)
         return models.drawn(net, self.seed, self.dtype)
 
