@@ -170,7 +170,9 @@ def _values(profile: Any, name: str, count: int) -> np.ndarray | None:
 def _remainder(profile: Any, energies: np.ndarray) -> str:
     """The mass that no shell holds, in words; empty when the profile does not carry it."""
     below, above, kernel = (getattr(profile, name, None) for name in ("below", "above", "kernel"))
-    total = float(energies.sum()) + sum(float(part or 0.0) for part in (below, above, kernel))
+    negative = float(getattr(profile, "negative", 0.0))
+    outside = sum(float(part or 0.0) for part in (below, above, kernel))
+    total = float(energies.sum()) + outside + negative
     if (below is None and above is None and kernel is None) or total <= 0:
         return ""
 
@@ -179,7 +181,8 @@ def _remainder(profile: Any, energies: np.ndarray) -> str:
         return "0 %" if share == 0 else "<0.1 %" if share < 0.1 else f"{share:.1f} %"
 
     words = f"outside {percent(float(below or 0.0) + float(above or 0.0))}"
-    return words + ("" if kernel is None else f", ker {percent(float(kernel))}")
+    words += "" if kernel is None else f", ker {percent(float(kernel))}"
+    return words + (f", λ < 0 {percent(negative)}" if negative else "")
 
 
 def _shade(ax: Axes, left: float, right: float) -> None:

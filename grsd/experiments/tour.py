@@ -335,7 +335,7 @@ def averaged(mean: np.ndarray, sem: np.ndarray, count: int) -> shells.AveragedPr
     """Return a mean profile on `SHELLS` with intervals of two standard errors."""
     mean, sem = np.asarray(mean, dtype=np.float64), np.asarray(sem, dtype=np.float64)
     ends: Any = {"lower": np.maximum(mean - 2 * sem, 0.0), "upper": mean + 2 * sem}
-    outside: Any = dict.fromkeys(("below", "above", "kernel", "floor"), 0.0)
+    outside: Any = dict.fromkeys(("negative", "below", "above", "kernel", "floor"), 0.0)
     return shells.AveragedProfile(
         shells=SHELLS, energies=mean, **ends, **outside, sem=sem, batches=count
     )

@@ -23,6 +23,8 @@ Array = NDArray[np.float64]
 FLOOR = 4.0
 # of the largest node: the rounding of the small eigenproblems, which parts nodes that agree
 TIE = 2.0**-48
+# of the mass, a step: the rounding of weights and of their sums
+SUMS = 2.0**-50
 # a Radau corner this large moves no node by more than 1e-7 of the spectrum: a is a Ritz value
 RITZ = 1e7
 
@@ -39,6 +41,7 @@ class Tridiagonal:
     eps : float, relative accuracy of a product.
     reorthogonalized : bool, False for Algorithm 1 as printed.
     exhausted : bool, True when it ended early because nothing above rounding was left.
+    semidefinite : bool, True when M is known to have no negative eigenvalue.
     """
 
     alphas: Array
@@ -48,6 +51,7 @@ class Tridiagonal:
     eps: float
     reorthogonalized: bool = True
     exhausted: bool = False
+    semidefinite: bool = False
 
     @property
     def steps(self) -> int:
@@ -57,7 +61,7 @@ class Tridiagonal:
         """Return the Gauss quadrature: Ritz values, with weights mass · U₁ᵢ² (Golub and Welsch)."""
         nodes, first = _eigen_first(self.alphas, self.betas)
         floor = FLOOR * self.eps * float(np.abs(nodes).max())
-        return SpectralMeasure(nodes, self.mass * first, floor, self)
+        return SpectralMeasure(nodes, self.mass * first, floor, self, self.semidefinite)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists and numbers; `from_json` gives the same object bit for bit."""
@@ -77,18 +81,25 @@ class SpectralMeasure:
     ----------
     nodes : (m,) float64, ascending: Ritz values, or eigenvalues when the measure is exact.
     weights : (m,) float64, ≥ 0, summing to the mass ⟨start, start⟩.
-    floor : float, 4 eps · max node: nodes up to it are rounding, and count as the kernel of M.
+    floor : float, 4 eps · max |node|: nodes within it are rounding, and count as the kernel of M.
     tridiagonal : the Lanczos matrix it was made from, or None when nodes and weights are exact.
+    semidefinite : bool, M is known to have no negative eigenvalue: every negative node is rounding.
     """
 
     nodes: Array
     weights: Array
     floor: float
     tridiagonal: Tridiagonal | None = None
+    semidefinite: bool = False
 
     @classmethod
     def exact(
-        cls, eigenvalues: ArrayLike, energies: ArrayLike, *, eps: float = 2.0**-52
+        cls,
+        eigenvalues: ArrayLike,
+        energies: ArrayLike,
+        *,
+        eps: float = 2.0**-52,
+        semidefinite: bool = False,
     ) -> SpectralMeasure:
         """Return the measure of a dense eigendecomposition: eigenvalues (T,) and g_u² (T,)."""
         nodes, weights = np.asarray(eigenvalues, float), np.asarray(energies, float)
@@ -97,7 +108,8 @@ class SpectralMeasure:
         checks.shape("energies", weights, nodes.shape, f"there are {nodes.size} eigenvalues")
         checks.at_least("energies", weights, 0.0, "no energy is negative")
         order = np.argsort(nodes)
-        return cls(nodes[order], weights[order], FLOOR * eps * float(np.abs(nodes).max()))
+        floor = FLOOR * eps * float(np.abs(nodes).max())
+        return cls(nodes[order], weights[order], floor, semidefinite=semidefinite)
 
     @property
     def mass(self) -> float:
@@ -106,7 +118,7 @@ class SpectralMeasure:
     @property
     def in_kernel(self) -> NDArray[np.bool_]:
         """Which nodes cannot be told from ker M, (m,)."""
-        return self.nodes <= self.floor
+        return (self.nodes if self.semidefinite else np.abs(self.nodes)) <= self.floor
 
     def moments(self, count: int) -> Array:
         """Return ∫ λᵏ dμ for k < count. The first 2m of m Lanczos steps are the true measure's."""
@@ -119,8 +131,9 @@ class SpectralMeasure:
         that m steps know, μ(−∞, a) of *any* measure on the line that has them lies between the two,
         and both ends are attained: they are read off the quadrature that has a as one of its nodes
         (Gauss–Radau). Nodes that agree with an edge to rounding count to both sides. An exact
-        measure gives equal ends. Different measures attain the bounds at different edges, so that
-        differences of bounds hold and are not sharp.
+        measure gives equal ends. No sign is assumed, except where M is known to be semidefinite.
+        Different measures attain the bounds at different edges, so that differences of bounds hold
+        and are not sharp.
 
         Without reorthogonalisation they are those of another measure. Cost: one (m+1)-sized
         tridiagonal problem per edge. Source: Golub and Meurant, Matrices, Moments and Quadrature,
@@ -137,10 +150,13 @@ class SpectralMeasure:
         order = np.argsort(points)
         lower[order] = np.maximum.accumulate(lower[order])
         upper[order] = np.minimum.accumulate(upper[order][::-1])[::-1]
-        return lower, upper
+        # ends that are equal are sums of different quadratures, which round apart
+        slack = SUMS * self.tridiagonal.steps * self.mass
+        highest = np.maximum(upper, np.minimum(upper + slack, self.mass))
+        return np.maximum(lower - slack, 0.0), np.where(upper > 0, highest, 0.0)
 
     def _radau(self, a: float, tri: Tridiagonal) -> tuple[float, float]:
-        if a <= 0.0:  # M is positive semidefinite: only rounding lies there
+        if a <= 0.0 and self.semidefinite:  # only rounding lies there
             return 0.0, float(self.weights[self.in_kernel].sum()) if a > -self.floor else 0.0
         nodes, weights = self.nodes, self.weights
         tie = TIE * float(np.abs(nodes).max())
@@ -162,15 +178,20 @@ class SpectralMeasure:
         edges, nodes, half, kernel = shells.edges, self.nodes, 0.5 * self.weights, self.in_kernel
         index = np.where(kernel, -1, np.searchsorted(edges, nodes, side="right") - 1)
         inside = [half[index == i] for i in range(len(shells))]
-        low, high = self.cdf_bounds(edges)
-        if self.tridiagonal is None and kernel.any():  # exact: kernel nodes are in no shell
-            low = high = np.array([self.weights[(nodes < a) & ~kernel].sum() for a in edges])
+        energies = np.array([e.sum() for e in inside])
+        low, high = energies, energies
+        if self.tridiagonal is not None:
+            below, up_to = self.cdf_bounds(edges)
+            # the quadrature is one of the measures that the interval holds, to rounding
+            low = np.minimum(0.5 * np.maximum(below[1:] - up_to[:-1], 0.0), energies)
+            high = np.maximum(0.5 * (up_to[1:] - below[:-1]), energies)
         return ShellProfile(
             shells=shells,
-            energies=np.array([e.sum() for e in inside]),
-            lower=0.5 * np.maximum(low[1:] - high[:-1], 0.0),
-            upper=0.5 * np.maximum(high[1:] - low[:-1], 0.0),
-            below=float(half[~kernel & (nodes < edges[0])].sum()),
+            energies=energies,
+            lower=low,
+            upper=high,
+            negative=float(half[~kernel & (nodes < 0)].sum()),
+            below=float(half[~kernel & (nodes >= 0) & (nodes < edges[0])].sum()),
             above=float(half[~kernel & (nodes >= edges[-1])].sum()),
             kernel=float(half[kernel].sum()),
             floor=self.floor,
@@ -183,8 +204,10 @@ def _eigen_first(diagonal: Array, off: Array) -> tuple[Array, Array]:
     """Return eigenvalues and squared first components of eigenvectors, which sum to one."""
     if diagonal.size == 1:
         return diagonal.copy(), np.ones(1)
-    nodes, vectors = eigh_tridiagonal(diagonal, off)
-    return nodes, vectors[0] ** 2
+    # a power of two keeps LAPACK inside its range, and leaves every digit as it is
+    power = int(np.frexp(max(np.abs(diagonal).max(), np.abs(off).max()))[1])
+    nodes, vectors = eigh_tridiagonal(np.ldexp(diagonal, -power), np.ldexp(off, -power))
+    return np.ldexp(nodes, power), vectors[0] ** 2
 
 
 def _with_node(tri: Tridiagonal, a: float) -> tuple[Array, Array] | None:

@@ -60,7 +60,8 @@ def density_of_states(
     measures = []
     for _ in range(probes):
         mu = lanczos(M, random_start(unit, generator=generator), steps).measure()
-        measures.append(SpectralMeasure(mu.nodes, mu.weights * (size / mu.mass), mu.floor))
+        weights = mu.weights * (size / mu.mass)
+        measures.append(replace(mu, weights=weights, tridiagonal=None))
     return measures
 
 
@@ -78,7 +79,7 @@ def frozen_kernel(measure: SpectralMeasure, time: float, shells: LogShells) -> S
     checks.at_least("time", time, 0)
     decayed = measure.weights * np.exp(-2.0 * measure.nodes * time)
     before = measure.shells(shells)
-    after = SpectralMeasure(measure.nodes, decayed, measure.floor).shells(shells)
+    after = replace(measure, weights=decayed, tridiagonal=None).shells(shells)
     slow, fast = np.exp(-2.0 * shells.edges[:-1] * time), np.exp(-2.0 * shells.edges[1:] * time)
     return replace(after, lower=before.lower * fast, upper=before.upper * slow)
 

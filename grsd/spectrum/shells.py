@@ -57,6 +57,7 @@ class Binned:
     energies: Array
     lower: Array
     upper: Array
+    negative: float
     below: float
     above: float
     kernel: float
@@ -65,7 +66,8 @@ class Binned:
     @property
     def total(self) -> float:
         """½ ⟨e, e⟩: all shells, and what lies outside them and in the kernel."""
-        return float(self.energies.sum()) + self.below + self.above + self.kernel
+        outside = self.negative + self.below + self.above + self.kernel
+        return float(self.energies.sum()) + outside
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists and numbers (edges for the shells, None for NaN)."""
@@ -79,7 +81,8 @@ class Binned:
     def from_json(cls, record: Mapping[str, Any]) -> Self:
         values: dict[str, Any] = {"shells": LogShells(np.asarray(record["edges"], float))}
         for field in fields(cls)[1:]:
-            value = record[field.name]
+            # records from before indefinite matrices were told apart have no negative row
+            value = record.get(field.name, 0.0) if field.name == "negative" else record[field.name]
             values[field.name] = np.array(value, float) if isinstance(value, list) else value
         return cls(**values)
 
@@ -91,8 +94,9 @@ class ShellProfile(Binned):
     Attributes
     ----------
     energies, lower, upper : (n,), the quadrature value and its Chebyshev–Markov–Stieltjes interval.
-    below, above : float, energy of nodes under the first and over the last edge.
-    kernel, floor : float, energy of nodes up to the rounding floor on the λ axis, and that floor.
+    negative : float, energy of nodes below zero: of an M that is not known to be semidefinite.
+    below, above : float, energy of nodes from zero to the first edge, and over the last.
+    kernel, floor : float, energy of nodes within the rounding floor around λ = 0, and that floor.
     minima : (n,), the smallest energy of a node in the shell (NaN for none), as in Figure 1.
     counts : (n,), how many nodes lie in the shell.
     """
@@ -109,7 +113,7 @@ class AveragedProfile(Binned):
     ----------
     energies, sem : (n,), mean over batches, and the standard error of that mean (0 for one batch).
     lower, upper : (n,), mean quadrature interval widened by two standard errors.
-    below, above, kernel, floor : float, means, and the largest floor of the batches.
+    negative, below, above, kernel, floor : float, means, and the largest floor of the batches.
     batches : int
     """
 
@@ -130,7 +134,7 @@ def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
     sem = standard_error(energies, alone=0.0)
     means = {
         name: np.mean([getattr(p, name) for p in profiles], axis=0)
-        for name in ("lower", "upper", "below", "above", "kernel")
+        for name in ("lower", "upper", "negative", "below", "above", "kernel")
     }
     return AveragedProfile(
         shells=shells,
@@ -138,6 +142,7 @@ def average(profiles: Sequence[ShellProfile]) -> AveragedProfile:
         sem=sem,
         lower=np.maximum(means["lower"] - 2 * sem, 0.0),
         upper=means["upper"] + 2 * sem,
+        negative=float(means["negative"]),
         below=float(means["below"]),
         above=float(means["above"]),
         kernel=float(means["kernel"]),
@@ -178,11 +183,13 @@ def statistics(profile: ShellProfile | AveragedProfile) -> ProfileStatistics:
     e, edges, centers = profile.energies, profile.shells.edges, profile.shells.centers
     if not e.sum() > 0:
         raise ValueError(
-            "no energy in any shell: the edges miss the spectrum, see below, above and kernel"
+            "no energy in any shell: the edges miss the spectrum, see negative, below, above and "
+            "kernel"
         )
     top = int(e.argmax())
     # any shell whose upper end reaches the highest lower end may hold the peak
-    may_peak = np.flatnonzero(profile.upper >= profile.lower.max())
+    reach = min(profile.lower.max(), profile.upper.max())
+    may_peak = np.flatnonzero(profile.upper >= reach)
     rising = np.flatnonzero(e[: top + 1] > 0)
     slope = float("nan")
     if rising.size >= 3:

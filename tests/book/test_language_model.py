@@ -21,7 +21,7 @@ DECAYS = np.log([2.0, 1.4, 1.3])  # C, p + 1 and κ
 
 def profile(energies: np.ndarray) -> ShellProfile:
     n = np.ones(energies.size)
-    return ShellProfile(SHELLS, energies, energies, energies, 0.0, 0.0, 0.0, 0.0, energies, n)
+    return ShellProfile(SHELLS, energies, energies, energies, *[0.0] * 5, energies, n)
 
 
 def test_frozen_shells_equal_quadrature() -> None:

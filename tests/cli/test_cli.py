@@ -133,7 +133,9 @@ def test_shells_json_is_pure_and_adds_up(place: Path) -> None:
     ]
     for profile in found["profiles"]:
         inside = sum(profile["energies"])
-        outside = profile["below"] + profile["above"] + profile["kernel"]
+        names = ("negative", "below", "above", "kernel")
+        outside = sum(profile[name] for name in names)
+        assert profile["negative"] == 0.0  # J Jᵀ has no negative eigenvalue
         assert inside + outside == pytest.approx(profile["total"])
         assert len(profile["energies"]) == len(found["edges"]) - 1
         if profile["start"] == "ones":  # ½⟨1, 1⟩ with the empirical measure

@@ -25,6 +25,7 @@ def profile(energies: list[float], half_width: float = 0.0) -> ShellProfile:
         0.0,
         0.0,
         0.0,
+        0.0,
         e,
         np.ones(e.size),
     )
@@ -158,7 +159,8 @@ def test_json_round_trip() -> None:
     back = ShellProfile.from_json(json.loads(json.dumps(p.to_json())))
     for name in ("energies", "lower", "upper", "minima", "counts"):
         assert np.array_equal(getattr(back, name), getattr(p, name), equal_nan=True)
-    assert (back.below, back.above, back.kernel, back.floor) == (
+    assert (back.negative, back.below, back.above, back.kernel, back.floor) == (
+        p.negative,
         p.below,
         p.above,
         p.kernel,

@@ -20,8 +20,9 @@ def summary(run: RunResult, shells: LogShells) -> dict[str, Any]:
     """Mean profiles of every revision and start; a number that does not exist is None.
 
     Keys are ``model``, ``spec``, ``edges`` (n+1,) and ``profiles``: per revision and start vector
-    energies, standard errors and intervals (n,), the energy outside the edges and in the kernel,
-    the mean loss in nats per token, and the profile's statistics (None when the edges miss it).
+    energies, standard errors and intervals (n,), the energy at negative eigenvalues, outside the
+    edges and in the kernel, the mean loss in nats per token, and the profile's statistics (None
+    when the edges miss it).
     """
     profiles = []
     for revision in run.revisions:
@@ -31,7 +32,7 @@ def summary(run: RunResult, shells: LogShells) -> dict[str, Any]:
             entry: dict[str, Any] = {"revision": revision, "start": start, "loss": loss}
             for name in ("energies", "sem", "lower", "upper"):
                 entry[name] = getattr(mean, name).tolist()
-            for name in ("total", "below", "above", "kernel", "floor", "batches"):
+            for name in ("total", "negative", "below", "above", "kernel", "floor", "batches"):
                 entry[name] = getattr(mean, name)
             entry["statistics"] = None
             if mean.energies.sum() > 0:
@@ -65,11 +66,13 @@ def _profile(data: dict[str, Any], entry: dict[str, Any]) -> str:
         peaks = "one peak" if stats["unimodal"] else "more than one peak"
         said = f"peak {peak} (between {low} and {high}), frontier {frontier}, {peaks}"
     outside, kernel = (100 * x / total for x in (entry["below"] + entry["above"], entry["kernel"]))
+    share = 100 * entry.get("negative", 0.0) / total
+    negative = f", at negative eigenvalues {share:.2g} %" if share else ""
     return (
         f"{data['model']} {entry['revision']}, start vector {entry['start']}, "
         f"{entry['batches']} batches, loss {number(entry['loss'], 4)} nats per token\n"
         f"{shells}\n{said}\nenergy {number(total, 4)}; outside the edges {outside:.2g} %, "
-        f"in the kernel {kernel:.2g} %"
+        f"in the kernel {kernel:.2g} %{negative}"
     )
 
 

@@ -111,6 +111,7 @@ class NTKBase:
 
     outputs: Tensor
     inner_weight: float
+    semidefinite = True  # a negative eigenvalue is rounding
 
     def __init__(
         self, model: nn.Module, normalize: Normalize, parameters: Sequence[str] | None = None
