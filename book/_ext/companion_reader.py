@@ -223,6 +223,12 @@ class ReaderTranslator(JupyterTranslator):
     def depart_subscript(self, node: nodes.subscript) -> None:
         self.markdown_lines.append("</sub>")
 
+    def visit_superscript(self, node: nodes.superscript) -> None:
+        self.markdown_lines.append("<sup>")
+
+    def depart_superscript(self, node: nodes.superscript) -> None:
+        self.markdown_lines.append("</sup>")
+
     def visit_reference(self, node: nodes.reference) -> None:
         if node.get("internal") and "refuri" in node:
             address = self._published(node["refuri"])

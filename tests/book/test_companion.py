@@ -466,6 +466,26 @@ def test_a_reader_notebook_knows_where_it_came_from(book: Book) -> None:
     )
 
 
+def test_a_reader_notebook_has_the_mathematics_of_its_page(
+    book: Book, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = "L ∝ t^(−(1+c₀)(p+1)), J_{≤α} and E_α of $x^2$; M^(ℓ) = λ_max"
+    ledger = [replace(c, statement=planted) if c.id == IDS[0] else c for c in claims.load()]
+    monkeypatch.setattr(claims, "load", lambda: ledger)
+    for builder in ("html", "jupyter"):
+        status, log = book.build(builder)
+        assert status == 0, log
+    box = BeautifulSoup(book.html(f"book/{CHAPTER}"), "html.parser").find(class_="claim-box")
+    text = "\n".join(cell.source for cell in notebook(book).cells)
+    told = BeautifulSoup(text, "html.parser")
+    assert box is not None
+    for tag, planted_one in (("sup", "−(1+c₀)(p+1)"), ("sub", "≤α")):
+        on_page = [found.get_text() for found in box.find_all(tag)]
+        assert planted_one in on_page
+        assert [found.get_text() for found in told.find_all(tag)] == on_page
+    assert "$ x^2 $" in text
+
+
 def test_a_reader_notebook_without_a_remote_is_harmless(book: Book) -> None:
     status, log = book.build("jupyter")
     assert status == 0, log
