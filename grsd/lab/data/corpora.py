@@ -1,9 +1,9 @@
 """Text as token arrays: the embedded corpus, local files, hub data sets; their batches.
 
 Nothing here downloads unless the caller names a `hub:` corpus. The embedded corpus is the source
-text of the running Python's own standard library, so a fresh machine has a few million tokens of
-real text without network. Models are trained on these batches in `grsd.lab.checkpoints.suites` and
-measured on them in `grsd.lab.runs.run`.
+text of one Python's standard library (:mod:`grsd.lab.data.library`), the same on every machine: a
+few million tokens of real text without network. Models are trained on these batches in
+`grsd.lab.checkpoints.suites` and measured on them in `grsd.lab.runs.run`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,14 @@ import torch
 
 from grsd import pieces, scale
 from grsd.checks import at_least, one_of
-from grsd.lab.data import windows
+from grsd.lab.data import library, windows
 from grsd.lab.data.windows import Tokens
 
 END_OF_TEXT = "<|endoftext|>"
 HELDOUT_FRACTION = 0.05
 DOCUMENTS = 2000  # of a data set on the hub that are read
 SPLITS = ("train", "heldout", "all")
-SOURCES = ("embedded", "installed")  # corpora that are the source text on this machine
-# Folders of the standard library that are not its text: tests, installed packages, character
-# tables, bundled wheels.
-_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload"}
-_EXCLUDED |= {"__pycache__", "ensurepip", "encodings"}
+SOURCES = ("embedded", "installed")  # corpora that are source text
 
 
 @dataclass(frozen=True)
@@ -106,18 +102,6 @@ class Corpus:
             )
 
 
-def standard_library() -> list[Path]:
-    """The .py files of the standard library, without tests and character tables, sorted."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-
-    def wanted(path: Path) -> bool:
-        *folders, name = path.relative_to(root).parts
-        skipped = any(f in _EXCLUDED or f.startswith("config-") for f in folders)
-        return not skipped and not name.startswith("_sysconfigdata")  # generated on the machine
-
-    return sorted(filter(wanted, root.rglob("*.py")), key=lambda p: p.relative_to(root).as_posix())
-
-
 class How(TypedDict, total=False):
     """How text becomes tokens: options that every corpus passes to `from_texts`."""
 
@@ -127,14 +111,14 @@ class How(TypedDict, total=False):
 
 
 def embedded(**how: Unpack[How]) -> Corpus:
-    """The text of Python's standard library, 3.3 million tokens at 2048 entries (Python 3.11).
+    """The text of Python 3.11.7's standard library, 3.3 million tokens at 2048 entries.
 
     A byte-level BPE of ``vocab_size`` entries (2048, or 257 and more) is trained on the text, in
     seconds, unless a transformers ``tokenizer`` is given, e.g. that of the model to be measured.
     The text is read each time; the tokens in ``cache`` (default `grsd.scale.cache_dir`) are used
     when it is unchanged.
     """
-    return _source_text("embedded", standard_library(), how)
+    return from_texts("embedded", map(_decoded, library.files().values()), **how)
 
 
 def installed(**how: Unpack[How]) -> Corpus:
@@ -147,15 +131,12 @@ def installed(**how: Unpack[How]) -> Corpus:
     folders = sorted({sysconfig.get_paths()[key] for key in ("purelib", "platlib")})
     packages = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
     how.setdefault("vocab_size", 32768)
-    return _source_text("installed", standard_library() + packages, how)
+    texts = [*library.files().values(), *(path.read_bytes() for path in packages)]
+    return from_texts("installed", map(_decoded, texts), **how)
 
 
-def _source_text(name: str, paths: list[Path], how: How) -> Corpus:
-    texts = [path.read_bytes().decode("utf-8", errors="replace") for path in paths]
-    if sum(map(len, texts)) < 100_000:
-        what = "this Python carries no source text of its standard library"
-        raise ValueError(f"{what}; pass text files of your own as the corpus")
-    return from_texts(name, texts, **how)
+def _decoded(text: bytes) -> str:
+    return text.decode("utf-8", errors="replace")
 
 
 def files(paths: str | Path | Sequence[str | Path], **how: Unpack[How]) -> Corpus:

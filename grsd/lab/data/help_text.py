@@ -1,4 +1,4 @@
-"""The help text of Python, byte by byte: language for small models, with no download."""
+"""The help text of Python 3.11.7, byte by byte: language for small models, with no download."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from grsd.lab.data import library
 
 VOCABULARY = 128  # bytes of ASCII
 BLOCK = 2048
@@ -40,10 +41,8 @@ class Text:
 
 @lru_cache(maxsize=1)
 def text() -> Text:
-    """Return the help text of the running Python as bytes below 128; versions differ."""
-    import pydoc_data.topics
-
-    raw = Path(str(pydoc_data.topics.__file__)).read_bytes()
+    """Return the help text as bytes below 128, the same whatever Python runs."""
+    raw = library.files()["pydoc_data/topics.py"]
     ids = torch.tensor([b for b in raw if b < VOCABULARY], dtype=torch.int64)
     blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
     held = torch.arange(len(blocks)) % 10 == 9

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from grsd.lab.checkpoints import suites
-from grsd.lab.data import corpora
+from grsd.lab.data import corpora, library
 from tests.lab.cases import write_texts
+
+EMBEDDED = "765f1e3529133245"  # of the tokens at 2048 entries, measured before the text was shipped
 
 
 def test_targets_are_the_next_tokens_and_windows_do_not_repeat(corpus: corpora.Corpus) -> None:
@@ -132,21 +135,34 @@ def test_two_processes_at_once_leave_one_whole_corpus(texts: Path, tmp_path: Pat
 
 
 def test_embedded_text_is_the_standard_library_without_machine_files() -> None:
-    names = {p.name for p in corpora.standard_library()}
-    assert {"argparse.py", "abc.py"} <= names
-    assert not any(n.startswith("_sysconfigdata") for n in names)
-    assert not any(
-        {"site-packages", "test", "encodings"} & set(p.parts[-3:-1])
-        for p in corpora.standard_library()
-    )
+    names = [*library.files()]
+    assert names == sorted(names) and {"argparse.py", "abc.py", "json/decoder.py"} <= set(names)
+    assert not any("_sysconfigdata" in n for n in names)
+    assert not any({"site-packages", "test", "encodings"} & set(n.split("/")) for n in names)
+
+
+def test_embedded_text_is_that_of_its_python_and_does_not_depend_on_the_one_that_runs() -> None:
+    own = Path(os.__file__).parent
+    same = [
+        raw == (own / n).read_bytes() for n, raw in library.files().items() if (own / n).exists()
+    ]
+    # most files of the next versions are other ones; of the version itself all are the same
+    assert all(same) if platform.python_version() == library.VERSION else not all(same)
+    assert corpora.embedded().fingerprint.startswith(EMBEDDED)
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = tmp_path / library.ARCHIVE.name
+    damaged.write_bytes(library.ARCHIVE.read_bytes()[:-1])
+    monkeypatch.setattr(library, "ARCHIVE", damaged)
+    with pytest.raises(ValueError, match=rf"{damaged.name} is damaged.*install grsd again"):
+        library.files.__wrapped__()
 
 
 @pytest.fixture
-def little_library(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [
-        Path(os.__file__).with_name(n) for n in ("argparse.py", "ast.py", "inspect.py", "abc.py")
-    ]
-    monkeypatch.setattr(corpora, "standard_library", lambda: paths)
+def little_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {n: library.files()[n] for n in ("argparse.py", "ast.py", "inspect.py", "abc.py")}
+    monkeypatch.setattr(library, "files", lambda: few)
 
 
 @pytest.mark.usefixtures("little_library")
@@ -154,9 +170,7 @@ def test_tokenizer_is_byte_level_and_loses_nothing() -> None:
     made = corpora.embedded(vocab_size=300)
     documents = made.tokenizer.decode(made.tokens.astype(int)).split(corpora.END_OF_TEXT)[:-1]
     digests = {hashlib.sha256(d.encode()).hexdigest() for d in documents}
-    assert digests == {
-        hashlib.sha256(p.read_bytes()).hexdigest() for p in corpora.standard_library()
-    }
+    assert digests == {hashlib.sha256(raw).hexdigest() for raw in library.files().values()}
     assert made.tokens.dtype == np.uint16 and made.vocab_size == 300
 
 
@@ -168,12 +182,6 @@ def test_vocabulary_of_the_embedded_corpus_and_of_a_suite() -> None:
         corpora.open_corpus("embedded:many")
     with pytest.raises(ValueError, match=r"size is 'mini-2m'"):
         suites.of_suite("mini-2m")
-
-
-def test_python_without_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "standard_library", list)
-    with pytest.raises(ValueError, match="no source text"):
-        corpora.embedded()
 
 
 def test_unknown_corpus_is_quoted() -> None:
