@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env book notebooks test unit lint format bench bench-gpu suite lock clean distclean
+.PHONY: help env book notebooks test unit field lint format bench bench-gpu suite lock clean distclean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -30,6 +30,7 @@ help:
 	@echo "make test       lint, unit tests, and every chapter run as a test"
 	@echo "make lint       style, types, and the layer contract"
 	@echo "make unit       the unit tests alone"
+	@echo "make field      every cell of the page Works on, exact or refused; rewrites the stored result"
 	@echo "make bench      measure M u and Lanczos against other libraries; rewrites the stored result and README's tables"
 	@echo "make bench-gpu  the same of the larger shapes, on a CUDA device"
 	@echo "make suite      the checkpoints and spectra that the chapters show (cached)"
@@ -103,6 +104,11 @@ $(NBVAL)/%.ipynb: %.md $(STAMPS)/package
 
 unit: $(STAMPS)/package
 	$(PYTEST) tests
+
+# The cells are kept as they are measured, so that the second command only gathers them.
+field: $(STAMPS)/package
+	$(PYTEST) --dist load tests/field --every-cell
+	grsd experiment field --output grsd/data/results/field.json
 
 test: lint suite $(NOTEBOOKS)
 	$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 300 tests $(NOTEBOOKS)

@@ -27,7 +27,17 @@ from grsd.pieces import Store, code
 from grsd.scale import cache_dir, pick
 
 # "some-name" is the module some_name.py of this folder
-NAMES = ("drift", "mup-coords", "mup-norms", "products", "shift", "tour", "transfer", "twins")
+NAMES = (
+    "drift",
+    "field",
+    "mup-coords",
+    "mup-norms",
+    "products",
+    "shift",
+    "tour",
+    "transfer",
+    "twins",
+)
 
 Piece = dict[str, Any]  # what a measurement depends on, in JSON values
 Data = dict[str, Any]  # what it found, in JSON values and finite numbers

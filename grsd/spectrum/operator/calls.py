@@ -77,4 +77,6 @@ def _cross_entropy(call: SimpleNamespace) -> Tensor | None:
         return None
     if bool(((target < 0) | (target == call.ignore_index)).any()):
         return None
+    if torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64:
+        logits = logits.float()  # as torch runs a loss under autocast
     return CrossEntropy.apply(logits, target)  # type: ignore[no-untyped-call]

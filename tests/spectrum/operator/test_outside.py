@@ -336,6 +336,24 @@ def test_outputs_in_another_type_than_the_weights(
     assert float((found - blocks.sum(2)).norm() / blocks.sum(2).norm()) < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_under_autocast_are_those_of_torch(dtype: torch.dtype) -> None:
+    """Autocast runs a loss in float32: f is what the model gives, to the bit, and J what belongs to it."""
+    torch.manual_seed(0)
+    text = torch.randint(0, 11, (3, 6))
+    parts = {"table": nn.Embedding(11, 6), "norm": nn.LayerNorm(6), "head": nn.Linear(6, 11)}
+    model = Net(lambda net, x: net.head(net.norm(net.table(x).cumsum(1))), **parts).to(dtype)
+    observable = TokenLogProb(text[:, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = observable.rows(model(text[:, :-1]))
+        M = NTK(model, text[:, :-1], observable, normalize="sum", method="factored")
+        truth = dense(model, text[:, :-1], observable)
+        assert rows.dtype == M.dtype and torch.equal(rows, M.outputs)
+        J = M.jacobian().double()
+        # some ten roundings of 2^-8
+        assert gap(M, truth) < 0.04 and float((J @ J.T - truth).norm() / truth.norm()) < 0.04
+
+
 @pytest.mark.parametrize("method", ["factored", "graph"])
 def test_a_compiled_model_is_run_as_it_was_written(method: Any) -> None:
     torch.manual_seed(0)
