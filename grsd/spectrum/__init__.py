@@ -12,9 +12,11 @@ says how, ``factors`` holds the blocks of K, ``own_positions`` takes out layers 
 """
 
 from grsd.spectrum import nulls
+from grsd.spectrum.functions import apply, evolve, log_determinant, ritz, trace
 from grsd.spectrum.lanczos import lanczos, lanczos_batches
 from grsd.spectrum.measure import SpectralMeasure, Tridiagonal
 from grsd.spectrum.observables import ClassLogits, Observable, Outputs, TokenLogProb
+from grsd.spectrum.operator.algebra import GGN
 from grsd.spectrum.operator.batches import NTKBatches
 from grsd.spectrum.operator.layers import coherence
 from grsd.spectrum.operator.ntk import NTK
@@ -29,6 +31,7 @@ from grsd.spectrum.shells import (
 )
 
 __all__ = [
+    "GGN",
     "NTK",
     "AveragedProfile",
     "ClassLogits",
@@ -42,11 +45,16 @@ __all__ = [
     "SpectralMeasure",
     "TokenLogProb",
     "Tridiagonal",
+    "apply",
     "average",
     "coherence",
+    "evolve",
     "lanczos",
     "lanczos_batches",
+    "log_determinant",
     "micro_batches",
     "nulls",
+    "ritz",
     "statistics",
+    "trace",
 ]

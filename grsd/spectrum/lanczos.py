@@ -71,10 +71,18 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
     mass with the start, exactly. Source: 2512.10427, appendix B; "twice is enough": Parlett 1998,
     section 6.9.
     """
+    return krylov_space(M, start, steps, reorthogonalize)[0]
+
+
+def krylov_space(
+    M: Operator, start: Tensor, steps: int, reorthogonalize: bool = True
+) -> tuple[Tridiagonal, Tensor]:
+    """Return what `lanczos` returns and the m vectors of its basis as rows, (m, T)."""
     size = _size(M, start, steps)
     units, masses = _units(start[None], M)
     made = recurrence(M, units[0], steps, reorthogonalize)
-    return tridiagonal(made, M, float(masses[0]), size, reorthogonalize)
+    tri = tridiagonal(made, M, float(masses[0]), size, reorthogonalize)
+    return tri, made.basis[: tri.steps]
 
 
 def lanczos_batches(M: NTKBatches, starts: Tensor, steps: int) -> list[Tridiagonal]:

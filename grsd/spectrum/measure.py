@@ -59,7 +59,7 @@ class Tridiagonal:
 
     def measure(self) -> SpectralMeasure:
         """Return the Gauss quadrature: Ritz values, with weights mass · U₁ᵢ² (Golub and Welsch)."""
-        nodes, first = _eigen_first(self.alphas, self.betas)
+        nodes, first = eigen_first(self.alphas, self.betas)
         floor = FLOOR * self.eps * float(np.abs(nodes).max())
         return SpectralMeasure(nodes, self.mass * first, floor, self, self.semidefinite)
 
@@ -163,10 +163,10 @@ class SpectralMeasure:
         near = max(self.floor, tie)
         under, up_to = nodes < a - near, nodes <= a + near
         # where a is a Ritz value already, the corner of an extension would be 0/0
-        extended = None if (np.abs(nodes - a) <= tie).any() else _with_node(tri, a)
+        extended = None if (np.abs(nodes - a) <= tie).any() else with_node(tri, a)
         if extended is not None:
             # of the quadrature with a node at a, whose weight is what the bounds differ by
-            nodes, first = _eigen_first(*extended)
+            nodes, first = eigen_first(*extended)
             weights = tri.mass * first
             index, node = np.arange(nodes.size), int(np.abs(nodes - a).argmin())
             under = (index < node) & (nodes < a - near)
@@ -200,7 +200,7 @@ class SpectralMeasure:
         )
 
 
-def _eigen_first(diagonal: Array, off: Array) -> tuple[Array, Array]:
+def eigen_first(diagonal: Array, off: Array) -> tuple[Array, Array]:
     """Return eigenvalues and squared first components of eigenvectors, which sum to one."""
     if diagonal.size == 1:
         return diagonal.copy(), np.ones(1)
@@ -210,7 +210,7 @@ def _eigen_first(diagonal: Array, off: Array) -> tuple[Array, Array]:
     return np.ldexp(nodes, power), vectors[0] ** 2
 
 
-def _with_node(tri: Tridiagonal, a: float) -> tuple[Array, Array] | None:
+def with_node(tri: Tridiagonal, a: float) -> tuple[Array, Array] | None:
     """Extend T_m by one row so that a becomes an eigenvalue (Gauss–Radau).
 
     None when no extension is needed: every moment is known (no residual), or a is a Ritz value.

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from grsd import checks
 from grsd.spectrum.observables import Observable, raw_output
+from grsd.spectrum.operator.algebra import Symmetric
 from grsd.spectrum.operator.double_backward import CHANGED
 from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.record import Unrecordable
@@ -106,7 +107,7 @@ class Plan:
         return "\n".join("  ".join(row).rstrip() for row in table)
 
 
-class NTKBase:
+class NTKBase(Symmetric):
     """The parameters that J is taken over, and the arithmetic of the operators made of it."""
 
     outputs: Tensor
@@ -155,13 +156,6 @@ class NTKBase:
         tf32 = 2.0**-11 if single and torch.backends.cuda.matmul.allow_tf32 else 0.0
         return max(tf32, *(torch.finfo(dtype).eps for dtype in self._dtypes()))
 
-    def __matmul__(self, u: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def to_dense(self) -> Tensor:
-        """Return M as a (T, T) matrix by T products; no (T, P) matrix is formed."""
-        return self @ torch.eye(self.outputs.numel(), dtype=self.dtype, device=self.device)
-
     def _dtypes(self) -> set[torch.dtype]:
         """Return the types of numbers in a product: of the rows, and of the parameters."""
         return {self.dtype, *(p.dtype for p in self._parameters)}
@@ -193,17 +187,6 @@ class NTKBase:
     def _same_parameters(self) -> None:
         if any(p._version != version for p, version in self._versions):
             raise RuntimeError(CHANGED)
-
-    def _check(self, u: Tensor, shape: tuple[int, ...]) -> None:
-        if tuple(u.shape) != shape:
-            raise ValueError(
-                f"M is {tuple(self.shape)}: it multiplies vectors of shape {shape}, got "
-                f"{tuple(u.shape)}"
-            )
-        if u.dtype != self.dtype or u.device != self.device:
-            raise ValueError(
-                f"M is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}"
-            )
 
 
 def refuse_dropout(model: nn.Module) -> None:

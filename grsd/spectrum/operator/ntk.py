@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from grsd import checks
@@ -248,14 +247,3 @@ class NTK(NTKBase):
         """Return J, (T, P), in the order of `model.parameters()`. Cost: T backward passes."""
         units = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return torch.stack([torch.cat([g.reshape(-1) for g in self.vjp(u)]) for u in units])
-
-    def scipy(self) -> LinearOperator:
-        """Return M as a `LinearOperator` on NumPy vectors (for `eigsh` and friends)."""
-
-        def product(u: Any) -> Any:
-            return (self @ torch.as_tensor(u, dtype=self.dtype, device=self.device)).cpu().numpy()
-
-        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(
-            self.shape, matvec=product, rmatvec=product, matmat=product, dtype=numpy_dtype
-        )
