@@ -119,12 +119,12 @@ class Sum(Symmetric):
     """
 
     def __init__(self, terms: Any) -> None:
-        flat = [
+        flat: list[tuple[float, Any]] = [
             (factor * inner, M)
             for factor, operator in terms
             for inner, M in (operator.terms if isinstance(operator, Sum) else [(1.0, operator)])
         ]
-        self.terms = tuple(flat)
+        self.terms: tuple[tuple[float, Any], ...] = tuple(flat)
         first = next(M for _, M in flat if not isinstance(M, Tensor))
         self.shape, self.dtype, self.device = tuple(first.shape), first.dtype, first.device
         self.inner_weight = first.inner_weight
@@ -249,7 +249,8 @@ def _number(value: Any, M: Any) -> float:
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
-        shape = "" if getattr(value, "shape", None) is None else f" {tuple(value.shape)}"
+        size = getattr(value, "shape", None)
+        shape = "" if size is None else f" {tuple(size)}"
         raise TypeError(
             f"M {tuple(M.shape)} is multiplied by real numbers, not by {type(value).__name__}"
             f"{shape}; a product with vectors is M @ u"

@@ -34,7 +34,8 @@ class Retained:
     """J and Jᵀ of `rows`, (T,), for the `parameters` that it depends on: their numbers, `used`."""
 
     def __init__(self, rows: Tensor, parameters: Sequence[Tensor]) -> None:
-        self._rows, self._parameters = rows, parameters
+        self._rows, self.parameters = rows, parameters
+        self.outputs = rows.detach()
         self._probe = torch.zeros_like(rows.detach(), requires_grad=True)
         products = torch.autograd.grad(
             rows, parameters, self._probe, create_graph=True, allow_unused=True
@@ -67,7 +68,7 @@ class Retained:
 
     def vjp(self, u: Tensor) -> Gradients:
         """Return Jᵀu. Cost: one backward pass."""
-        used = [self._parameters[k] for k in self.used]
+        used = [self.parameters[k] for k in self.used]
         with same_parameters():
             gradients = torch.autograd.grad(self._rows, used, u, retain_graph=True)
         return dict(zip(self.used, gradients, strict=True))

@@ -78,6 +78,7 @@ class Factored:
         self._parameters = trace.parameters
         self.plan_rows: list[PlanRow] = []
         self.share: Tensor | None = None
+        self.folded: set[tuple[int, str]] = set()  # number and rule of what is in `share`
         self._factors: list[Factor] = []
         self._folded_ties: list[FoldedTie] = []
         self._grams = Grams()
@@ -109,14 +110,19 @@ class Factored:
         last = {slot: k for k, factor in enumerate(self._factors) for slot in factor.slots}
         self._done = [[s for s, at in last.items() if at == k] for k in range(len(self._factors))]
 
-        # Make the programs of the δ that are still needed.
         self.adjoint: Program | None = None
         self.forward: Program | None = None
         self._batched = True
+        self._compile(adjoint, values, region.rows, start)
+
+    def _compile(
+        self, adjoint: Program, values: Vectors, own: dict[int, Rows], start: Tensor
+    ) -> None:
+        """Make the programs of the δ that are still needed."""
         numbers = sum(prod(adjoint.kinds[slot][0]) for slot in self.slots)
         self._column_bytes = 3 * start.element_size() * numbers
         if self.slots:
-            needed = absorb(unfold(adjoint, values, region.rows, self.slots))
+            needed = absorb(unfold(adjoint, values, own, self.slots))
             self.adjoint = simplify(needed)
             self.forward = simplify(transpose(needed, start.device))
             for name, program in (("(J_εᵀ)", self.adjoint), ("(J_ε)", self.forward)):
@@ -231,6 +237,7 @@ class Factored:
             [x for shares, *_ in chosen.values() for x in shares], self.groups, self._dtype
         )
         for slot, (_, setup, saved) in chosen.items():
+            self.folded |= {(use.number, use.name) for use in singles[slot]}
             self._note(singles[slot], Form("folded into T × T", 0, 0, setup, setup / saved))
         numbers = self.share.numel()
         costs = (2 * numbers, numbers * self.share.element_size(), 0, once / each)

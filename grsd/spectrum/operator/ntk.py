@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from grsd import checks
-from grsd.spectrum.observables import Observable
+from grsd.spectrum.observables import Observable, Outputs
 from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRow, refuse_dropout
+from grsd.spectrum.operator.cross import CrossKernel, Side
 from grsd.spectrum.operator.cuda_graph import Product, replayed
 from grsd.spectrum.operator.double_backward import Retained, same_parameters
 from grsd.spectrum.operator.factored import Factored
@@ -217,6 +218,53 @@ class NTK(NTKBase):
         one = NTK(*batch, parameters=names, **self._settings)
         self._same_outputs(one.outputs)
         return one
+
+    def cross(self, inputs: Inputs, observable: Observable | None = None) -> CrossKernel:
+        """Return C = J′ Jᵀ, (T′, T), with J′ of another batch and J of this one.
+
+        With ``normalize="mean"`` C is divided by the samples of *this* batch: along the flow on it
+        ḟ′ = C e for squared error. `observable` says what the rows of the other batch are; None
+        stands for all outputs, where this operator's is `Outputs`. No parameter gradient of the
+        whole model is formed. ValueError as for `NTK`, and for rows of another type or on another
+        device. Cost: both batches are run and recorded; a product, see
+        :mod:`grsd.spectrum.operator.cross`.
+        """
+        if observable is None:
+            if not isinstance(self._observable, Outputs):
+                raise ValueError(
+                    f"rows of {type(self._observable).__name__} depend on its targets: pass the "
+                    "observable of the other batch"
+                )
+            observable = Outputs()
+        make = partial(Side, names=self._names)
+        batches = [(self._inputs, self._observable), (inputs, observable)]
+        sides: Any = []
+        if self._factored is not None:
+            try:
+                sides = [self._recorded(*batch, make) for batch in batches]
+            except Unrecordable as failure:
+                if self._settings["method"] == "factored":
+                    raise ValueError(
+                        f"the backward pass of the other batch cannot be recorded ({failure}); "
+                        'use method="auto" or "graph"'
+                    ) from failure
+        if not sides:
+            graphs = (self._retain(), Retained(self._rows(*batches[1]), self._parameters))
+            sides = [(graph.outputs, graph) for graph in graphs]
+        (here, first), (there, second) = sides
+        self._same_outputs(here)
+        kinds = [f"{f.dtype} on {f.device}" for f in (here, there)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"the rows are {kinds[0]}, those of the other batch {kinds[1]}")
+        settings = {
+            "names": self._names,
+            "folded": set() if self._factored is None else self._factored.folded,
+            "products": self._settings["products"],
+            "unchanged": self._same_parameters,
+            "eps": self.eps,
+            "inner_weight": self.inner_weight,
+        }
+        return CrossKernel(first, second, (here, there), settings)
 
     def output_gradients(self, u: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """Return J_εᵀ u: for every layer, δ = ∂(Σ u f)/∂s at its output s, a tensor a use.

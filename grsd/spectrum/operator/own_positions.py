@@ -272,29 +272,40 @@ def total(shares: Sequence[Share], groups: int, dtype: torch.dtype) -> Tensor:
         shifted = [slice(group * size + at.start, group * size + at.stop) for at in parts]
         for i, rows in enumerate(parts):
             for j, columns in enumerate(parts[: i + 1]):
-                made = _tile(shares, shifted[i], shifted[j])
+                made = _tile(shares, shares, shifted[i], shifted[j])
                 block[rows, columns] = made
                 block[columns, rows] = made.T
     return result
 
 
-def _tile(shares: Sequence[Share], rows: slice, columns: slice) -> Tensor:
-    """Return one tile of the sum of the shares."""
+def total_between(pairs: Sequence[tuple[Share, Share]], dtype: torch.dtype) -> Tensor:
+    """Return the sum of the shares that two batches have in one another, (T′, T), by rows."""
+    here, there = [one for one, _ in pairs], [other for _, other in pairs]
+    height, width = len(here[0].vectors), len(there[0].vectors)
+    parts = [slice(k, min(k + TILES[1], height)) for k in range(0, height, TILES[1])]
+    return torch.cat([_tile(here, there, at, slice(width)).to(dtype) for at in parts])
+
+
+def _tile(shares: Sequence[Share], others: Sequence[Share], rows: slice, columns: slice) -> Tensor:
+    """Return one tile of the sum of the shares: `rows` of the first, `columns` of the others."""
     met: dict[tuple[object, ...], Tensor] = {}  # A Aᵀ of layers that read the same tensors
     result: Tensor | None = None
-    for share in shares:
-        part = share.vectors[rows] @ share.vectors[columns].T
+    for share, other in zip(shares, others, strict=True):
+        part = share.vectors[rows] @ other.vectors[columns].T
         weight: Any = share.ones
         if share.inputs:
             key = (*identity(share.inputs), part.dtype)
             if key not in met:
-                first, *others = (a[rows].to(part) @ a[columns].to(part).T for a in share.inputs)
-                for other in others:
-                    first += other
+                first, *more = (
+                    a[rows].to(part) @ b[columns].to(part).T
+                    for a, b in zip(share.inputs, other.inputs, strict=True)
+                )
+                for one in more:
+                    first += one
                 met[key] = first
             weight = met[key] + share.ones if share.ones else met[key]
-        for t, known in share.tokens:
-            same = (t[rows, None] == t[None, columns]) & known[rows, None]
+        for (t, known), (t2, _) in zip(share.tokens, other.tokens, strict=True):
+            same = (t[rows, None] == t2[None, columns]) & known[rows, None]
             weight = weight + same.to(part.dtype)
         if isinstance(weight, Tensor) or weight != 1:
             part = part.mul_(weight)

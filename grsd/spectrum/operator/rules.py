@@ -74,7 +74,7 @@ class Linear(RowUse):
 
     def partners(self, uses: Sequence[Use], width: int) -> list[Use]:
         """All linear layers and whole biases: (Σ A Aᵀ + b 1 1ᵀ) δ."""
-        return [use for use in uses if isinstance(use, Linear) or _is_bias(use, width)]
+        return [use for use in uses if isinstance(use, Linear) or is_bias(use, width)]
 
     def factor(self, uses: Sequence[Use], at: Setting) -> tuple[Factor, Form]:
         """A cached n × n matrix, where making it pays in the products to come; else A (Aᵀ δ)."""
@@ -209,7 +209,7 @@ class Scale(Broadcast):
 
     def partners(self, uses: Sequence[Use], width: int) -> list[Use]:
         """The biases, if this is the gain of a norm."""
-        biases = [use for use in uses if _is_bias(use, width)] if self.spread == (width,) else []
+        biases = [use for use in uses if is_bias(use, width)] if self.spread == (width,) else []
         return [self, *biases]
 
     def factor(self, uses: Sequence[Use], at: Setting) -> tuple[Factor, Form]:
@@ -312,5 +312,6 @@ def _one_of_two(call: Call) -> list[tuple[Tensor, Tensor]]:
     return [(x, w) for x, w in ((a, b), (b, a)) if x.shape == whole]
 
 
-def _is_bias(use: Use, width: int) -> bool:
+def is_bias(use: Use, width: int) -> bool:
+    """Say whether this is a bias of all `width` features."""
     return isinstance(use, Shift) and use.spread == (width,)
