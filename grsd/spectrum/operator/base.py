@@ -7,6 +7,7 @@ lock-step (:mod:`grsd.spectrum.operator.batches`), and one operator over micro-b
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,9 @@ from torch.utils._pytree import tree_map
 from grsd import checks
 from grsd.spectrum.observables import Observable, raw_output
 from grsd.spectrum.operator.algebra import Symmetric
-from grsd.spectrum.operator.double_backward import CHANGED
+from grsd.spectrum.operator.precision import mixed, rounding, unmixed
 from grsd.spectrum.operator.trace import Trace
+from grsd.spectrum.operator.watch import Watch
 from grsd.spectrum.programs.record import Unrecordable
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -50,6 +52,13 @@ class Operator(Protocol):
     @property
     def device(self) -> torch.device: ...
     def __matmul__(self, u: Tensor, /) -> Tensor: ...
+
+
+class Pass(Protocol):
+    """What is known of the arithmetic of the passes of a product."""
+
+    dtypes: set[torch.dtype]
+    convolves: bool
 
 
 @dataclass(frozen=True)
@@ -134,8 +143,12 @@ class NTKBase(Symmetric):
         refuse_dropout(model)
         self._model, self.normalize = model, normalize
         self._names, self._parameters = list(named), list(named.values())
-        # a frozen parameter that changes changes J as well
-        self._versions = [(p, p._version) for p in model.parameters()]
+        self._dtypes, self._convolves = {p.dtype for p in self._parameters}, False
+        # every pass runs under the autocast of this one
+        self._mixed = mixed()
+        # a frozen parameter that changes changes J as well; buffers are copied
+        self._watch = Watch(model)
+        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,21 +164,27 @@ class NTKBase(Symmetric):
 
     @property
     def eps(self) -> float:
-        """Relative accuracy of a product: the unit of rounding of its coarsest arithmetic."""
-        single = self.device.type == "cuda" and self.dtype == torch.float32
-        tf32 = 2.0**-11 if single and torch.backends.cuda.matmul.allow_tf32 else 0.0
-        return max(tf32, *(torch.finfo(dtype).eps for dtype in self._dtypes()))
+        """Relative accuracy of a product: the unit of rounding of its coarsest arithmetic.
 
-    def _dtypes(self) -> set[torch.dtype]:
-        """Return the types of numbers in a product: of the rows, and of the parameters."""
-        return {self.dtype, *(p.dtype for p in self._parameters)}
+        That is of the rows, the parameters, and all that lies between them: a norm in float32 of a
+        model in float64, autocast, TF32 where it is allowed. What is constant in a product (tables,
+        a frozen trunk, activations) is left out: how it was rounded is part of the function.
+        """
+        return rounding({self.dtype, *self._dtypes}, self._convolves, self.device)
+
+    def _count(self, one: Pass) -> None:
+        """Count the arithmetic of a pass among that of a product."""
+        self._dtypes |= one.dtypes
+        self._convolves |= one.convolves
 
     def _rows(self, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
         """Run the model once, with a graph that holds the chosen parameters alone."""
         chosen = {id(p) for p in self._parameters}
         named = self._model.named_parameters()
         constant = {name: p.detach() for name, p in named if id(p) not in chosen}
-        return forward_rows(self._model, inputs, observable, trace, constant)
+        constant |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+        with self._mixed():
+            return forward_rows(self._model, inputs, observable, trace, constant)
 
     def _traced(self, inputs: Inputs, observable: Observable) -> tuple[Tensor, Trace]:
         """Run the model once, and return the rows with what was recorded on the way."""
@@ -180,13 +199,19 @@ class NTKBase(Symmetric):
         """Return the rows and what `make` builds of them and the trace, or raise Unrecordable."""
         rows, trace = self._traced(inputs, observable)
         try:
-            return rows.detach(), make(rows, trace)
+            with unmixed():
+                return rows.detach(), make(rows, trace)
         except RuntimeError as failure:
             raise Unrecordable(str(failure).splitlines()[0]) from failure
 
-    def _same_parameters(self) -> None:
-        if any(p._version != version for p, version in self._versions):
-            raise RuntimeError(CHANGED)
+    def _same_outputs(self, rows: Tensor, before: Tensor) -> None:
+        """Raise RuntimeError unless a pass that was run again is the one before."""
+        self._watch.check()
+        if not torch.equal(rows.detach(), before):
+            raise RuntimeError(
+                "the model was changed after this operator was made: its outputs are others; make "
+                "a new NTK"
+            )
 
 
 def refuse_dropout(model: nn.Module) -> None:
@@ -249,7 +274,8 @@ def forward_rows(
             "are: use Outputs(targets), ClassLogits(targets) or TokenLogProb(targets)"
         )
     # The model gets copies of the buffers and the inputs, which it may write to.
-    values = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(constant or {})
+    values = dict(constant or {})
+    values |= {k: buffer.clone() for k, buffer in model.named_buffers() if k not in values}
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     args: Any = (inputs,) if isinstance(inputs, Tensor) else inputs
     args = () if isinstance(inputs, Mapping) else args
@@ -279,6 +305,15 @@ def forward_rows(
         if holds:
             raise ValueError(reason)
     return rows
+
+
+def copied(inputs: Inputs, observable: Observable) -> tuple[Any, Observable]:
+    """Return a batch whose tensors nobody else can change."""
+    mine = copy.copy(observable)
+    for name, value in getattr(observable, "__dict__", {}).items():
+        object.__setattr__(mine, name, _copied(value))
+    tree: Any = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    return tree_map(_copied, tree), mine
 
 
 def _copied(x: Any) -> Any:

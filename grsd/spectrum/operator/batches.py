@@ -7,11 +7,10 @@ Lanczos recurrence of all of them.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from grsd.spectrum.observables import Observable
-from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan
+from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, copied
 from grsd.spectrum.operator.cuda_graph import replayed
 from grsd.spectrum.operator.factored import Factored
 from grsd.spectrum.operator.trace import Trace
@@ -55,7 +54,7 @@ class NTKBatches(NTKBase):
         products: int = 100,
     ) -> None:
         super().__init__(model, normalize)
-        self._observable = observable
+        inputs, self._observable = copied(inputs, observable)
 
         def make(rows: Tensor, trace: Trace) -> Factored:
             if batches < 1 or rows.numel() % batches:
@@ -65,10 +64,11 @@ class NTKBatches(NTKBase):
             return Factored(rows, trace, self._names, batches, products)
 
         try:
-            flat, self._factored = self._recorded(inputs, observable, make)
+            flat, self._factored = self._recorded(inputs, self._observable, make)
         except Unrecordable as failure:
             why = f"the backward pass of this model cannot be recorded ({failure})"
             raise ValueError(why) from failure
+        self._count(self._factored)
         self.outputs: Tensor = flat.view(batches, -1)
         samples = observable.samples(flat)
         self.inner_weight: float = batches / samples if normalize == "mean" else 1.0
@@ -83,9 +83,6 @@ class NTKBatches(NTKBase):
         """The observable's error vectors, (G, T)."""
         return self._observable.error(self.outputs.view(-1)).view(self.outputs.shape)
 
-    def _dtypes(self) -> set[torch.dtype]:
-        return super()._dtypes() | self._factored.dtypes
-
     def plan(self) -> Plan:
         """Return what a product does, as `NTK.plan`."""
         return Plan("factored", tuple(self._factored.plan_rows))
@@ -93,5 +90,5 @@ class NTKBatches(NTKBase):
     def __matmul__(self, u: Tensor) -> Tensor:
         """Return M_g u_g for all g, (G, T), from u of shape (G, T)."""
         self._check(u, tuple(self.outputs.shape))
-        self._same_parameters()
+        self._watch.check()
         return self._product(u.reshape(-1)).view(self.outputs.shape) * self.inner_weight

@@ -20,6 +20,7 @@ from grsd.spectrum.operator.double_backward import Retained
 from grsd.spectrum.operator.factored import FOLD_LIMIT, Entrances, Factored, Placed, shares_of
 from grsd.spectrum.operator.factors import Form, Use, Vectors, accumulate, gradient, matrix
 from grsd.spectrum.operator.own_positions import total_between
+from grsd.spectrum.operator.precision import unmixed
 from grsd.spectrum.operator.rules import Embedding, Linear, is_bias
 from grsd.spectrum.programs.program import Kinds, Program, Rows
 
@@ -113,7 +114,8 @@ class CrossKernel:
         self._pieces: list[Piece] = []
         self._rows: list[PlanRow] = []
         if isinstance(first, Side) and isinstance(second, Side):
-            self._join(first, second)
+            with unmixed():
+                self._join(first, second)
 
     @property
     def T(self) -> CrossKernel:
@@ -148,7 +150,7 @@ class CrossKernel:
             shapes = second.parameters
             given = {k: v[k] if k in v else torch.zeros_like(shapes[k]) for k in second.used}
             return second.jvp(given) * self.inner_weight
-        with torch.no_grad():
+        with torch.no_grad(), unmixed():
             return self._product(u) * self.inner_weight
 
     def __rmatmul__(self, v: Tensor) -> Tensor:

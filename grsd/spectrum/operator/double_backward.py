@@ -6,18 +6,15 @@ of a VJP with respect to its own input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from grsd.spectrum.operator.precision import of_graph, unmixed
+
 Gradients = dict[int, Tensor]  # number of a parameter → one of its shape
 
-CHANGED = (
-    "the model's parameters were changed in place after this operator was made, so its graph is "
-    "gone; make a new NTK after every training step"
-)
 CURES = {
     "embedding_bag": "Write nn.EmbeddingBag as nn.Embedding and a sum over its tokens",
     "cdist": "Write torch.cdist as the root of ((x[:, None] - y) ** 2).sum(-1)",
@@ -37,13 +34,15 @@ class Retained:
         self._rows, self.parameters = rows, parameters
         self.outputs = rows.detach()
         self._probe = torch.zeros_like(rows.detach(), requires_grad=True)
-        products = torch.autograd.grad(
-            rows, parameters, self._probe, create_graph=True, allow_unused=True
-        )
+        with unmixed():
+            products = torch.autograd.grad(
+                rows, parameters, self._probe, create_graph=True, allow_unused=True
+            )
         self._vjp = {k: w for k, w in enumerate(products) if w is not None}
         self.used = [*self._vjp]
         if not self.used:
             raise ValueError("no parameter of the model reaches the outputs, so J is zero")
+        self.dtypes, self.convolves = of_graph([*self._vjp.values()])
         # ⟨u, J Jᵀu⟩ = ‖Jᵀu‖² for one u: the graph can be differentiated, and gives the Jacobian.
         u = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows)
         w = self.vjp(u)
@@ -69,23 +68,12 @@ class Retained:
     def vjp(self, u: Tensor) -> Gradients:
         """Return Jᵀu. Cost: one backward pass."""
         used = [self.parameters[k] for k in self.used]
-        with same_parameters():
+        with unmixed():
             gradients = torch.autograd.grad(self._rows, used, u, retain_graph=True)
         return dict(zip(self.used, gradients, strict=True))
 
     def jvp(self, v: Gradients) -> Tensor:
         """Return J v, (T,). Cost: one pass through the doubled graph."""
         products, vectors = [*self._vjp.values()], [v[k] for k in self.used]
-        with same_parameters():
+        with unmixed():
             return torch.autograd.grad(products, self._probe, vectors, retain_graph=True)[0]
-
-
-@contextmanager
-def same_parameters() -> Iterator[None]:
-    """Say in plain words that a graph is gone because the parameters were changed."""
-    try:
-        yield
-    except RuntimeError as failure:
-        if "modified by an inplace operation" not in str(failure):
-            raise
-        raise RuntimeError(CHANGED) from failure

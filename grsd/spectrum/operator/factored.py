@@ -32,7 +32,8 @@ from grsd.spectrum.operator.factors import (
     matrix,
 )
 from grsd.spectrum.operator.own_positions import OwnPositions, Share, refuse, total, unfold
-from grsd.spectrum.operator.rules import Embedding, Linear
+from grsd.spectrum.operator.precision import rounding, unmixed
+from grsd.spectrum.operator.rules import Convolution, Embedding, Linear
 from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.program import Program, Rows
 from grsd.spectrum.programs.record import record
@@ -44,6 +45,8 @@ FOLD_LIMIT = 8192  # rows; a larger T × T matrix takes too much memory
 # What bytes cost, in FLOPs of a matrix product that take as long (a CPU, float32): `spread` and
 # `collect` of one number, and one number of a T × T matrix that multiplies a vector
 BORDER_COST, SHARE_COST = 128, 8
+
+CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 
 # number of a parameter → its uses and the slots of their δ
 Entrances = list[tuple[Use, int]]
@@ -97,6 +100,9 @@ class Factored:
         slots = [None if k in missing else next(reached) for k in range(len(places))]
         kinds = [adjoint.kinds[out] for node in adjoint.nodes for out in node.outs if out >= 0]
         self.dtypes = {dtype for _, dtype in kinds if dtype.is_floating_point}
+        called = {getattr(node.func, "overloadpacket", None) for node in adjoint.nodes}
+        own = any(isinstance(use, Convolution) for use in trace.uses)
+        self.convolves = own or not called.isdisjoint(CONVOLUTIONS)
         placed = self._place(trace, slots)
         if groups > 1:
             self._check_groups(placed, adjoint, values)
@@ -130,14 +136,16 @@ class Factored:
 
     def __call__(self, u: Tensor) -> Tensor:
         """Return J Jᵀ u for u of shape (T,)."""
-        with torch.no_grad():
+        with torch.no_grad(), unmixed():
             return self._product(u)
 
     def block(self, U: Tensor) -> Tensor:
         """Return J Jᵀ U for U of shape (T, k), to rounding `__call__` on every column.
 
         As many columns as `BLOCK_BYTES` holds go through the programs together; one by one where an
-        operation cannot take a batch. Cost: k products, in one call of an operation for all.
+        operation cannot take a batch, or PyTorch batches it wrongly: a sum of the columns of U with
+        random signs must become that of the results. Cost: k + 1 products, in one call of an
+        operation for all.
         """
         if not U.shape[1]:
             return torch.empty_like(U)
@@ -145,13 +153,25 @@ class Factored:
         if self._batched and size > 1 and U.shape[1] > 1:
             together = torch.func.vmap(self._product, in_dims=1, out_dims=1)
             try:
-                with torch.no_grad(), warnings.catch_warnings():
+                with torch.no_grad(), unmixed(), warnings.catch_warnings():
                     warnings.simplefilter("error", UserWarning)  # a loop inside vmap says so
                     parts = torch.split(U, size, dim=1)
-                    return torch.cat([together(part) for part in parts], dim=1)
+                    result = torch.cat([together(part) for part in parts], dim=1)
+                    if self._linear(U, result):
+                        return result
             except (RuntimeError, UserWarning):
-                self._batched = False
+                pass
+            self._batched = False
         return torch.stack([self(u) for u in U.unbind(1)], dim=1)
+
+    def _linear(self, U: Tensor, result: Tensor) -> bool:
+        """Say whether M (U s) is (M U) s to half the digits, for random signs s, (k,)."""
+        draw = torch.rand(U.shape[1], generator=torch.Generator().manual_seed(0))
+        signs = torch.where(draw < 0.5, -1.0, 1.0).to(U.device, torch.float64)
+        wide = result.double()
+        gap = torch.linalg.vector_norm(wide @ signs - self((U.double() @ signs).to(U)).double())
+        eps = rounding({self._dtype, *self.dtypes}, self.convolves, U.device)
+        return bool(gap <= eps**0.5 * torch.linalg.vector_norm(wide))
 
     def _product(self, u: Tensor) -> Tensor:
         # What is folded.

@@ -17,12 +17,21 @@ from torch import Tensor, nn
 
 from grsd import checks
 from grsd.spectrum.observables import Observable, Outputs
-from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRow, refuse_dropout
+from grsd.spectrum.operator.base import (
+    Inputs,
+    Normalize,
+    NTKBase,
+    Plan,
+    PlanRow,
+    copied,
+    refuse_dropout,
+)
 from grsd.spectrum.operator.cross import CrossKernel, Side
 from grsd.spectrum.operator.cuda_graph import Product, replayed
-from grsd.spectrum.operator.double_backward import Retained, same_parameters
+from grsd.spectrum.operator.double_backward import Retained
 from grsd.spectrum.operator.factored import Factored
 from grsd.spectrum.operator.layers import by_layer, select
+from grsd.spectrum.operator.precision import unmixed
 from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.record import Unrecordable
 
@@ -68,7 +77,8 @@ class NTK(NTKBase):
         overwritten in place, an operation without a second derivative, gradients that are changed
         on their way, or a model in a wrapper (`DataParallel`, `torch.jit`).
     RuntimeError
-        A product after the parameters were changed.
+        A product after the model was changed: see :mod:`grsd.spectrum.operator.watch` for how that
+        is seen. Inputs, targets and buffers are copied, so that theirs may change.
 
     Notes
     -----
@@ -93,7 +103,7 @@ class NTK(NTKBase):
         checks.one_of("method", method, ("auto", "graph", "factored"))
         checks.whole("products", products, 1)
         super().__init__(model, normalize, parameters)
-        self._inputs, self._observable = inputs, observable
+        self._inputs, self._observable = copied(inputs, observable)
         self._settings: Any = {"normalize": normalize, "method": method, "products": products}
         self._graph: Retained | None = None
         self._traced_pass: tuple[Tensor, Trace] | None = None
@@ -111,7 +121,9 @@ class NTK(NTKBase):
     def _factor(self, strict: bool) -> None:
         make = partial(Factored, names=self._names, products=self._settings["products"])
         try:
-            self.outputs, self._factored = self._recorded(self._inputs, self._observable, make)
+            self.outputs, made = self._recorded(self._inputs, self._observable, make)
+            self._factored = made
+            self._count(made)
         except Unrecordable as failure:
             self._why = str(failure)
             if strict:
@@ -122,23 +134,15 @@ class NTK(NTKBase):
 
     def _retain(self) -> Retained:
         """Return the retained graph of the model, made on first use."""
+        self._watch.check()
         if self._graph is None:
             rows = self._rows(self._inputs, self._observable)
             if self._factored is not None:
-                self._same_outputs(rows)
+                self._same_outputs(rows, self.outputs)
             self.outputs = rows.detach()
             self._graph = Retained(rows, self._parameters)
+            self._count(self._graph)
         return self._graph
-
-    def _dtypes(self) -> set[torch.dtype]:
-        return super()._dtypes() | (set() if self._factored is None else self._factored.dtypes)
-
-    def _same_outputs(self, rows: Tensor) -> None:
-        self._same_parameters()
-        if not torch.equal(rows.detach(), self.outputs):
-            raise RuntimeError(
-                "the model or its inputs were changed after this operator was made; make a new NTK"
-            )
 
     @property
     def _used(self) -> list[Tensor]:
@@ -188,13 +192,13 @@ class NTK(NTKBase):
             self._check(u, (self.shape[0], u.shape[1]))
             if self._factored is None:
                 return torch.stack([self @ column for column in u.unbind(1)], dim=1)
-            self._same_parameters()
+            self._watch.check()
             return self._factored.block(u) * self.inner_weight
         self._check(u, (self.shape[0],))
         if self._factored is None:
             graph = self._retain()
             return graph.jvp(graph.vjp(u)) * self.inner_weight
-        self._same_parameters()
+        self._watch.check()
         if self._product is None:
             self._product = replayed(self._factored, u)
         return self._product(u) * self.inner_weight
@@ -213,10 +217,17 @@ class NTK(NTKBase):
         passes as far down as the layer. A module that shares a parameter with others outside it
         raises ValueError; a model that was changed, RuntimeError.
         """
+        self._watch.check()
         names = select(by_layer(self._model, self._used), name)
         batch = (self._model, self._inputs, self._observable)
-        one = NTK(*batch, parameters=names, **self._settings)
-        self._same_outputs(one.outputs)
+        with self._mixed():
+            one = NTK(*batch, parameters=names, **self._settings)
+        self._same_outputs(one.outputs, self.outputs)
+        for name, buffer in one._buffers.items():
+            if not torch.equal(buffer, self._buffers.get(name, buffer)):
+                raise RuntimeError(
+                    f"the buffer {name!r} was changed after this operator was made; make a new NTK"
+                )
         return one
 
     def cross(self, inputs: Inputs, observable: Observable | None = None) -> CrossKernel:
@@ -237,7 +248,7 @@ class NTK(NTKBase):
                 )
             observable = Outputs()
         make = partial(Side, names=self._names)
-        batches = [(self._inputs, self._observable), (inputs, observable)]
+        batches = [(self._inputs, self._observable), copied(inputs, observable)]
         sides: Any = []
         if self._factored is not None:
             try:
@@ -252,7 +263,7 @@ class NTK(NTKBase):
             graphs = (self._retain(), Retained(self._rows(*batches[1]), self._parameters))
             sides = [(graph.outputs, graph) for graph in graphs]
         (here, first), (there, second) = sides
-        self._same_outputs(here)
+        self._same_outputs(here, self.outputs)
         kinds = [f"{f.dtype} on {f.device}" for f in (here, there)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"the rows are {kinds[0]}, those of the other batch {kinds[1]}")
@@ -260,7 +271,7 @@ class NTK(NTKBase):
             "names": self._names,
             "folded": set() if self._factored is None else self._factored.folded,
             "products": self._settings["products"],
-            "unchanged": self._same_parameters,
+            "unchanged": self._watch.check,
             "eps": self.eps,
             "inner_weight": self.inner_weight,
         }
@@ -274,12 +285,13 @@ class NTK(NTKBase):
         pass; the first call runs the model again and keeps its graph.
         """
         self._check(u, (self.shape[0],))
+        self._watch.check()
         if self._traced_pass is None:
             self._traced_pass = self._traced(self._inputs, self._observable)
-            self._same_outputs(self._traced_pass[0])
+            self._same_outputs(self._traced_pass[0], self.outputs)
         rows, trace = self._traced_pass
         places: Any = trace.places
-        with same_parameters():
+        with unmixed():
             deltas = torch.autograd.grad(rows, places, u, retain_graph=True, allow_unused=True)
         # Every place is the output of one layer.
         groups = by_layer(self._model, self._parameters)

@@ -19,11 +19,12 @@ from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from grsd.spectrum.observables import Observable
-from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRow
+from grsd.spectrum.operator.base import Inputs, Normalize, NTKBase, Plan, PlanRow, copied
 from grsd.spectrum.operator.double_backward import Gradients, Retained
 from grsd.spectrum.operator.exchange import Processes, refuse_disagreement
 from grsd.spectrum.operator.factored import Factored, Placed
 from grsd.spectrum.operator.factors import Form, Vectors, accumulate, gradient
+from grsd.spectrum.operator.precision import unmixed
 from grsd.spectrum.programs.program import Rows
 from grsd.spectrum.programs.record import Unrecordable
 
@@ -79,13 +80,15 @@ class NTKShards(NTKBase):
         processes: bool | distributed.ProcessGroup = False,
     ) -> None:
         self._processes = Processes(processes)
-        self._hold, self._parts = hold, list(parts)
+        self._hold = hold
+        self._parts: list[Part] = []
         self._halves: list[Halves | Retained] = []
         self._plan: list[PlanRow] = []
         local: dict[str, Any] = {"failure": None}
         # A process that fails must still answer: the others wait for it.
         try:
             super().__init__(model, normalize)
+            self._parts = [copied(*part) for part in parts]
             if len(self._parts) > 1 or self._processes.size > 1:
                 _refuse_batch_statistics(model)
             local |= self._build()
@@ -114,6 +117,7 @@ class NTKShards(NTKBase):
             outputs.append(rows)
             samples += observable.samples(rows)
             used |= set(halves.used)
+            self._count(halves)
             if isinstance(halves, Halves):
                 self._plan += halves.plan_rows
             if self._hold:
@@ -177,7 +181,7 @@ class NTKShards(NTKBase):
             self._check(u, (self.shape[0], u.shape[1]))
             return torch.stack([self @ column for column in u.unbind(1)], dim=1)
         self._check(u, self.shape[:1])
-        self._same_parameters()
+        self._watch.check()
         # First sweep: Jᵀu. Neither u may be written to, nor a gradient that is also another's.
         pieces = torch.split(u[self.local], self._sizes)
         total: Gradients = {}
@@ -211,11 +215,16 @@ class NTKShards(NTKBase):
         if self._hold:
             return self._halves[k].vjp(u)
         rows = self._rows(*self._parts[k])
-        gradients = torch.autograd.grad(rows, self._parameters, u, allow_unused=True)
+        self._same_outputs(rows, torch.split(self._outputs, self._sizes)[k])
+        with unmixed():
+            gradients = torch.autograd.grad(rows, self._parameters, u, allow_unused=True)
         return {at: g for at, g in enumerate(gradients) if g is not None}
 
     def _jvp(self, k: int, gradients: Gradients) -> Tensor:
-        halves = self._halves[k] if self._hold else self._halves_of(*self._parts[k])[1]
+        if self._hold:
+            return self._halves[k].jvp(gradients)
+        rows, halves = self._halves_of(*self._parts[k])
+        self._same_outputs(rows, torch.split(self._outputs, self._sizes)[k])
         return halves.jvp(gradients)
 
 
@@ -275,7 +284,7 @@ class Halves(Factored):
     def vjp(self, u: Tensor) -> Gradients:
         """Return Jᵀu."""
         assert self.adjoint is not None
-        with torch.no_grad():
+        with torch.no_grad(), unmixed():
             deltas = dict(zip(self.slots, self.adjoint.run(u), strict=True))
             return {
                 k: gradient([use for use, _ in uses], [deltas[s] for _, s in uses])
@@ -286,7 +295,7 @@ class Halves(Factored):
         """Return J v, (T,)."""
         assert self.adjoint is not None and self.forward is not None
         changes: Vectors = {}
-        with torch.no_grad():
+        with torch.no_grad(), unmixed():
             for k, uses in self._placed.items():
                 for use, slot in uses:
                     dtype = self.adjoint.kinds[slot][1]

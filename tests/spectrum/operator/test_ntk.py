@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +114,66 @@ def test_a_matrix_of_vectors_is_multiplied_column_by_column() -> None:
         assert torch.linalg.norm(M @ U - columns) < 1e-13 * torch.linalg.norm(columns)
         with pytest.raises(ValueError, match="it multiplies vectors"):
             M @ U[1:]
+
+
+class Entrywise(nn.Module):
+    """Applies an operation to a matrix a sample; cumsum mixes the samples, so that nothing is folded."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.operation = nn.Linear(4, 9), operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrices = self.first(x).tanh().cumsum(0).view(-1, 3, 3)
+        found = torch.stack([self.operation(matrix) for matrix in matrices]).view(len(x), -1).sum(1)
+        return found[:, None] * torch.tensor([1.0, 2.0]).double()
+
+
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    # batched wrongly by PyTorch 2.13
+    "trace": torch.trace,
+    "trace of a product": lambda x: torch.trace(x @ x.T @ x),
+    # without a rule, and right ones
+    "take": lambda x: torch.take(x, torch.tensor([1, 5, 5, 8])),
+    "masked_scatter": lambda x: x.masked_scatter(x.detach() > 0, x.flip(0)),
+    "as_strided": lambda x: x.as_strided((2, 2), (3, 1), 1),
+    "diagonal": lambda x: x.diagonal().prod(),
+    "filled in place": lambda x: torch.zeros_like(x).index_fill_(0, torch.tensor([1]), x.sum()),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_block_of_an_operation_that_cannot_be_batched(name: str) -> None:
+    torch.manual_seed(0)
+    case = Entrywise(OPERATIONS[name]).double(), torch.randn(3, 4, dtype=torch.float64), Outputs()
+    truth = dense(*case)
+    M = NTK(*case, normalize="sum")
+    assert torch.linalg.norm(M.to_dense() - truth) < 1e-12 * torch.linalg.norm(truth)
+    for k in (1, 2, 5):
+        U = torch.randn(6, k, dtype=torch.float64)
+        M = NTK(*case, normalize="sum")
+        assert torch.linalg.norm(M @ U - truth @ U) < 1e-12 * torch.linalg.norm(truth @ U)
+
+
+def test_one_wrong_column_of_a_block_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault in one entry of one column; without it, the columns go through together."""
+    M = NTK(*gpt2(), method="factored")
+    U = torch.randn(M.shape[0], 5, dtype=torch.float64)
+    columns, factored = M @ U, M._factored
+    assert factored is not None and factored._batched
+    batched = torch.func.vmap
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        def together(part: Tensor) -> Tensor:
+            result = batched(*args, **kwargs)(part).clone()
+            result[3, 4] *= 1.001
+            return result
+
+        return together
+
+    monkeypatch.setattr(torch.func, "vmap", wrong)
+    assert torch.linalg.norm(M @ U - columns) < 1e-13 * torch.linalg.norm(columns)
+    assert not factored._batched
 
 
 def test_scipy_sees_the_same_operator() -> None:
