@@ -21,19 +21,34 @@ DENSE = 1 << 21  # entries up to which a singular value decomposition is taken
 KRYLOV = 12  # vectors that the iteration keeps
 
 
+def scaled(x: Tensor, axes: int) -> tuple[Tensor, Tensor]:
+    """Return x / 2ᵏ and k, (..., 1, 1): by matrix (axes = 2) or vector (1), entries below one.
+
+    k is such that the largest is in [1/2, 1), or 0 where all are zero; no bit of x is lost. Squares
+    of what is returned neither overflow nor vanish.
+    """
+    top = x.abs().amax(tuple(range(-axes, 0)), keepdim=True)
+    exponent = torch.frexp(top).exponent
+    half = exponent // 2  # 2ᵏ itself may be no number of this type
+    return torch.ldexp(torch.ldexp(x, -half), half - exponent), exponent
+
+
 def rms_norm(v: Tensor) -> Tensor:
-    """Return ‖v‖₂/√dim over the last axis: (..., n) → (...)."""
+    """Return ‖v‖₂/√dim over the last axis: (..., n) → (...), at any scale."""
     if v.ndim == 0 or v.shape[-1] == 0:
         raise ValueError(
             f"the RMS norm needs a vector with at least one entry, got shape {tuple(v.shape)}"
         )
-    return torch.linalg.vector_norm(v, dim=-1) / math.sqrt(v.shape[-1])
+    unit, exponent = scaled(v, 1)
+    return torch.ldexp(
+        torch.linalg.vector_norm(unit, dim=-1) / math.sqrt(v.shape[-1]), exponent[..., 0]
+    )
 
 
 def spectral_norm(
     W: Tensor, *, tolerance: float = 1e-4, seed: int = 0, dense: int = DENSE
 ) -> float:
-    """Return the largest singular value of a matrix (n_out, n_in).
+    """Return the largest singular value of a matrix (n_out, n_in), at any scale.
 
     With more than `dense` entries it comes from ARPACK's restarted Lanczos on products in the dtype
     of W (half precision in single), started from `seed`, with a relative error of at most
@@ -50,9 +65,10 @@ def spectral_norm(
     checks.finite("the matrix", W.detach())
     W = W.detach()
     W = W.float() if W.dtype in (torch.float16, torch.bfloat16) else W
+    W, exponent = scaled(W, 2)
     # small: all singular values at once
     if W.numel() <= dense or min(W.shape) <= KRYLOV:
-        return float(torch.linalg.matrix_norm(W, ord=2))
+        return math.ldexp(float(torch.linalg.matrix_norm(W, ord=2)), int(exponent))
     if not bool(W.any()):
         return 0.0
 
@@ -66,7 +82,7 @@ def spectral_norm(
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(min(W.shape), generator=generator, dtype=torch.float64).numpy()
     top = svds(operator, 1, KRYLOV, tol=tolerance, v0=start, return_singular_vectors=False)
-    return float(top[0])
+    return math.ldexp(float(top[0]), int(exponent))
 
 
 def rms_operator_norm(W: Tensor, *, dense: int = DENSE) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grsd import checks
+from grsd.mup.norms import scaled
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b, c of Jordan's iteration: singular values end between about 0.7 and 1.2."""
@@ -41,10 +42,12 @@ def newton_schulz(
         raise ValueError(f"orthogonalisation needs matrices, got shape {tuple(G.shape)}")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"the iteration needs a floating-point dtype, got {dtype}")
+    G, given = scaled(G, 2)[0], G.dtype
     if dtype is None:
         exact = torch.float64 if G.dtype == torch.float64 else torch.float32
         dtype = torch.bfloat16 if G.is_cuda else exact
-    # wide matrices of Frobenius norm 1, hence of singular values at most 1, in one batch
+    # wide matrices of Frobenius norm 1, hence of singular values at most 1, in one batch; what is
+    # of size 1e-30, where squares are no numbers, has been scaled by a power of two
     X = G.to(dtype)
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
@@ -57,12 +60,12 @@ def newton_schulz(
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     X = X.reshape(shape)
-    return (X.mT if tall else X).to(G.dtype)
+    return (X.mT if tall else X).to(given)
 
 
 def polar(G: Tensor) -> Tensor:
     """Return U Vᵀ from the singular value decomposition, (..., m, n); 0 where these are 0."""
-    u, s, vt = torch.linalg.svd(G, full_matrices=False)
+    u, s, vt = torch.linalg.svd(scaled(G, 2)[0], full_matrices=False)
     kept = (s > s[..., :1] * max(G.shape[-2:]) * torch.finfo(G.dtype).eps).to(G.dtype)
     return (u * kept[..., None, :]) @ vt
 
@@ -242,7 +245,13 @@ class Shampoo(_Matrix):
 
 def _inverse_fourth_root(S: Tensor, eps: float) -> Tensor:
     """Return (S + εI)^{-1/4}; eigenvalues at rounding count as absent when ε is smaller."""
-    values, vectors = torch.linalg.eigh(S)
+    try:
+        values, vectors = torch.linalg.eigh(S)
+    except RuntimeError as failure:
+        raise ValueError(
+            f"the average of G Gᵀ has no eigenvalues ({str(failure).splitlines()[0]}): gradients "
+            f"are not finite, or their squares are none in {S.dtype}; clip or scale them"
+        ) from failure
     floor = values[..., -1:] * S.shape[-1] * torch.finfo(S.dtype).eps
     power = (values.clamp_min(0) + eps).clamp_min(torch.finfo(S.dtype).tiny) ** -0.25
     power = torch.where((values > floor) | (eps > floor), power, torch.zeros_like(power))
@@ -279,6 +288,7 @@ class SSO(_Orthogonal):
         )
         theta = u[..., :, :1] * vt[..., :1, :]
         # bisection for μ; with ‖G‖ = 1 the sign beyond ±2 is that of θ
+        G = scaled(G, 2)[0]
         G = G / torch.linalg.matrix_norm(G, keepdim=True).clamp_min(torch.finfo(G.dtype).tiny)
         mu = G.new_zeros(len(G))
         low, high = mu - 2, mu + 2
@@ -318,18 +328,41 @@ def _evaluate(closure: Callable[[], Any] | None) -> Any:
 
 
 class Combined(torch.optim.Optimizer):
-    """Several optimizers as one: one `step`, one state, one list of groups for schedulers."""
+    """Several optimizers as one: one `step`, one state, one list of groups for schedulers.
+
+    A group goes to the optimizer that is to step it: `optimizers[k].add_param_group`.
+    """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         if not optimizers:
             raise ValueError("no optimizer to combine")
+        self.optimizers: list[torch.optim.Optimizer] = []
+        super().__init__([g for o in optimizers for g in o.param_groups], {})
         self.optimizers = list(optimizers)
-        super().__init__([g for o in self.optimizers for g in o.param_groups], {})
-        self._share()
 
-    def _share(self) -> None:
-        """Hold the very groups of the parts: what a scheduler writes must reach them."""
-        self.param_groups = [g for o in self.optimizers for g in o.param_groups]
+    @property
+    def param_groups(self) -> list[Group]:
+        """The very groups of the parts: what a scheduler writes reaches them."""
+        return [g for o in self.optimizers for g in o.param_groups] or self._checked
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self._checked = groups  # while torch looks for parameters in two groups
+
+    def add_param_group(self, param_group: Group) -> None:
+        if self.optimizers:
+            kinds = [type(o).__name__ for o in self.optimizers]
+            raise ValueError(
+                f"which of {kinds} is to step this group? Give it to that one: "
+                "optimizers[k].add_param_group(group)"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Combined.__init__(self, state["optimizers"])
 
     def step(self, closure: Any = None) -> Any:
         loss = _evaluate(closure)
@@ -348,7 +381,6 @@ class Combined(torch.optim.Optimizer):
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-        self._share()
 
 
 def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -68,6 +68,24 @@ def test_a_loose_iteration_is_seen_to_be_loose() -> None:
     )  # from below, and off by more than the tolerance of the other tests
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-23, 1e30, 1e170, 1e300])
+def test_norms_do_not_know_the_scale(scale: float) -> None:
+    """Both ways of the operator norm, and of vectors whose squares are no numbers of their type."""
+    W = torch.randn(40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for x in (W, W.float()):
+        if not 1e-36 < scale < 1e36 and x.dtype == torch.float32:
+            continue
+        eps = torch.finfo(x.dtype).eps
+        for dense in (10, 10**4):
+            plain, moved = (spectral_norm(y, dense=dense) for y in (x, x * scale))
+            assert abs(moved / scale - plain) < (3e-4 if dense == 10 else 100 * eps) * plain
+        ratio = rms_norm(x * scale).double() / scale / rms_norm(x).double()
+        assert float((ratio - 1).abs().max()) < 10 * eps
+    assert float(rms_norm(torch.zeros(3))) == 0.0 == spectral_norm(torch.zeros(3, 2))
+    assert math.isnan(float(rms_norm(torch.tensor([math.nan, 1.0]))))
+    assert float(rms_norm(torch.tensor([math.inf, 1.0]))) == math.inf
+
+
 def test_half_precision_is_measured_in_single() -> None:
     W = matrix(64, 64)
     assert rms_operator_norm(W.bfloat16()) == pytest.approx(rms_operator_norm(W), rel=2**-8)

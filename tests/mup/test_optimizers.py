@@ -107,6 +107,81 @@ def test_muon_is_torchs_where_torch_has_it(
     assert torch.equal(first, bare) == same  # scalings differ, except where the factor is 1
 
 
+SCALES = {
+    torch.float64: (1e-300, 1e-170, 1e-23, 1e30, 1e300),
+    torch.float32: (1e-37, 1e-30, 1e-23, 1e19, 1e30, 1e37),
+    torch.bfloat16: (1e-37, 1e-23, 1e30),
+    torch.float16: (1e-3, 1e4),
+}
+
+
+@pytest.mark.parametrize("dtype", SCALES)
+def test_an_orthogonal_factor_does_not_know_the_scale(dtype: torch.dtype) -> None:
+    """Squares of such entries underflow or overflow; scaling loses no more than the type's own rounding."""
+    G = noise(3, 6, 4).to(dtype)
+    eps = torch.finfo(dtype).eps
+    plain = newton_schulz(G)
+    for scale in SCALES[dtype]:
+        # inputs rounded twice; five steps carry a rounding by at most 3.4445⁵ = 485
+        moved = newton_schulz(G * scale)
+        assert float((moved - plain).double().abs().max()) < 500 * eps, scale
+        if dtype in (
+            torch.float64,
+            torch.float32,
+        ):  # singular values are not computed in half precision
+            far = (polar(G * scale) - polar(G)).double().abs().max()
+            assert float(far) < 500 * eps, scale
+    assert torch.equal(newton_schulz(G * 2.0**-6), plain)  # a power of two loses nothing
+    batch = torch.cat(
+        [G * SCALES[dtype][0], G * SCALES[dtype][-1], 0 * G]
+    )  # each has its own scale
+    assert (
+        float((newton_schulz(batch)[:6] - plain.repeat(2, 1, 1)).double().abs().max()) < 500 * eps
+    )
+    assert not bool(newton_schulz(batch)[6:].any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_smallest_numbers_of_a_type_have_a_factor(dtype: torch.dtype) -> None:
+    """Subnormal entries: one, which is rank one, and a pattern of signs."""
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    one = torch.zeros(4, 3, dtype=dtype)
+    one[2, 1] = -tiny
+    signs = noise(4, 3, dtype=torch.float32).sign().to(dtype)
+    assert float(polar(one.float() if dtype != torch.float32 else one)[2, 1]) == -1.0
+    assert torch.equal(newton_schulz(one), newton_schulz(one.sign()))
+    assert torch.equal(newton_schulz(signs * tiny), newton_schulz(signs))
+
+
+@pytest.mark.parametrize("kind", [Muon, SSO])
+def test_steps_of_a_momentum_that_dies_out(kind: Any) -> None:
+    """After one gradient, thousands of steps without: the momentum falls below every number."""
+    W = noise(6, 4, dtype=torch.float32)
+    p = parameter(W, noise(6, 4, seed=1, dtype=torch.float32))
+    optimizer = kind([p], lr=0.0, momentum=0.5)
+    optimizer.step()
+    assert p.grad is not None
+    for _ in range(160):
+        p.grad.zero_()
+        optimizer.step()
+        assert bool(p.isfinite().all())
+    assert not bool(optimizer.state[p]["momentum"].any())
+    steps = []
+    for scale in (1.0, 1e-23, 1e30):
+        q = parameter(W, noise(6, 4, seed=1, dtype=torch.float32) * scale)
+        other = kind([q], lr=0.1)
+        other.step()
+        steps.append(q.detach() - W)
+    for step in steps[1:]:
+        assert float((step - steps[0]).abs().max()) < 1e-5  # 500 roundings of 1.2e-7, times 0.1
+
+
+def test_shampoo_says_that_squares_overflow() -> None:
+    p = parameter(noise(6, 4, dtype=torch.float32), noise(6, 4, dtype=torch.float32) * 1e25)
+    with pytest.raises(ValueError, match=r"squares are none in torch\.float32; clip or scale"):
+        Shampoo([p], lr=0.1).step()
+
+
 def test_exact_muon_makes_the_step_of_the_formula() -> None:
     W, G = noise(12, 20), noise(12, 20, seed=1)
     p = parameter(W, G)
@@ -229,6 +304,50 @@ def test_combined_optimizers_are_driven_and_saved_as_one() -> None:
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="the state holds 1 optimizers, here are 2"):
         opt.load_state_dict({"optimizers": [{}]})
+
+
+def pair() -> tuple[list[nn.Parameter], Combined]:
+    ps = [parameter(noise(3, 3, seed=k), noise(3, 3, seed=9)) for k in range(3)]
+    return ps, Combined([Muon(ps[:1], lr=0.1), torch.optim.AdamW(ps[1:2], lr=0.1)])
+
+
+def test_a_group_for_combined_optimizers_goes_to_the_one_that_steps_it() -> None:
+    ps, opt = pair()
+    before = [p.detach().clone() for p in ps]
+    with pytest.raises(ValueError, match=r"which of \['Muon', 'AdamW'\] is to step this group"):
+        opt.add_param_group({"params": ps[2:]})
+    assert len(opt.param_groups) == 2
+    opt.optimizers[1].add_param_group({"params": ps[2:], "lr": 0.2})
+    assert len(opt.param_groups) == 3
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda _: 0.5)
+    assert [g["lr"] for g in opt.param_groups] == [0.05, 0.05, 0.1]
+    opt.step()
+    assert all(not torch.equal(p, x) for p, x in zip(ps, before, strict=True))
+    opt.zero_grad()
+    assert all(p.grad is None for p in ps)
+    opt.step()  # without gradients nothing is stepped
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        Combined([torch.optim.SGD(ps[:1], lr=0.1), torch.optim.SGD(ps[:1], lr=0.1)])
+
+
+def test_combined_optimizers_take_a_closure_and_are_copied_with_their_parameters() -> None:
+    ps, opt = pair()
+
+    def closure() -> Tensor:
+        opt.zero_grad(set_to_none=False)
+        loss = sum((p.square().sum() for p in ps), torch.zeros(()))
+        loss.backward()
+        return loss
+
+    first = opt.step(closure)
+    assert bool(opt.step(closure) < first)
+    copied, twin = copy.deepcopy((ps, opt))
+    assert isinstance(twin, Combined) and copied[0] is not ps[0]
+    for p, q in zip(ps, copied, strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    opt.step()
+    twin.step()
+    assert all(torch.equal(a, b) for a, b in zip(ps, copied, strict=True))
 
 
 @pytest.mark.parametrize(

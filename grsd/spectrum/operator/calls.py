@@ -73,8 +73,6 @@ def _cross_entropy(call: SimpleNamespace) -> Tensor | None:
     if settings != (None, None, None, "none") or call.label_smoothing != 0:
         return None
     logits, target = call.input, call.target
-    if torch.is_autocast_enabled(logits.device.type):
-        logits = logits.float()  # as autocast does
     if logits.ndim != 2 or target.dtype != torch.int64 or not logits.requires_grad:
         return None
     if bool(((target < 0) | (target == call.ignore_index)).any()):
