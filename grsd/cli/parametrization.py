@@ -83,13 +83,15 @@ def mup_check(
         got = f"--widths {widths} and --depths {depths}"
         raise ValueError(f"two widths or two depths are needed to compare, got {got}")
     # the plan of the largest model, which is shown, and the check over all sizes
-    factory = stock.factory(stock.configuration(model), positions=length)
+    config = stock.configuration(model)
+    factory = stock.factory(config, positions=length)
+    loss = stock.images(config, batch_size) or help_text.next_byte(batch_size, length)
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))
     who = {"optimizer": more["optimizer"], "other": more["other"], "k": layers}
     plan = mup.plan(largest, base=factory(base[0], base[1]), **who)
     at: dict[str, Any] = {"widths": widths, "depths": depths, "base": (base[0], base[1])}
     how = {"k": layers, "seeds": range(seeds), "parametrization": "sp" if sp else "mup", **more}
-    check = mup.coord_check(factory, help_text.next_byte(batch_size, length), **at, **how)
+    check = mup.coord_check(factory, loss, **at, **how)
     # one object, or the plan, a row for each size and the verdict
     if as_json:
         kept = ("role", "quantity", "axis", "wanted", "condition")

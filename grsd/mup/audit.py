@@ -262,7 +262,7 @@ def _step(name: str, held: Sequence[tuple[Entry, Tensor, Tensor]]) -> list[Tenso
         copies.append(q)
         group = {"params": [q], "lr": known.first_lr, "mup_lr": 1.0, "weight_decay": 0.0}
         if known.matrices_only:
-            group |= {"split": entry.split, "transposed": entry.transposed}
+            group |= entry.layout
         groups.append(group)
     # A is what the step did, over its rate
     optimizer = assemble({name: groups}, known.first_lr, {name: known.exact})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grsd import checks, statistics
+from grsd.mup.initial import Initial
 from grsd.mup.norms import DENSE, rms_norm, rms_operator_norm
 from grsd.mup.optimizers import backward, pieces
 from grsd.mup.planning import Entry, Plan, plan, unscaled
@@ -188,10 +189,10 @@ def _standard(made: Plan) -> Plan:
     """Return a plan without scaling; matrices have variance 1/fan-in, embeddings the base's."""
     entries = []
     for e in unscaled(made):
-        std = e.std_base or 0.0
-        if len(e.shape) > 1 and not (e.role == "input" and len(e.shape) == 2 and e.std_base):
-            std = (e.shape[0] if e.transposed else math.prod(e.shape[1:])) ** -0.5
-        entries.append(replace(e, std_base=std))
+        table = e.role == "input" and len(e.shape) == 2 and any(one.std for one in e.initial or ())
+        if e.role in MATRICES and not table and e.initial != ():
+            e = replace(e, initial=(Initial(0.0, e.fan_in**-0.5),))
+        entries.append(e)
     return replace(made, entries=tuple(entries), multipliers=())
 
 
@@ -252,11 +253,11 @@ def _by_role(
     norms = []
     for e in made:
         x = tensors[e.name]
-        (size,) = entry_norms(x, e, rows)
+        scale = e.multiplier
         if gaussian and x.ndim > 1 and e.role in ("input", "output") and e.name not in rows:
             fan_out, fan_in = (x.mT if e.transposed else x).flatten(1).shape
-            size /= 1 + math.sqrt(fan_in / fan_out if e.role == "input" else fan_out / fan_in)
-        norms.append((e.role, size * e.multiplier))
+            scale /= 1 + math.sqrt(fan_in / fan_out if e.role == "input" else fan_out / fan_in)
+        norms += [(e.role, size * scale) for size in entry_norms(x, e, rows)]
     return geometric_means(norms)
 
 
@@ -273,8 +274,7 @@ def entry_norms(
         return [float(rms_norm(x).max())]
     if x.ndim < 2 or e.role not in MATRICES:
         return [float(rms_norm(x.reshape(-1)))]
-    group = {"split": e.split if apart else 1, "transposed": e.transposed}
-    parts = pieces(x, group) if x.ndim == 2 else [x.flatten(1)]
+    parts = pieces(x, e.layout if apart else {**e.layout, "split": 1})
     return [rms_operator_norm(part.reshape(-1, part.shape[-1]), dense=dense) for part in parts]
 
 

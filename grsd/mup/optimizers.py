@@ -7,6 +7,7 @@ what a plan asks for, and `Combined` makes one optimizer of several.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -71,17 +72,27 @@ def polar(G: Tensor) -> Tensor:
 
 
 def pieces(p: Tensor, group: Group) -> list[Tensor]:
-    """Return views (..., n_out, n_in) of a (fused) weight; leading axes are part of n_out."""
-    split, W = group.get("split", 1), p.mT if group.get("transposed") else p
-    heads, parts = split if isinstance(split, (tuple, list)) else (1, split)
-    if heads < 1 or parts < 1 or W.shape[0] % (heads * parts):
+    """Return views (..., n_out, n_in) of a (fused) weight; leading axes are part of n_out.
+
+    Three axes and more are a convolution's, whose inputs are flattened, or with ``batched`` those
+    of several matrices, such as experts. ``split`` = k are k equal parts along the outputs, a tuple
+    the sizes of parts that come again and again.
+    """
+    if group.get("batched"):
+        return [x for one in p.unbind(0) for x in pieces(one, {**group, "batched": False})]
+    split, W = group.get("split", 1), p if p.ndim == 2 else p.view(len(p), -1)
+    W = W.mT if group.get("transposed") else W
+    k = split if isinstance(split, int) else len(split)
+    sizes = [len(W) // max(k, 1)] * k if isinstance(split, int) else list(split)
+    if min(sizes, default=0) < 1 or len(W) % sum(sizes):
         raise ValueError(
-            f"split = {split} does not divide the {W.shape[0]} outputs of a matrix of shape "
+            f"split = {split} does not divide the {len(W)} outputs of a matrix of shape "
             f"{tuple(p.shape)}"
         )
-    if parts == 1:
+    if len(sizes) == 1:
         return [W]
-    return list(W.view(heads, parts, -1, W.shape[1]).unbind(1))
+    ends = list(itertools.accumulate(sizes))[:-1]
+    return list(W.view(-1, sum(sizes), W.shape[1]).tensor_split(ends, 1))
 
 
 class _Matrix(torch.optim.Optimizer):
@@ -92,7 +103,7 @@ class _Matrix(torch.optim.Optimizer):
         super().__init__(params, defaults)
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim != 2:
+                if p.ndim < 2:
                     raise ValueError(
                         f"{type(self).__name__} takes matrices; a parameter has shape "
                         f"{tuple(p.shape)}. Give it to another optimizer"
@@ -111,13 +122,14 @@ class _Matrix(torch.optim.Optimizer):
                     G = _flat(part)
                     batches.setdefault((*G.shape, G.dtype, G.device), []).append((G, (p, k)))
             # one update for each shape, written back part by part
-            fades = 1 - group["lr"] * group["weight_decay"]
+            fades, rates = 1 - group["lr"] * group["weight_decay"], group.get("rates")
             for batch in batches.values():
                 home = [part for _, part in batch]
                 updates = self._update(torch.stack([G for G, _ in batch]), home, group)
                 for (p, k), u in zip(home, updates.unbind(0), strict=True):
                     piece = pieces(p, group)[k]
-                    piece.mul_(fades).sub_(u.view(piece.shape), alpha=group["lr"])
+                    rate = rates[k % len(rates)] if rates else 1.0
+                    piece.mul_(fades).sub_(u.view(piece.shape), alpha=rate * group["lr"])
             self._after(used, group)
         return loss
 
@@ -169,9 +181,11 @@ class Muon(_Orthogonal):
 
     Parameters
     ----------
-    params : matrices (n_out, n_in), or groups of them. A group may set ``split`` = k for k matrices
-        fused along the outputs (GPT-2's QKV), or (h, k) when the k alternate in h blocks
-        (GPT-NeoX's, by head), and ``transposed`` = True for weights stored (n_in, n_out).
+    params : matrices (n_out, n_in), convolutions (n_out, n_in, …), or groups of them. A group may
+        set ``split`` = k for k matrices fused along the outputs (GPT-2's QKV), or sizes that come
+        again and again (GPT-NeoX's, by head), ``transposed`` = True for weights stored (n_in,
+        n_out), ``batched`` = True for several matrices on the first axis (experts), and ``rates``,
+        factors on the rate of fused parts.
     scaling : "bare": s = 1, equation (21) of 2603.00541; "keller": √max(1, n_out/n_in), torch's
         default; "kimi": 0.2 √max(n_out, n_in), torch's "match_rms_adamw".
     lr, and `shared` : momentum, nesterov, weight_decay as `torch.optim.Muon`; steps and dtype as

@@ -15,10 +15,12 @@ from typing import Any, Literal
 from torch import nn
 
 from grsd import checks
+from grsd.mup.families import BRANCH_ENDS, FAMILIES, FUSED, Family, Fused, configuration
+from grsd.mup.initial import initial
 from grsd.mup.plans import Entry, Plan, numbers, unscaled
 from grsd.mup.registry import row
-from grsd.mup.roles import BRANCH_ENDS, FUSED, Fused, compare, tied, unmatched
-from grsd.mup.rules import Scale, rule
+from grsd.mup.roles import compare, matching, split_of, tied, unmatched
+from grsd.mup.rules import Scale, rule, shaped
 
 __all__ = ["BRANCH_ENDS", "FUSED", "Entry", "Plan", "plan", "unscaled"]
 
@@ -34,8 +36,8 @@ def plan(
     k: int = 2,
     wd_rule: Literal["paper", "unscaled"] = "paper",
     roles: Mapping[str, str] | None = None,
-    branch_ends: Sequence[str] = BRANCH_ENDS,
-    fused: Fused = FUSED,
+    branch_ends: Sequence[str] | None = None,
+    fused: Fused | None = None,
 ) -> Plan:
     """Compare a model with its base and return the plan; warn of an optimizer whose rule is known
     to fail.
@@ -53,12 +55,16 @@ def plan(
     roles : pattern of parameter names → role, for those that cannot be told from shapes. Patterns
         are tried in order.
     branch_ends : patterns of the modules whose output is added to the residual stream; they get the
-        block's multiplier.
-    fused : pattern of parameter names → `Entry.split`, for matrices that hold several. "heads"
-        stands for (heads of the model, 3).
+        block's multiplier. By default those of the model's family in `grsd.mup.families`, else
+        `BRANCH_ENDS`; behind a norm, it is the norm that ends the branch.
+    fused : pattern of parameter names → how they are fused along their outputs: k equal parts, or a
+        tuple of sizes that come again and again. By default those of the family, else `FUSED`.
 
-    Refused is what would make a wrong plan: another architecture, ratios that differ from layer to
-    layer, a parameter without a role (named, with what to say), a pattern that matches nothing.
+    Inside the stack, matrices may grow by ratios of their own (rounded feed-forward widths, a fixed
+    number of key heads); `grsd.mup.rules.shaped` says what follows. Refused is what would make a
+    wrong plan: another architecture, ratios that differ outside the stack, a parameter without a
+    role (named, with what to say), a pattern that matches nothing. Models may be on the meta
+    device; `Plan.verify` measures whether a plan is complete.
     """
     # the optimizers, and what is known to go wrong with them
     chosen = row(optimizer)
@@ -70,11 +76,23 @@ def plan(
     if chosen.caution:
         warnings.warn(chosen.caution, stacklevel=2)
 
+    # what is known of the family; what the user says comes first
+    config = configuration(model)
+    known_as = getattr(config, "model_type", "")
+    family = FAMILIES.get(known_as, Family(BRANCH_ENDS, FUSED))
+    if family.refused:
+        raise ValueError(f"no plan for the family {known_as!r}: {family.refused}")
+    ends = family.branch_ends if branch_ends is None else branch_ends
+    fusing = family.fused if fused is None else fused
+
     # every parameter's partner in the base model (without one: itself), the ratios, and the roles
-    layout, pairs, r_n, r_L = compare(model, base, r_n, r_L, roles or {})
+    layout, pairs, r_n, r_L = compare(model, base, r_n, r_L)
+    said = {**(roles or {}), **family.roles}
+    layout = replace(layout, roles=said, backwards=family.transposed)
+    base_config = config if base is None else configuration(base)
     every = list(pairs)
     unmatched(roles or {}, every, "roles")
-    unmatched([pattern for pattern in fused if pattern not in FUSED], every, "fused")
+    unmatched(fused or {}, every, "fused")
     assigned = {name: layout.role(name, p, q) for name, (p, q) in pairs.items()}
 
     # one entry for every tensor; in the other places of a tied one its rule must be the same
@@ -93,12 +111,25 @@ def plan(
                     f"{assigned[twin]}, whose rules differ under {which}; untie them or choose "
                     "another optimizer"
                 )
+        inside = layout.block(name) is not None
+        splits = fusing if role == "hidden" else {}
+        split, there = (split_of(name, splits, c) for c in (config, base_config))
+        rates: tuple[float, ...] = ()
+        if role == "hidden":
+            # fused parts may grow by ratios of their own: one key head beside n queries
+            growth = layout.growth(name, p, q, r_n, split, there)
+            first, *others = (shaped(which, own, *one) for one in growth)
+            if any(rest.lr != first.lr for rest in others):
+                rates = tuple((one.lr / first.lr).at(r_n, 1.0) for one in (first, *others))
+            own = first
         if wd_rule == "unscaled":
             own = replace(own, weight_decay=Scale())
-        # initial values of the base: noise of one deviation, or a constant such as a gain's 1
-        values = q.detach().double().flatten()
-        constant = bool((values == values[0]).all())
-        std_base = None if base is None else float(values.square().mean().sqrt())
+        stored: dict[str, Any] = {
+            "split": split,
+            "transposed": p.ndim > 1 and layout.transposed(name),
+            "batched": role == "hidden" and layout.batched(name, p),
+        }
+        kept = matching(name, family.kept) is not None
         entries.append(
             Entry(
                 name=name,
@@ -106,36 +137,44 @@ def plan(
                 shape=tuple(p.shape),
                 optimizer=which,
                 rule=own,
-                **numbers(own, r_n, r_L),
-                std_base=0.0 if constant else std_base,
-                mean_base=float(values[0]) if constant else 0.0,
-                split=layout.split(name, fused) if role == "hidden" else 1,
-                transposed=p.ndim == 2 and layout.transposed(name),
+                # a hidden matrix outside the stack has no depth
+                **numbers(own, r_n, r_L if inside else 1.0),
+                initial=()
+                if kept
+                else initial(layout.owner(name), q, {**stored, "split": there}, base is not None),
                 block=layout.block(name),
+                rates=rates,
+                **stored,
             )
         )
     # factors on the ends of branches and on heads, which are the same for every optimizer
     alpha, head = (rule(other, role, k).multiplier.at(r_n, r_L) for role in ("hidden", "output"))
-    multipliers = layout.multipliers(assigned, branch_ends, alpha, head)
+    multipliers = layout.multipliers(assigned, ends, alpha, head, r_n)
     # a pattern of the user that matches nothing is refused
     below = [name for name in layout.modules if name.startswith(f"{layout.stack}.")]
-    unmatched([end for end in branch_ends if end not in BRANCH_ENDS], below, "branch_ends")
-    notes = (*((chosen.caution,) if chosen.caution else ()), *_heads(model, base))
-    return Plan(tuple(entries), multipliers, r_n, r_L, min(k, 2), shared, notes)
+    unmatched([] if branch_ends in (None, BRANCH_ENDS) else ends, below, "branch_ends")
+    notes = [chosen.caution] if chosen.caution else []
+    notes += _heads(model, base)
+    if known_as and known_as not in FAMILIES and branch_ends is None:
+        notes.append(
+            f"{known_as!r} is no family of grsd.mup.families: measure with plan.verify(model, "
+            "batch) whether the ends of its branches are all named."
+        )
+    return Plan(tuple(entries), multipliers, r_n, r_L, min(k, 2), shared, tuple(notes))
 
 
-def _heads(model: nn.Module, base: nn.Module | None) -> tuple[str, ...]:
+def _heads(model: nn.Module, base: nn.Module | None) -> list[str]:
     """Return a note where the dimension of attention heads changes."""
     sizes = []
     for m in (model, base):
-        config: Any = getattr(m, "config", None)
+        config: Any = None if m is None else configuration(m)
         heads = getattr(config, "num_attention_heads", None)
         own = getattr(config, "head_dim", None)
         sizes.append(own or (config.hidden_size // heads if heads else None))
     if None in sizes or sizes[0] == sizes[1]:
-        return ()
-    return (
+        return []
+    return [
         f"The head dimension goes from {sizes[1]} to {sizes[0]}: scale attention by "
         f"√{sizes[1]}/{sizes[0]} instead of 1/√{sizes[0]}, or keep it fixed and add heads. The "
-        "plan does not do it.",
-    )
+        "plan does not do it."
+    ]

@@ -18,7 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from grsd import checks
 from grsd.figures import Table
-from grsd.mup.registry import assemble, row
+from grsd.mup import contributions
+from grsd.mup.contributions import Multiply, Verification, multiplying
+from grsd.mup.families import Split
+from grsd.mup.initial import Initial
+from grsd.mup.optimizers import pieces
+from grsd.mup.registry import INITIAL, assemble, row
 from grsd.mup.roles import Multiplier, bare_modules, bare_parameters
 from grsd.mup.rules import ROLES, Rule, Scale
 
@@ -40,12 +45,26 @@ class Entry:
     lr: float
     weight_decay: float
     eps: float | None
-    std_base: float | None  #: standard deviation of the base model's values, if there is one
-    mean_base: float  #: their mean, 1 for a norm's gain
-    split: int | tuple[int, int] = 1  #: parts fused along outputs, or (blocks, parts) in turn
+    #: what the base model's values are drawn from, part by part; None if that is not known, ()
+    #: where the model's own stay
+    initial: tuple[Initial, ...] | None
+    split: Split = 1  #: equal parts fused along outputs, or sizes of parts that come again
     transposed: bool = False  #: stored (n_in, n_out)
+    batched: bool = False  #: several matrices, one for each index of the first axis
+    rates: tuple[float, ...] = ()  #: factors on η of fused parts that grow by ratios of their own
     clip: float | None = None
     block: int | None = None  #: the residual block that holds it; None outside the stack
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the matrix is stored, as `grsd.mup.optimizers.pieces` and groups take it."""
+        return {name: getattr(self, name) for name in ("split", "transposed", "batched", "rates")}
+
+    @property
+    def fan_in(self) -> int:
+        """The inputs of a matrix."""
+        shape = self.shape[1:] if self.batched else self.shape
+        return shape[0] if self.transposed else math.prod(shape[1:])
 
 
 @dataclass(frozen=True)
@@ -74,19 +93,27 @@ class Plan:
 
         A cell is the factor on the base value, as a formula and, where it is not 1, as a number.
         """
-        seen: dict[tuple[str, str], list[Entry]] = {}
+        seen: dict[tuple[Any, ...], list[Entry]] = {}
         for entry in sorted(self.entries, key=lambda e: ROLES.index(e.role)):
-            seen.setdefault((entry.role, entry.optimizer), []).append(entry)
-        # one column for every role and optimizer; then what no column has is left out
+            key = (entry.role, entry.optimizer, entry.rule, entry.lr)
+            seen.setdefault(key, []).append(entry)
+        # one column for every role, optimizer and rule
         columns = [["", "optimizer", "tensors", *_ROWS]]
-        for (role, optimizer), group in seen.items():
+        for (role, optimizer, rule, _), group in seen.items():
             e = group[0]
             head = role.replace("_bias", " biases") if role.endswith("bias") else f"{role} weights"
             values = (e.multiplier, e.std**2, e.lr, e.weight_decay, e.eps, e.clip)
             # the fields of a rule stand in the order of the rows
-            formulas = (getattr(e.rule, one.name) for one in fields(e.rule))
-            cells = map(_cell, formulas, values)
+            formulas = (getattr(rule, one.name) for one in fields(rule))
+            cells = list(map(_cell, formulas, values))
             columns.append([head, optimizer, str(len(group)), *cells])
+        # a head that is tied has the numbers of its first name, and a multiplier of its own
+        again = {name for names in self.tied for name in names[1:]}
+        heads = [m for m in self.multipliers if f"{m.module}.weight" in again]
+        if heads:
+            cells = [_cell(INITIAL["output"][0], heads[0].factor), *["–"] * 5]
+            columns.append(["output, tied", "(as input)", str(len(heads)), *cells])
+        # what no column has is left out
         rows = [cells for cells in zip(*columns, strict=True) if set(cells[1:]) != {"–"}]
         k = "k = 1" if self.k == 1 else "k ≥ 2"
         title = f"width ratio r_n = {self.r_n:g}, depth ratio r_L = {self.r_L:g}, {k}"
@@ -98,26 +125,30 @@ class Plan:
     def initialize_(
         self, model: nn.Module, *, seed: int, std: Mapping[str, float] | None = None
     ) -> None:
-        """Draw the weights again: the base's mean, its deviation times √(variance factor).
+        """Draw the weights again: as the base's, with its deviation times √(variance factor).
 
-        What is constant in the base model (zero biases, gains of one) is set to that constant.
-        `std` (role → σ_b) takes the place of the base model's, or of one that was not given.
+        What is constant in the base model (zero biases, gains of one) is set to that constant, rows
+        of zeros stay zero, and what has a structure (a state space's A) stays as it is in the
+        model. `std` (role → σ_b) takes the place of the base model's, or of one that was not given.
         """
         generator = torch.Generator().manual_seed(seed)
         given = std or {}
         for entry in self.entries:
-            if entry.std_base is None and entry.role not in given:
+            if entry.initial is None and entry.role not in given:
                 raise ValueError(
-                    "a plan made from ratios does not know the base's initial values of "
-                    f"{entry.name!r}: give std={{{entry.role!r}: …}}, or make it with base="
+                    "the plan does not know the base's initial values of "
+                    f"{entry.name!r}: give std={{{entry.role!r}: …}}, or make it with a base= that "
+                    "has weights"
                 )
         with torch.no_grad():
             for parameter, entry in self.matched(model):
-                size = given.get(entry.role, entry.std_base or 0.0)
-                parameter.fill_(entry.mean_base)
-                if size > 0:
-                    noise = torch.randn(entry.shape, generator=generator, dtype=torch.float32)
-                    parameter.add_((size * entry.std * noise).to(parameter))
+                drawn = (Initial(0.0),) if entry.initial is None else entry.initial
+                if entry.role in given:
+                    size = given[entry.role]
+                    drawn = tuple(one._replace(std=size, noise="normal") for one in drawn)
+                apart = pieces(parameter, entry.layout) if len(drawn) > 1 else [parameter]
+                for part, one in zip(apart, drawn, strict=False):
+                    one.draw_(part, entry.std, generator)
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Multiply by forward hooks; return their handles (`handle.remove()` takes one off).
@@ -131,8 +162,7 @@ class Plan:
         self.matched(model)
         modules = bare_modules(model)
         for name, module in modules.items():
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if any(isinstance(hook, _Multiply) for hook in hooks):
+            if multiplying(module):
                 raise ValueError(
                     f"{name!r} already carries a multiplier; remove the earlier plan's hooks first"
                 )
@@ -140,10 +170,28 @@ class Plan:
         handles = []
         for name, factor, side in self.multipliers:
             if side == "output":
-                handles.append(modules[name].register_forward_hook(_Multiply(factor)))
+                handles.append(modules[name].register_forward_hook(Multiply(factor)))
             else:
-                handles.append(modules[name].register_forward_pre_hook(_Multiply(factor)))
+                handles.append(modules[name].register_forward_pre_hook(Multiply(factor)))
         return handles
+
+    def verify(
+        self, model: nn.Module, batch: Any, *, base: nn.Module | None = None
+    ) -> Verification:
+        """Measure what every block adds and what the head gives, and compare with the multipliers.
+
+        `batch` is what the model is called with (a tensor, a tuple or keywords), or a function of
+        the model. With `base`, the size of what enters the stack is compared too, and at the base's
+        depth of what enters the head: a power of the width in the model itself shows there.
+        Multipliers that are attached stay so; others are for the time of the call alone.
+        """
+        attached = any(multiplying(module) for module in model.modules())
+        handles = [] if attached else self.attach(model)
+        try:
+            return contributions.measure(model, batch, self.multipliers, self.r_n, base)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def fold_(self, model: nn.Module) -> Plan:
         """Multiply the multipliers into the weights, and return the plan of the same training.
@@ -159,7 +207,7 @@ class Plan:
         factors: dict[str, float] = {}
         for module, factor, side in self.multipliers:
             end = modules[module]
-            if any(end.children()) or not hasattr(end, "weight"):
+            if not isinstance(end, nn.Linear) and type(end).__name__ != "Conv1D":
                 raise ValueError(
                     f"{module!r} is a {type(end).__name__} and no linear layer to fold {factor:g} "
                     "into; name the branch's last linear layer in branch_ends, or use attach()"
@@ -195,7 +243,7 @@ class Plan:
         for parameter, e in self.matched(model):
             if not parameter.requires_grad:
                 continue
-            key = (e.role, e.lr, e.weight_decay, e.eps, e.clip, e.split, e.transposed)
+            key = (e.role, e.lr, e.weight_decay, e.eps, e.clip, *e.layout.values())
             # parameters whose numbers agree share a group
             group = groups.setdefault(e.optimizer, {}).setdefault(key, {"params": []})
             group["params"].append(parameter)
@@ -203,7 +251,7 @@ class Plan:
             group["weight_decay"] = weight_decay * e.weight_decay
             # what some optimizers alone ask for
             if row(e.optimizer).matrices_only:
-                group |= {"split": e.split, "transposed": e.transposed}
+                group |= e.layout
             if e.clip is not None:
                 group["mup_clip"] = e.clip
             if eps is not None:
@@ -263,24 +311,11 @@ def _folded(e: Entry, factor: float) -> Entry:
         e,
         multiplier=1.0,
         std=e.std * factor,
-        mean_base=e.mean_base * factor,
+        initial=e.initial and tuple(one._replace(mean=one.mean * factor) for one in e.initial),
         lr=e.lr * power,
         weight_decay=e.weight_decay / power,
         eps=None if e.eps is None else e.eps / factor,
     )
-
-
-class _Multiply:
-    """A forward hook (on outputs) or pre-hook (on inputs) that multiplies tensors by a factor."""
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any = None) -> Any:
-        value = inputs if output is None else output
-        if isinstance(value, tuple):
-            return (value[0] * self.factor, *value[1:])
-        return value * self.factor
 
 
 _ROWS = (  # of a table, in the order of a rule's fields

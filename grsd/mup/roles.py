@@ -3,60 +3,29 @@
 What `grsd.mup.planning` reads off two sizes of one architecture: the stack and its depth, each
 parameter's partner in the base model, its role, and the modules that get a multiplier. Names are
 those of the bare model, whatever wraps it. What names alone can say of a model family is a row of
-`FAMILIES`.
+`grsd.mup.families.FAMILIES`.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from grsd import checks
+from grsd.mup.families import Fused, Split
 from grsd.mup.scales import ROLES, Scale
-
-Fused = Mapping[str, int | tuple[int, int] | Literal["heads"]]
-
-
-class Family(NamedTuple):
-    """What a plan knows of a family of transformers by the names of its modules.
-
-    Patterns are of the modules whose output is added to the residual stream, and of parameters that
-    hold several matrices: how many one after another, or "heads" for Q, K, V of one head after
-    another.
-    """
-
-    branch_ends: tuple[str, ...]
-    fused: Fused
-
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(("*.attn.c_proj", "*.mlp.c_proj"), {"*.attn.c_attn.weight": 3}),
-    "gpt_neox": Family(
-        ("*.attention.dense", "*.mlp.dense_4h_to_h"),
-        {"*.attention.query_key_value.weight": "heads"},
-    ),
-    "llama": Family(("*.self_attn.o_proj", "*.mlp.down_proj"), {}),
-}
-"""transformers' name of a family → its row; other families may use the same names."""
-
-BRANCH_ENDS = (*(end for f in FAMILIES.values() for end in f.branch_ends), "*.branch_end")
-"""Layers whose output is added to the residual stream, as patterns of module names; `plan(...,
-branch_ends=)` names others. The last is that of `grsd.lab.nets.models`."""
-
-FUSED: Fused = {
-    **{name: split for f in FAMILIES.values() for name, split in f.fused.items()},
-    "*.in_proj_weight": 3,  # nn.MultiheadAttention: Q, K, V one after another
-}
-"""Matrices that hold several, which a matrix optimizer must treat one by one."""
 
 
 class Multiplier(NamedTuple):
-    """A factor on what enters a head, so that its bias is left alone, or leaves a branch."""
+    """A factor on what enters a head, so that its bias is left alone, or leaves another module."""
 
     module: str
     factor: float
@@ -71,8 +40,8 @@ class Layout:
     names: Sequence[str]  #: of the parameters, in order
     stack: str
     compared: bool  #: a base of another width says which sides grow; else the position does
-    roles: Mapping[str, str]  #: pattern of names → role, what the user says
-    config: Any = None
+    roles: Mapping[str, str]  #: pattern of names → role, of the user, then of the family
+    backwards: tuple[str, ...] = ()  #: patterns of experts that are stored (experts, n_in, n_out)
 
     def owner(self, name: str) -> nn.Module:
         """Return the module that holds a parameter."""
@@ -80,18 +49,44 @@ class Layout:
 
     def transposed(self, name: str) -> bool:
         """Whether a matrix is stored (n_in, n_out)."""
-        return type(self.owner(name)).__name__ == "Conv1D"
+        conv1d = type(self.owner(name)).__name__ == "Conv1D"
+        return conv1d or matching(name, self.backwards) is not None
+
+    def batched(self, name: str, p: Tensor) -> bool:
+        """Whether three axes are those of several matrices; those of a convolution are of one."""
+        return p.ndim == 3 and not isinstance(self.owner(name), _ConvNd)
+
+    def axes(self, name: str, p: Tensor) -> tuple[int, int]:
+        """Return which axes of a matrix are its outputs and its inputs."""
+        first = int(self.batched(name, p))
+        return (first + 1, first) if self.transposed(name) else (first, first + 1)
+
+    def growth(
+        self, name: str, p: Tensor, partner: Tensor, r_n: float, split: Split, there: Split
+    ) -> list[tuple[Fraction, Fraction]]:
+        """Return the powers of r_n by which outputs and inputs of a matrix grow, part by part.
+
+        They are 1 as a rule; key heads whose number is fixed have 0, a rounded width almost 1.
+        """
+        if not self.compared:
+            return [(Fraction(1), Fraction(1))]
+        out, into = (p.shape[axis] / partner.shape[axis] for axis in self.axes(name, p))
+        ratios = [out]
+        if isinstance(split, tuple) and isinstance(there, tuple):
+            # sizes of parts come again and again, here and in the base model
+            ratios = [
+                out * sum(there) / sum(split) * a / b for a, b in zip(split, there, strict=True)
+            ]
+
+        def power(ratio: float) -> Fraction:
+            return Fraction(math.log(ratio) / math.log(r_n)).limit_denominator(1000)
+
+        return [(power(ratio), power(into)) for ratio in ratios]
 
     def block(self, name: str) -> int | None:
         """Return which residual block holds a parameter or module, None outside the stack."""
         inside = name.startswith(f"{self.stack}.")
         return int(name.removeprefix(f"{self.stack}.").partition(".")[0]) if inside else None
-
-    def split(self, name: str, fused: Fused) -> int | tuple[int, int]:
-        """Return how a matrix is fused along its outputs: parts, or (blocks, parts)."""
-        pattern = matching(name, fused)
-        split = fused[pattern] if pattern else 1
-        return (int(self.config.num_attention_heads), 3) if split == "heads" else split
 
     def role(self, name: str, p: Tensor, partner: Tensor) -> str:
         """Return a parameter's role: what the user says, where it stands, which sides grow."""
@@ -105,13 +100,13 @@ class Layout:
             return "hidden_bias" if inside else "input_bias" if grows else "output_bias"
         if isinstance(owner, nn.Embedding):
             return "input"
-        # of a matrix it is the sides that grow; in the stack both must
-        rows, columns = (1, 0) if self.transposed(name) else (0, 1)
-        out, into = (self._grows(p, partner, axis, name) for axis in (rows, columns))
-        if inside and out and into:
+        # of a matrix it is the sides that grow; in a layer it is known which are which
+        out, into = (self._grows(p, partner, axis, name) for axis in self.axes(name, p))
+        layer = isinstance(owner, nn.Linear | _ConvNd) or self.transposed(name)
+        if inside and (layer or (out and into)):
             return "hidden"
         if not inside and out != into:
-            if isinstance(owner, nn.Linear) or self.transposed(name):
+            if layer:
                 return "input" if out else "output"
             raise ValueError(
                 f"cannot tell the role of {name!r}, a matrix {tuple(p.shape)} of a "
@@ -143,9 +138,17 @@ class Layout:
         return (axis == int(self.transposed(name))) == before
 
     def multipliers(
-        self, assigned: Mapping[str, str], branch_ends: Sequence[str], alpha: float, head: float
+        self,
+        assigned: Mapping[str, str],
+        branch_ends: Sequence[str],
+        alpha: float,
+        head: float,
+        r_n: float,
     ) -> tuple[Multiplier, ...]:
-        """Return the factor `alpha` at every end of a residual branch, and `head` at every head."""
+        """Return the factor `alpha` at every end of a residual branch, and `head` at every head.
+
+        Embeddings that their module multiplies by √width (Gemma's) get 1/√r_n.
+        """
         heads = {n.rpartition(".")[0]: n for n, role in assigned.items() if role == "output"}
         factors: list[Multiplier] = []
         # ends of branches are named by the patterns, heads by the role of their weight
@@ -158,6 +161,8 @@ class Layout:
                         f"factor on it has no effect; name the attention itself, {parent!r}"
                     )
                 factors.append(Multiplier(name, alpha, "output"))
+            elif isinstance(module, nn.Embedding) and _scaled(module):
+                factors.append(Multiplier(name, r_n**-0.5, "output"))
             elif name in heads:
                 if any(module.children()):
                     where = name or "the model itself"
@@ -167,19 +172,25 @@ class Layout:
                     )
                 factors.append(Multiplier(name, head, "input"))
         # a model without either would be planned wrongly
-        sides = {m.side for m in factors}
-        if "output" not in sides:
+        if not any(m.side == "output" and self.block(m.module) is not None for m in factors):
             raise ValueError(
                 f"no end of a residual branch found in {self.stack!r}: name the layers whose "
                 "output is added to the stream, e.g. branch_ends=['*.mlp.down_proj']"
             )
-        if "input" not in sides:
+        if not any(m.side == "input" for m in factors):
             raise ValueError(
                 "no output layer found: name its weight, e.g. roles={'head.weight': 'output'} (at "
                 "one width what stands before the stack counts as input, what comes after as "
                 "output)"
             )
         return tuple(factors)
+
+
+def split_of(name: str, fused: Fused, config: Any) -> Split:
+    """Return how a matrix is fused along its outputs: equal parts, or sizes in turn."""
+    pattern = matching(name, fused)
+    split = fused[pattern] if pattern else 1
+    return split(config) if callable(split) else split
 
 
 def matching(name: str, patterns: Iterable[str]) -> str | None:
@@ -195,6 +206,13 @@ def unmatched(patterns: Iterable[str], names: Sequence[str], what: str) -> None:
                 f"{what} has the pattern {pattern!r}, which matches none of {len(names)} names, "
                 f"such as {names[-1]!r}"
             )
+
+
+def _scaled(embedding: nn.Module) -> bool:
+    """Whether an embedding multiplies its rows by the root of their length, as Gemma's does."""
+    scale: Any = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
+    length = int(embedding.weight.shape[1])  # type: ignore[index]
+    return length > 1 and math.isclose(float(scale), math.sqrt(length), rel_tol=0.01)
 
 
 def tables(model: nn.Module) -> set[str]:
@@ -221,16 +239,28 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stack_of(model: nn.Module) -> tuple[str, int]:
-    """Return the name and length of the residual stack: the ModuleList with the most parameters."""
+    """Return the name and length of the residual stack: the list with the most parameters.
+
+    A list is an nn.ModuleList, or an nn.Sequential of modules of one class that have parts.
+    """
     named = bare_modules(model).items()
-    lists = [(name, m) for name, m in named if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [(name, m) for name, m in named if _is_list(m)]
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList of residual blocks; put the blocks into "
-            "one, so that depth can be read"
+            "one (or into an nn.Sequential), so that depth can be read"
         )
     name, stack = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return name, len(stack)
+    return name, len(stack)  # type: ignore[arg-type]
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether a module may be the list of a model's blocks."""
+    parts = list(module.children())
+    alike = len({type(part) for part in parts}) == 1 and any(True for _ in parts[0].children())
+    return bool(parts) and (
+        isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and alike)
+    )
 
 
 def tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -242,11 +272,7 @@ def tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 
 def compare(
-    model: nn.Module,
-    base: nn.Module | None,
-    r_n: float | None,
-    r_L: float | None,
-    roles: Mapping[str, str],
+    model: nn.Module, base: nn.Module | None, r_n: float | None, r_L: float | None
 ) -> tuple[Layout, dict[str, tuple[Tensor, Tensor]], float, float]:
     """Return the model's layout, name → (tensor, the base model's), and the two ratios.
 
@@ -280,14 +306,16 @@ def compare(
                     "another architecture?"
                 )
             pairs[name] = p, there[twin]
-        wide, deep = _width_ratio({name: pairs[name] for name in names}), depth / base_depth
-    compared, config = base is not None and wide != 1.0, getattr(model, "config", None)
-    return Layout(bare_modules(model), names, stack, compared, roles, config), pairs, wide, deep
+        wide = _width_ratio({name: pairs[name] for name in names}, f"{stack}.")
+        deep = depth / base_depth
+    layout = Layout(bare_modules(model), names, stack, base is not None and wide != 1.0, {})
+    return layout, pairs, wide, deep
 
 
-def _width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    """Return the one ratio by which sides grow; 1 when none does."""
+def _width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]], stack: str) -> float:
+    """Return the one ratio by which sides outside the stack grow; 1 when none does."""
     ratios: dict[float, str] = {}
+    inside: dict[float, str] = {}
     for name, (p, q) in pairs.items():
         if p.ndim != q.ndim:
             raise ValueError(
@@ -296,9 +324,11 @@ def _width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
             )
         for a, b in zip(p.shape, q.shape, strict=True):
             if a != b:
-                ratios.setdefault(a / b, name)
-    if len(ratios) > 1:
-        (first, one), (second, two) = list(ratios.items())[:2]
+                (inside if name.startswith(stack) else ratios).setdefault(a / b, name)
+    # inside the stack, matrices may have shapes of their own, but then the stream must grow
+    found = list((ratios or inside).items()) + ([] if ratios or not inside else [(1.0, "the rest")])
+    if len(found) > 1:
+        (first, one), (second, two) = found[:2]
         raise ValueError(
             f"the layers do not grow alike: {one!r} by {first:g} and {two!r} by {second:g}; scale "
             "all widths by one ratio"

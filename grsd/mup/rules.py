@@ -10,6 +10,8 @@ and r_L = L/L_base, a hyperparameter is its base value times `Scale.at(r_n, r_L)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from fractions import Fraction
 
 from grsd.mup.registry import INITIAL, OPTIMIZERS, Optimizer, Rule, row
 from grsd.mup.scales import HALF, MATRICES, ONE, ROLES, Role, Scale, larger, scale
@@ -28,6 +30,7 @@ __all__ = [
     "gradient_norm",
     "rule",
     "scale",
+    "shaped",
     "update_norm",
     "weight_norm",
 ]
@@ -66,6 +69,23 @@ def rule(optimizer: str, role: str, k: int = 2) -> Rule:
     return table[min(k, 2)][role]
 
 
+def shaped(optimizer: str, known: Rule, out: Fraction, into: Fraction) -> Rule:
+    """Return the rule of a hidden matrix whose n_out and n_in grow like powers of r_n.
+
+    Entries start with variance 1/n_in, and the update keeps its ‖ΔW‖_R; for 1 and 1 this is the
+    known rule. Key heads of a fixed number have (0, 1), a rounded feed-forward width almost 1.
+    """
+    own = (Scale(out), Scale(into))
+    change = update_norm(optimizer, "hidden") / update_norm(optimizer, "hidden", sizes=own)
+    # η A and λ A stay what they are, and so does the decay η λ
+    return replace(
+        known,
+        variance=Scale(-into, known.variance.L),
+        lr=known.lr * change,
+        weight_decay=known.weight_decay / change,
+    )
+
+
 # --- The same table again, from the condition -----------------------------------------------------
 
 SIZES: dict[str, tuple[Scale, Scale]] = {
@@ -79,9 +99,9 @@ SIZES: dict[str, tuple[Scale, Scale]] = {
 """How (n_out, n_in) of a role grow; a bias is a vector of n_out."""
 
 
-def _rms(role: str, spectral: Scale) -> Scale:
+def _rms(role: str, spectral: Scale, sizes: tuple[Scale, Scale] | None = None) -> Scale:
     """Return ‖·‖_R from ‖·‖₂: times √(n_in/n_out) for a matrix, over √n_out for a vector."""
-    out, into = SIZES[role]
+    out, into = sizes or SIZES[role]
     return spectral * (into / out) ** HALF if role in MATRICES else spectral / out**HALF
 
 
@@ -111,16 +131,21 @@ def gradient_norm(role: str, k: int) -> Scale:
     }[role]
 
 
-def update_norm(optimizer: str, role: str, k: int = 2) -> Scale:
-    """Return how ‖A‖_R of the first update ΔW = −η A scales, at η = 1 (2603.00541, (11)–(35))."""
-    known, (out, into) = row(optimizer), SIZES[role]
+def update_norm(
+    optimizer: str, role: str, k: int = 2, *, sizes: tuple[Scale, Scale] | None = None
+) -> Scale:
+    """Return how ‖A‖_R of the first update ΔW = −η A scales, at η = 1 (2603.00541, (11)–(35)).
+
+    `sizes`, of (n_out, n_in), take the place of those of the role.
+    """
+    known, (out, into) = row(optimizer), sizes or SIZES[role]
     if known.kind == "gradient":
-        return _rms(role, gradient_norm(role, k))
+        return _rms(role, gradient_norm(role, k), sizes)
     if known.kind == "sign":  # entries ±1: norm √(n_in n_out)
-        return _rms(role, (out * into) ** HALF)
+        return _rms(role, (out * into) ** HALF, sizes)
     if role not in MATRICES:
         raise ValueError(f"{optimizer} takes matrices only, got the role {role!r}")
-    return _rms(role, known.factor(out, into))
+    return _rms(role, known.factor(out, into), sizes)
 
 
 def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:

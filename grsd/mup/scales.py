@@ -51,7 +51,8 @@ class Scale:
 
 def _power(symbol: str, power: Fraction) -> str:
     known = {1: symbol, 2: f"{symbol}²", HALF: f"√{symbol}"}
-    return known.get(power, f"{symbol}^{power}")
+    exact = power.denominator < 10
+    return known.get(power, f"{symbol}^{power if exact else format(float(power), '.3g')}")
 
 
 def scale(n: int | str = 0, L: int | str = 0) -> Scale:

@@ -122,7 +122,7 @@ def test_a_folder_with_a_configuration_is_a_model(tmp_path: Path) -> None:
         ["16", "2"],
         ["32", "2"],
     ]
-    assert "the width is a multiple of 8 (heads of dimension 8" in refusal(
+    assert "the width is a multiple of 8 (num_attention_heads = 3 at 24" in refusal(
         check(str(tmp_path), widths="16,20")
     )
 
@@ -156,7 +156,7 @@ def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
 
 def test_a_model_that_is_not_there_is_refused() -> None:
     for name in ("nothing-here", "./nowhere"):
-        assert f"no configuration '{name}': expected gpt2, gpt_neox, llama, a folder" in refusal(
+        assert f"no configuration '{name}': expected gpt2, gpt_neox, llama, mistral" in refusal(
             check(name)
         )
 

@@ -201,7 +201,7 @@ def test_a_fused_matrix_is_stepped_like_its_parts(layout: str) -> None:
         return flat.mT.contiguous() if layout == "transposed" else flat
 
     group: dict[str, Any] = {
-        "split": (2, 3) if layout == "by head" else 3,
+        "split": (4, 4, 4) if layout == "by head" else 3,
         "transposed": layout == "transposed",
     }
     p = parameter(fuse(W), fuse(G))
@@ -214,6 +214,30 @@ def test_a_fused_matrix_is_stepped_like_its_parts(layout: str) -> None:
     whole = parameter(fuse(W), fuse(G))
     Muon([whole], lr=0.1, scaling="keller", exact=True).step()
     assert float((whole - p).detach().abs().max()) > 1e-3  # without the split it is another step
+
+
+def test_parts_of_unequal_sizes_experts_and_convolutions_are_stepped_like_matrices() -> None:
+    W, G = noise(3, 12, 10), noise(3, 12, 10, seed=1)  # three experts; or 12 outputs, kernels of 30
+    held: list[tuple[dict[str, Any], Tensor, Tensor, Any]] = [
+        # experts, each with a part of 8 rows and two of 2
+        (
+            {"batched": True, "split": (8, 2, 2)},
+            W,
+            G,
+            lambda x: [part for one in x for part in one.split((8, 2, 2))],
+        ),
+        ({"batched": True, "transposed": True}, W, G, lambda x: [one.mT for one in x]),
+        ({}, W.mT.reshape(12, 5, 6), G.mT.reshape(12, 5, 6), lambda x: [x.reshape(12, 30)]),
+        # 2 times 4 rows, then 2 times 2, in turn
+        ({"split": (4, 2)}, W[0], G[0], lambda x: [x[[0, 1, 2, 3, 6, 7, 8, 9]], x[[4, 5, 10, 11]]]),
+    ]
+    for group, weight, gradient, cut in held:
+        p = parameter(weight.contiguous(), gradient.contiguous())
+        Muon([{"params": [p], **group}], lr=0.1, scaling="keller", exact=True).step()
+        parts = [parameter(w, g) for w, g in zip(cut(weight), cut(gradient), strict=True)]
+        Muon(parts, lr=0.1, scaling="keller", exact=True).step()
+        for found, wanted in zip(cut(p.detach()), parts, strict=True):
+            torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_shampoo_is_muon_at_its_first_step_and_not_after() -> None:
@@ -371,7 +395,7 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
 
 
 def test_stock_models_get_their_fused_weights_split() -> None:
-    for make, wanted in ((gpt2, 3), (neox, (4, 3))):
+    for make, wanted in ((gpt2, 3), (neox, (8, 8, 8))):
         model = make(32, 2)
         plan = mup.plan(model, base=make(16, 2), optimizer="muon")
         splits = {e.split for e in plan if "attn" in e.name or "query_key" in e.name} - {1}

@@ -242,6 +242,16 @@ def test_the_table_shows_rules_and_numbers() -> None:
     assert "The head dimension goes from 4 to 8" in note and "head dimension" not in text
 
 
+def test_the_table_shows_the_multiplier_of_a_tied_head() -> None:
+    text = mup.plan(gpt2(32, 4), base=gpt2(16, 2), optimizer="adamw").table()
+    columns = [re.split(r"\s{2,}", line) for line in text.splitlines()[1:]]
+    assert columns[0][-1] == "output, tied" and columns[1][-1] == "(as input)"
+    assert columns[3][0] == "block multiplier α" and columns[3][-1] == "1/r_n = 0.5"
+    untied = gpt2(32, 4, tie=False)
+    base = gpt2(16, 2, tie=False)
+    assert "tied" not in mup.plan(untied, base=base, optimizer="adamw").table()
+
+
 class Lopsided(Residual):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__(width, depth)

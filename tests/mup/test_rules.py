@@ -6,8 +6,11 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+import torch
 
 from grsd.mup import rules
+from grsd.mup.norms import rms_operator_norm
+from grsd.mup.registry import assemble
 from grsd.mup.rules import (
     MATRICES,
     OPTIMIZERS,
@@ -17,6 +20,7 @@ from grsd.mup.rules import (
     derive,
     rule,
     scale,
+    shaped,
     update_norm,
     weight_norm,
 )
@@ -144,3 +148,36 @@ def test_bad_names_are_refused() -> None:
     assert rule("adamw", "hidden", k=5) == rule("adamw", "hidden") and set(
         RULES["adamw", 1]
     ) == set(ROLES)
+
+
+SHAPES = {  # powers of n of the outputs and inputs
+    "square": (1, 1),
+    "one key head": (0, 1),
+    "from a fixed rank": (1, 0),
+    "half": (Fraction(1, 2), 1),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["adamw", "muon", "muon_keller", "muon_kimi", "shampoo"])
+def test_updates_of_any_shape_keep_their_size_under_the_shaped_rule(name: str, shape: str) -> None:
+    """A step of the optimizer itself on a gradient of rank one, at three widths."""
+    out, into = SHAPES[shape]
+    sizes = []
+    for n in (64, 256, 1024):
+        rows, columns = int(16 * (n / 64) ** out), int(16 * (n / 64) ** into)
+        generator = torch.Generator().manual_seed(0)
+        g, h = (torch.randn(k, 1, generator=generator) for k in (rows, columns))
+        p = torch.nn.Parameter(torch.zeros(rows, columns))
+        p.grad = g @ h.mT
+        known = OPTIMIZERS[name]
+        optimizer = assemble({name: [{"params": [p], "mup_lr": 1.0}]}, 1.0, {name: known.exact})
+        known.first(optimizer)
+        own = shaped(name, rule(name, "hidden"), Fraction(out), Fraction(into))
+        assert (
+            own.lr * own.weight_decay == rule(name, "hidden").lr * rule(name, "hidden").weight_decay
+        )
+        assert own.variance.n == -into
+        sizes.append(rms_operator_norm(p.detach()) * own.lr.at(n / 64, 1.0))
+    # Keller's √max(1, n_out/n_in) follows its larger branch, and is 1 at the base's square
+    assert sizes == pytest.approx([sizes[0]] * 3, rel=1e-3)

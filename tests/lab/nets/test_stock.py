@@ -45,7 +45,7 @@ def saved(folder: Path, **more: Any) -> Any:
     return stock.configuration(str(folder))
 
 
-@pytest.mark.parametrize("family", stock.FAMILIES)
+@pytest.mark.parametrize("family", BRANCHES)
 def test_a_family_scales_its_width_and_keeps_its_head(family: str) -> None:
     config = stock.configuration(family)
     build = stock.factory(config, vocabulary=50, positions=9)
@@ -63,6 +63,33 @@ def test_a_family_scales_its_width_and_keeps_its_head(family: str) -> None:
     assert (
         config.hidden_size == 64 and config.num_hidden_layers == 2
     )  # what was given stays as it was
+
+
+@pytest.mark.parametrize("family", [n for n, row in stock.FAMILIES.items() if not row.refused])
+def test_every_family_grows_in_width_and_depth(family: str) -> None:
+    config = stock.configuration(family)
+    build = stock.factory(config, positions=9)
+    counts = {}
+    for width, depth in ((32, 2), (64, 2), (64, 4)):
+        model = build(width, depth)
+        inside = [(name, p) for name, p in model.named_parameters() if p.ndim > 1 and ".0." in name]
+        counts[width, depth] = sum(p.numel() for _, p in inside)
+        blocks = {part for name in shapes(model) for part in name.split(".") if part.isdigit()}
+        assert {str(k) for k in range(depth)} <= blocks
+        task = stock.images(config, 2) or help_text.next_byte(2, 9)
+        loss = task(model).detach()
+        assert loss.isfinite() and 0 < float(loss) < 12
+    # a matrix of a block has four times the entries, key heads and routers of fixed number twice
+    assert 2.5 < counts[64, 2] / counts[32, 2] <= 4 and counts[64, 4] == counts[64, 2]
+
+
+def test_what_is_no_language_model_and_no_classifier_is_refused() -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(ValueError, match="'t5' is neither a causal language model nor an image"):
+        stock.factory(AutoConfig.for_model("t5"))
+    with pytest.raises(ValueError, match="no plan for the family 't5': it has two residual"):
+        stock.configuration("t5")
 
 
 def test_ratios_of_a_saved_configuration_are_kept(tmp_path: Path) -> None:
@@ -83,7 +110,8 @@ def test_ratios_of_a_saved_configuration_are_kept(tmp_path: Path) -> None:
         model.config.head_dim,
     ) == (6, 2, 8)
     with pytest.raises(
-        ValueError, match=r"width 40 and depth 2: .* multiple of 24 \(heads of dimension 8, 3 query"
+        ValueError,
+        match=r"width 40 and depth 2: .* multiple of 24 \(num_attention_heads = 12, num_key",
     ):
         build(40, 2)
     for sizes in ((0, 2), (-24, 2), (24, 0)):
