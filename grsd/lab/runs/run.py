@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from grsd import pieces, results, scale
-from grsd.lab.checkpoints import hub
 from grsd.lab.checkpoints.opened import Loaded, Model, open_model
 from grsd.lab.data import corpora
 from grsd.lab.data.corpora import Corpus
@@ -85,6 +84,7 @@ def shell_run(
     group, work = ranks.from_first(lambda: job.plan(resume, memory))
     mine = ranks.share(work)
     origin = results.provenance(spec.argv(), asdict(spec), [spec.seed])
+    origin["weights"] = {one.revision: one.provenance() for one in job.checkpoints}
     if group is not None:
         origin |= {"lockstep": asdict(group), "process": f"{ranks.rank} of {ranks.size}"}
 
@@ -127,7 +127,8 @@ class _Job:
         self.batches: list[Batch] = [(k, *pair) for k, pair in enumerate(cut)]
         self.spec, self.corpus = spec, corpus
 
-        self.store = pieces.Store(scale.cache_dir(cache) / "runs", pieces.code(spectra, hub))
+        loader = self.checkpoints[0].reader
+        self.store = pieces.Store(scale.cache_dir(cache) / "runs", pieces.code(spectra, loader))
 
     def _inputs(self, at: int, index: int) -> dict[str, Any]:
         """What determines the numbers of one piece."""

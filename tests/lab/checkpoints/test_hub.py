@@ -12,6 +12,25 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    RobertaConfig,
+    XLNetConfig,
+)
 
 from grsd.lab.checkpoints import hub, opened, suites
 from grsd.lab.data import corpora
@@ -70,15 +89,15 @@ def test_second_derivatives_exist(folder: Path, dtype: torch.dtype) -> None:
 
 
 def test_fingerprint_follows_weights_and_shape_not_the_version(folder: Path) -> None:
-    before = hub.checkpoint_fingerprint(folder)
+    before = hub.fingerprint(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "9.9.9"}))
-    assert hub.checkpoint_fingerprint(folder) == before
+    assert hub.fingerprint(folder) == before
     (folder / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-3}))
-    assert hub.checkpoint_fingerprint(folder) != before
+    assert hub.fingerprint(folder) != before
     (folder / "config.json").write_text(json.dumps(config))
     _edit(folder, gpt_neox__final_layer_norm__bias=torch.ones(16))
-    assert hub.checkpoint_fingerprint(folder) != before
+    assert hub.fingerprint(folder) != before
 
 
 def test_sharded_checkpoint_gives_the_same_model(suite: suites.Suite, tmp_path: Path) -> None:
@@ -158,15 +177,269 @@ def test_missing_and_misshapen_weights_are_refused(folder: Path) -> None:
         opened.load(folder)
 
 
-def test_pickled_checkpoint_is_never_opened(folder: Path) -> None:
+class _Runs:
+    """Pickled, it says: call this."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def _as_pickle(folder: Path, parts: int = 1, **more: Any) -> None:
+    """Turn a checkpoint into what many revisions on the hub are: pytorch_model.bin, whole or in parts."""
+    weights: dict[str, Any] = load_file(folder / "model.safetensors") | more
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
-        opened.load(folder)
+    if parts == 1:
+        torch.save(weights, folder / "pytorch_model.bin")
+        return
+    where = {name: f"pytorch_model-{k % parts}.bin" for k, name in enumerate(weights)}
+    for part in set(where.values()):
+        torch.save({k: v for k, v in weights.items() if where[k] == part}, folder / part)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_pickled_weights_are_read_as_tensors(folder: Path, parts: int) -> None:
+    expected = opened.load(folder)
+    _as_pickle(folder, parts)
+    found = opened.load(folder)
+    for (name, a), b in zip(
+        found.model.named_parameters(), expected.model.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert found.fingerprint != expected.fingerprint  # of the bytes as stored
+    checkpoint = opened.open_model(folder).checkpoint()
+    count = sum(1 for _ in expected.model.parameters())
+    assert checkpoint.provenance()["tensors"] == {"float32": count}
+
+
+def test_a_pickle_that_calls_something_is_refused_and_not_run(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    evil = _Runs(marker)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for copy, count in ((whole, 1), (parts, 2)):
+        shutil.copytree(folder, copy)
+        _as_pickle(copy, count, evil=evil)
+        with pytest.raises(
+            ValueError, match=r"pytorch_model.*\.bin asks for \S+, .*tensors only: nothing was run"
+        ):
+            opened.load(copy)
+        assert not marker.exists()
+    torch.load(whole / "pytorch_model.bin", weights_only=False)
+    assert marker.exists()  # the planted call is real
+
+    (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(ValueError, match=r"asks for os\.system"):
+        opened.load(folder)
+
+
+def test_pickles_that_are_no_state_dict_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing, and so is pytorch_model"):
+        (folder / "model.safetensors").rename(folder / "kept")
+        opened.load(folder)
+    (folder / "kept").rename(folder / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
+    _as_pickle(folder)
+    file = folder / "pytorch_model.bin"
+    torch.save({"model": weights}, file)
+    with pytest.raises(ValueError, match="holds 'model', which is no tensor"):
+        opened.load(folder)
+    torch.save([1, 2], file)
+    with pytest.raises(ValueError, match="which is no tensor"):
+        opened.load(folder)
+    torch.save(weights, file, _use_new_zipfile_serialization=False)  # torch before 1.6
+    opened.load(folder)
+    raw = file.read_bytes()
+    for size in (0, 10, len(raw) - 100):
+        file.write_bytes(raw[:size])
+        with pytest.raises(ValueError, match=rf"truncated or damaged \({size} bytes"):
+            opened.load(folder)
+
+
+def _stock(tmp_path: Path, model: Any) -> Path:
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _llama(**changes: Any) -> Any:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 61}
+    config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **shape | changes)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def test_weights_that_the_model_does_not_use_are_refused(tmp_path: Path) -> None:
+    """Attention biases in the file, of which config.json says nothing: the logits would differ."""
+    model = _llama(attention_bias=True)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+    folder = _stock(tmp_path, model)
+    opened.load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
     with pytest.raises(
-        ValueError, match=r"pytorch_model\.bin is a pickled checkpoint; only safetensors are read"
+        ValueError, match=r"holds 8 weights .*does not use \(model\.layers\.0\.self"
     ):
         opened.load(folder)
+    _as_pickle(folder)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds 8 weights"):
+        opened.load(folder)
+
+
+def test_buffers_that_the_model_makes_itself_are_passed_over(folder: Path, tmp_path: Path) -> None:
+    """Old versions of transformers stored masks and rotary tables."""
+    mask = torch.ones(1, 1, 8, 8).tril().bool()
+    _edit(
+        folder,
+        gpt_neox__layers__0__attention__bias=mask,
+        gpt_neox__layers__0__attention__masked_bias=torch.tensor(-1e9),
+        gpt_neox__layers__0__attention__rotary_emb__inv_freq=torch.ones(2),
+    )
+    opened.load(folder)
+    for k, (config, buffers) in enumerate(
+        (
+            (
+                GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=61),
+                {"transformer__h__0__attn__bias": mask.to(torch.uint8)}
+                | {"transformer__h__0__attn__masked_bias": torch.tensor(-1e4)},
+            ),
+            (
+                GPTNeoConfig(
+                    hidden_size=16,
+                    num_layers=1,
+                    num_heads=2,
+                    vocab_size=61,
+                    attention_types=[[["global"], 1]],
+                ),
+                {"transformer__h__0__attn__attention__bias": mask}
+                | {"transformer__h__0__attn__attention__masked_bias": torch.tensor(-1e9)},
+            ),
+            (
+                GPTJConfig(n_embd=16, n_layer=1, n_head=2, vocab_size=61, rotary_dim=4),
+                {"transformer__h__0__attn__bias": mask}
+                | {"transformer__h__0__attn__masked_bias": torch.tensor(-1e9)},
+            ),
+            (
+                _llama().config,
+                {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}
+                | {"model__layers__0__self_attn__rotary_emb__cos_cached": torch.ones(1, 1, 8, 8)},
+            ),
+        )
+    ):
+        old = _stock(tmp_path / str(k), AutoModelForCausalLM.from_config(config))
+        _edit(old, **buffers)
+        opened.load(old)
+
+
+def test_a_head_that_differs_from_the_tied_embedding_is_refused(tmp_path: Path) -> None:
+    folder = _stock(tmp_path, _llama(tie_word_embeddings=True))
+    weight = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    _edit(folder, lm_head__weight=weight.clone())  # equal: the same model
+    model: Any = opened.load(folder).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    _edit(folder, lm_head__weight=weight + 1e-3)
+    with pytest.raises(ValueError, match="output layer that differs from the embedding"):
+        opened.load(folder)
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    folder = _stock(tmp_path, _llama())
+    name = "model.layers.0.mlp.up_proj.weight"
+    _edit(folder, **{name: torch.ones(32, 16, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=rf"{name} is stored as I8, without the scale"):
+        opened.load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"is quantized \(gptq\).*dequantize it"):
+        opened.load(folder)
+
+
+def test_mixed_dtypes_are_widened_and_named(tmp_path: Path) -> None:
+    folder = _stock(tmp_path, _llama())
+    name = "model.layers.0.mlp.up_proj.weight"
+    half = load_file(folder / "model.safetensors")[name].bfloat16()
+    _edit(folder, **{name: half})
+    loaded = opened.load(folder, dtype=torch.float64)
+    assert torch.equal(loaded.model.get_parameter(name), half.double())
+    tensors = opened.open_model(folder).checkpoint().provenance()["tensors"]
+    assert tensors["BF16"] == 1 and tensors["F32"] > 10
+
+
+def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
+    _llama().save_pretrained(tmp_path, max_shard_size="5KB")
+    index = tmp_path / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    listed = dict(said["weight_map"])
+    for change, words in (
+        ({"model.extra": next(iter(listed.values()))}, "disagree: 1 weights .model.extra"),
+        ({"model.norm.weight": "../elsewhere.safetensors"}, "which is no file beside it"),
+        ({"model.norm.weight": "model-9.safetensors"}, "is missing, so the checkpoint is incom"),
+    ):
+        index.write_text(json.dumps(said | {"weight_map": listed | change}))
+        with pytest.raises(ValueError, match=words):
+            opened.load(tmp_path)
+    index.write_text(json.dumps(said))
+    sharded = opened.load(tmp_path)
+    _llama().save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path)
+    assert opened.load(tmp_path).fingerprint != sharded.fingerprint  # the file that is loaded
+
+
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 32, "vocab_size": 61}
+HEADS: dict[str, Any] = {"num_key_value_heads": 1, "head_dim": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_see_later_tokens_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    xlnet = XLNetConfig(d_model=16, n_layer=2, n_head=2, d_inner=32, vocab_size=61)
+    prefix = Gemma3TextConfig(**SMALL, **HEADS, sliding_window=4, use_bidirectional_attention=True)
+    for k, config in enumerate((BertConfig(**SMALL), RobertaConfig(**SMALL), xlnet, prefix)):
+        if config is xlnet and dtype is torch.bfloat16:
+            continue  # which its own code does not know
+        folder = _stock(tmp_path / str(k), AutoModelForCausalLM.from_config(config))
+        with pytest.raises(ValueError, match=r"is not causal: in .*later tokens change the logits"):
+            opened.load(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_models_pass(dtype: torch.dtype) -> None:
+    """The null: windows, experts, state spaces, and an encoder's family as a decoder."""
+    for config in (
+        BertConfig(**SMALL, is_decoder=True),
+        MistralConfig(**SMALL, **HEADS, sliding_window=4),
+        Gemma2Config(**SMALL, **HEADS, sliding_window=4),
+        MixtralConfig(**SMALL, **HEADS, num_local_experts=4),
+        MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=61, state_size=4),
+        BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=61),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        hub.check_causal(model.eval(), config.model_type)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_encoder_decoders_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    sizes = {"decoder_layers": 1, "encoder_layers": 1, "vocab_size": 61, "d_model": 16}
+    heads = {"decoder_attention_heads": 2, "encoder_attention_heads": 2}
+    config = BartConfig(**sizes, **heads, decoder_ffn_dim=16, encoder_ffn_dim=16)
+    folder = _stock(tmp_path, BartForConditionalGeneration(config))
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        opened.load(folder)
+
+
+def test_outputs_that_are_not_over_the_vocabulary_are_refused() -> None:
+    model = _llama()
+    model.lm_head = torch.nn.Linear(16, 5)
+    with pytest.raises(ValueError, match=r"no language model: .*logits of shape \(1, 16, 5\)"):
+        hub.check_causal(model, "planted")
+    model.forward = lambda input_ids, use_cache: input_ids
+    with pytest.raises(ValueError, match="does not run on token ids alone"):
+        hub.check_causal(model, "planted")
 
 
 def test_damaged_or_foreign_configuration(folder: Path) -> None:
@@ -240,13 +513,37 @@ def test_without_network_the_way_round_is_named(name: str, revision: str | None)
         opened.load(name, revision)
 
 
-def test_hub_revision_with_pickles_only(hub_cache: Path) -> None:
-    for file in hub_cache.rglob("model.safetensors"):
-        file.unlink()
-    with pytest.raises(
-        ValueError, match=r"has no safetensors.*pytorch_model\.bin.*save_pretrained.*refs/pr/N"
-    ):
+def test_hub_revision_with_pickles_only(
+    suite: suites.Suite, hub_cache: Path, tmp_path: Path
+) -> None:
+    """As many revisions of Pythia: read as tensors; a planted call is not run."""
+    expected = opened.load(suite.root).model
+    (snapshot,) = (p.parent for p in hub_cache.rglob("model.safetensors") if "5" * 40 in str(p))
+    _as_pickle(snapshot)
+    found = opened.load("EleutherAI/pythia-test").model
+    pairs = zip(found.parameters(), expected.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    torch.save({"evil": _Runs(tmp_path / "ran")}, snapshot / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="nothing was run"):
         opened.load("EleutherAI/pythia-test")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_are_downloaded_only_where_there_is_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot_download(*_: object, allow_patterns: list[str], **__: object) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    opened.load("a/b")
+    assert len(asked) == 1 and not any("bin" in pattern for pattern in asked[0])
+    _as_pickle(folder)
+    opened.load("a/b")
+    assert len(asked) == 3 and "pytorch_model*.bin" in asked[2]
 
 
 def test_unknown_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
