@@ -21,7 +21,7 @@ import grsd
 ROOT = Path(__file__).resolve().parent.parent
 PIN = re.compile(r"(?P<name>[a-z0-9][a-z0-9-]*)==(?P<version>[0-9][0-9a-z.]*)")
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?P<range>[<>=!~].*)?")
-EXTRAS = ("hub", "optimizers", "book", "test")
+EXTRAS = ("hub", "published", "optimizers", "book", "test")
 
 
 def canonical(name: str) -> str:

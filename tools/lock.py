@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "hub,optimizers,book,test"
+EXTRAS = "hub,published,optimizers,book,test"
 LEFT_OUT = re.compile(r"torch|triton|nvidia-.*|cuda-.*|grsd")
 
 HEAD = """\

@@ -186,6 +186,7 @@ def loaded(
     """
     from transformers import AutoModelForCausalLM
 
+    # its many kinds of failure are one sentence
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -213,6 +214,7 @@ def loaded(
         more = ", …" if len(unused) > 1 else ""
         why = "so the configuration is not that of these weights; mend config.json"
         raise ValueError(f"{file} {said} ({unused[0]}{more}), {why}")
+    # nor does it of a head that it unties, or of a weight that is not finite
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     text = model.config.get_text_config()
     tied = getattr(text, "tie_word_embeddings", False) and head is not None
@@ -245,6 +247,7 @@ def check_causal(model: Any, name: object) -> None:
         seen.append(output.detach().requires_grad_())
         return seen[-1]
 
+    # two texts that differ in their later half, the first with a graph from its embeddings on
     hook = model.get_input_embeddings().register_forward_hook(cut)
     try:
         with torch.enable_grad():
