@@ -100,13 +100,12 @@ def measure(piece: Piece) -> Data:
     """Return status, largest relative difference, tolerance and reason of one cell."""
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
-        try:
-            case = prepare(piece["architecture"], piece["setting"])
-        except Absent as absent:
-            return {"status": "absent", "reason": str(absent)}
         # what the model itself refuses, nobody can measure
         try:
+            case = prepare(piece["architecture"], piece["setting"])
             J, eps = truth(case)
+        except Absent as absent:
+            return {"status": "absent", "reason": str(absent)}
         except Exception as error:
             return {"status": "absent", "reason": f"the model itself fails: {_said(error)}"}
         bound = tolerance(eps, J.shape[1])
@@ -222,7 +221,7 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
                 number = said.setdefault(form["reason"], len(said))
                 cell.setdefault("reasons", {})[method] = number
         row["cells"][piece["setting"]] = cell
-    words = {name: [SETTINGS[name].short, SETTINGS[name].words] for name in p.settings}
+    words = [[name, SETTINGS[name].words] for name in p.settings]
     return {"settings": words, "rows": rows, "reasons": [*said]}
 
 

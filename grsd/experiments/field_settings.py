@@ -65,9 +65,8 @@ Change = Callable[[Case, tiny.Architecture], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """A column of the table: its short name, what it is, how the model is made, what changes it."""
+    """A column of the table: what it is, how the model is made, what changes it."""
 
-    short: str
     words: str
     wish: Wish
     change: Change | None = None
@@ -76,9 +75,9 @@ class Setting:
 SETTINGS: dict[str, Setting] = {}
 
 
-def _setting(name: str, short: str, words: str, **wish: Any) -> Callable[[Change], Change]:
+def _setting(name: str, words: str, **wish: Any) -> Callable[[Change], Change]:
     def register(change: Change) -> Change:
-        SETTINGS[name] = Setting(short, words, Wish(**wish), change)
+        SETTINGS[name] = Setting(words, Wish(**wish), change)
         return change
 
     return register
@@ -114,23 +113,23 @@ def _fused(config: Any, kind: tiny.Kind) -> bool:
     return bool(model.config._attn_implementation == "sdpa")
 
 
-SETTINGS["eager"] = Setting("eager", "evaluation, eager attention", Wish(attention="eager"))
-SETTINGS["sdpa"] = Setting("sdpa", "evaluation, fused attention", Wish(attention="sdpa"))
-SETTINGS["float32"] = Setting("f32", "float32", Wish(torch.float32))
-SETTINGS["bfloat16"] = Setting("bf16", "bfloat16", Wish(torch.bfloat16))
+SETTINGS["eager"] = Setting("evaluation, eager attention", Wish(attention="eager"))
+SETTINGS["sdpa"] = Setting("evaluation, fused attention", Wish(attention="sdpa"))
+SETTINGS["float32"] = Setting("float32", Wish(torch.float32))
+SETTINGS["bfloat16"] = Setting("bfloat16", Wish(torch.bfloat16))
 
 
-@_setting("autocast", "auto", "float32 under autocast to bfloat16", dtype=torch.float32)
+@_setting("autocast", "float32 under autocast to bfloat16", dtype=torch.float32)
 def _autocast(case: Case, row: tiny.Architecture) -> None:
     case.context = lambda: torch.autocast("cpu", torch.bfloat16)
 
 
-@_setting("train", "train", "training mode, all dropout rates zero")
+@_setting("train", "training mode, all dropout rates zero")
 def _train(case: Case, row: tiny.Architecture) -> None:
     case.model.train()
 
 
-@_setting("dropout", "drop", "training mode, every dropout rate of the configuration 0.1", drop=0.1)
+@_setting("dropout", "training mode, every dropout rate of the configuration 0.1", drop=0.1)
 def _dropout(case: Case, row: tiny.Architecture) -> None:
     name = case.model.config.model_type
     case.model.train()
@@ -152,12 +151,12 @@ def _checkpointed(case: Case, reentrant: bool) -> None:
         raise Absent(str(error)) from None
 
 
-@_setting("checkpoint", "ckpt", "training mode, gradient checkpointing, use_reentrant=False")
+@_setting("checkpoint", "training mode, gradient checkpointing, use_reentrant=False")
 def _checkpoint(case: Case, row: tiny.Architecture) -> None:
     _checkpointed(case, reentrant=False)
 
 
-@_setting("reentrant", "ckpt r", "training mode, gradient checkpointing, use_reentrant=True")
+@_setting("reentrant", "training mode, gradient checkpointing, use_reentrant=True")
 def _reentrant(case: Case, row: tiny.Architecture) -> None:
     _checkpointed(case, reentrant=True)
 
@@ -178,17 +177,17 @@ def _without(observable: Any, dropped: Tensor) -> Observable:
     return TokenLogProb(observable.targets.masked_fill(dropped, IGNORE))
 
 
-@_setting("left", "left", "two tokens of padding on the left of one text, masked, not counted")
+@_setting("left", "two tokens of padding on the left of one text, masked, not counted")
 def _left(case: Case, row: tiny.Architecture) -> None:
     _masked(case, row, left=True)
 
 
-@_setting("right", "right", "two tokens of padding on the right of one text, masked, not counted")
+@_setting("right", "two tokens of padding on the right of one text, masked, not counted")
 def _right(case: Case, row: tiny.Architecture) -> None:
     _masked(case, row, left=False)
 
 
-@_setting("ignored", "−100", "targets −100 at some tokens")
+@_setting("ignored", "targets −100 at some tokens")
 def _ignored(case: Case, row: tiny.Architecture) -> None:
     if row.kind == "vision":
         raise Absent("every image has a class")
@@ -197,7 +196,7 @@ def _ignored(case: Case, row: tiny.Architecture) -> None:
     case.observable = _without(case.observable, dropped)
 
 
-@_setting("frozen", "froz", "input embeddings frozen")
+@_setting("frozen", "input embeddings frozen")
 def _frozen(case: Case, row: tiny.Architecture) -> None:
     case.model.get_input_embeddings().requires_grad_(False)
 
@@ -259,7 +258,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-@_setting("adapters", "LoRA", "low-rank adapters in wrapping modules, all else frozen")
+@_setting("adapters", "low-rank adapters in wrapping modules, all else frozen")
 def _adapters(case: Case, row: tiny.Architecture) -> None:
     layers = _linears(case.model.requires_grad_(False))
     for name, layer in layers.items():
@@ -267,7 +266,13 @@ def _adapters(case: Case, row: tiny.Architecture) -> None:
         setattr(case.model.get_submodule(parent), last, LowRank(layer))
 
 
-@_setting("parametrized", "LoRA p", "low-rank adapters by parametrize, all else frozen")
+@_setting("tuned", "adapters, all else frozen, training mode, checkpointing, use_reentrant=False")
+def _tuned(case: Case, row: tiny.Architecture) -> None:
+    _adapters(case, row)
+    _checkpointed(case, reentrant=False)
+
+
+@_setting("parametrized", "low-rank adapters by parametrize, all else frozen")
 def _parametrized(case: Case, row: tiny.Architecture) -> None:
     layers = _linears(case.model.requires_grad_(False))
     for layer in layers.values():
@@ -282,22 +287,20 @@ def _tie(case: Case, row: tiny.Architecture, tied: bool) -> None:
         raise Absent(f"it cannot be {'tied' if tied else 'untied'}")
 
 
-@_setting("tied", "tied", "one matrix for embedding and head", config={"tie_word_embeddings": True})
+@_setting("tied", "one matrix for embedding and head", config={"tie_word_embeddings": True})
 def _tied(case: Case, row: tiny.Architecture) -> None:
     _tie(case, row, tied=True)
 
 
-@_setting("untied", "untied", "two matrices for them", config={"tie_word_embeddings": False})
+@_setting("untied", "two matrices for them", config={"tie_word_embeddings": False})
 def _untied(case: Case, row: tiny.Architecture) -> None:
     _tie(case, row, tied=False)
 
 
-@_setting("compiled", "comp", "torch.compile, run once before")
+@_setting("compiled", "wrapped by torch.compile")
 def _compiled(case: Case, row: tiny.Architecture) -> None:
     case.plain = copy.deepcopy(case.model)
     case.model = torch.compile(case.model, backend="eager")
-    with torch.no_grad():
-        case.model(**case.inputs)
 
 
 def _step(case: Case) -> None:
@@ -311,7 +314,7 @@ def _step(case: Case) -> None:
     optimizer.zero_grad()
 
 
-@_setting("stepped", "step", "a new operator after a step of fused AdamW")
+@_setting("stepped", "a new operator after a step of fused AdamW")
 def _stepped(case: Case, row: tiny.Architecture) -> None:
     plain = copy.deepcopy(case.model)
     _step(case)
@@ -319,7 +322,7 @@ def _stepped(case: Case, row: tiny.Architecture) -> None:
     case.plain = plain
 
 
-@_setting("stale", "stale", "the old operator after a step of fused AdamW")
+@_setting("stale", "the old operator after a step of fused AdamW")
 def _stale(case: Case, row: tiny.Architecture) -> None:
     case.plain = copy.deepcopy(case.model)
     case.after = lambda: _step(case)

@@ -128,7 +128,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon_mamba": _row("recurrent", state_size=4),
     "rwkv": _row("recurrent", use_cache=False),
     "recurrent_gemma": _row("recurrent", num_hidden_layers=3, lru_width=16),
-    "xlstm": _row("recurrent", embedding_dim=16, num_blocks=2, num_heads=2),
     "bert": _row("encoder"),
     "roberta": _row("encoder"),
     "distilbert": _row("encoder", dim=16, hidden_dim=24, n_layers=2, n_heads=2),
