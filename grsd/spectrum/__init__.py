@@ -2,20 +2,21 @@
 
 ``observables`` says what f is, ``operator`` multiplies by M. ``lanczos`` finds coefficients,
 ``measure`` bounds the spectral measure, ``shells`` bins it, ``nulls`` holds what a profile is
-compared with.
+compared with. ``functions`` has f(M) u, Ritz pairs and traces.
 
 Linear programs, which know no network, are in :mod:`grsd.spectrum.programs`: recorded, transposed,
 simplified. In :mod:`grsd.spectrum.operator`, ``trace`` records where parameters enter and ``rules``
 says how, ``factors`` holds the blocks of K, ``own_positions`` takes out layers that need no pass,
 ``factored`` puts them together; ``double_backward`` is the plain form. ``ntk``, ``batches`` and
-``shards`` are the operators made of either, ``layers`` splits one by modules.
+``shards`` are the operators made of either, ``cross`` goes from one batch to another, ``layers``
+splits one by modules, ``algebra`` adds them up.
 """
 
 from grsd.spectrum import nulls
 from grsd.spectrum.functions import apply, evolve, log_determinant, ritz, trace
 from grsd.spectrum.lanczos import lanczos, lanczos_batches
 from grsd.spectrum.measure import SpectralMeasure, Tridiagonal
-from grsd.spectrum.observables import ClassLogits, Observable, Outputs, TokenLogProb
+from grsd.spectrum.observables import BinaryLogits, ClassLogits, Observable, Outputs, TokenLogProb
 from grsd.spectrum.operator.algebra import GGN
 from grsd.spectrum.operator.batches import NTKBatches
 from grsd.spectrum.operator.layers import coherence
@@ -34,6 +35,7 @@ __all__ = [
     "GGN",
     "NTK",
     "AveragedProfile",
+    "BinaryLogits",
     "ClassLogits",
     "LogShells",
     "NTKBatches",

@@ -37,10 +37,10 @@ def random_signs(like: Tensor, *, generator: torch.Generator) -> Tensor:
     return like * signs.to(like)
 
 
-def shuffled(targets: Tensor, *, generator: torch.Generator) -> Tensor:
+def shuffled(targets: Tensor, *, generator: torch.Generator, ignore_index: int = IGNORE) -> Tensor:
     """Return the counted targets in random order: kept is how often each occurs, lost is where."""
     flat = targets.reshape(-1).clone()
-    counted = torch.nonzero(flat != IGNORE).squeeze(1)
+    counted = torch.nonzero(flat != ignore_index).squeeze(1)
     order = torch.randperm(counted.numel(), generator=generator).to(counted.device)
     flat[counted] = flat[counted[order]]
     return flat.reshape(targets.shape)

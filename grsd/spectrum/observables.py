@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 IGNORE = -100  # the target of a token that is not counted, as in torch and transformers
+INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 
 
 @runtime_checkable
@@ -52,14 +53,22 @@ def _check_targets(targets: Tensor, shape: torch.Size, what: str) -> None:
         )
 
 
-def _counted(targets: Tensor, output: Tensor, what: str) -> Tensor:
+def _indices(targets: Tensor) -> Tensor:
+    """Return class indices as int64, which torch's losses need."""
+    kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+    if not isinstance(targets, Tensor) or targets.dtype not in INTEGERS:
+        raise TypeError(f"targets are {kind}; class indices are a tensor of integers")
+    return targets.long()
+
+
+def _counted(targets: Tensor, output: Tensor, what: str, ignore: int = IGNORE) -> Tensor:
     """Return the mask of counted targets; `output` holds classes on its last axis."""
     if output.ndim < 2:
         raise ValueError(f"{what}, the model returned {tuple(output.shape)}")
     _check_targets(targets, output.shape[:-1], "logits")
-    counted = targets != IGNORE
+    counted = targets != ignore
     if not bool(counted.any()):
-        raise ValueError(f"no target is counted: all {targets.numel()} are {IGNORE}")
+        raise ValueError(f"no target is counted: all {targets.numel()} are {ignore}")
     low, high = int(targets[counted].min()), int(targets[counted].max())
     if low < 0 or high >= output.shape[-1]:
         raise ValueError(
@@ -100,12 +109,15 @@ class Outputs:
 class ClassLogits:
     """Classification: every logit is a row, and the error is δ = onehot(target) − softmax.
 
-    `targets` are int64 in [0, C), of the output's shape without its last axis (the classes).
+    `targets` are integers in [0, C), of the output's shape without its last axis (the classes).
     T = n·C rows from n samples. δ = −n ∂L/∂f for the mean cross-entropy L, so ḟ = M δ exactly;
     δ itself obeys δ̇ = −H M δ with H = blockdiag(diag q − q qᵀ), not −M δ.
     """
 
     targets: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", _indices(self.targets))
 
     def rows(self, output: Tensor) -> Tensor:
         counted = _counted(self.targets, output, "class logits need shape (..., classes)")
@@ -125,20 +137,56 @@ class ClassLogits:
 
 
 @dataclass(frozen=True)
-class TokenLogProb:
-    """Language modelling: row i is f_i = log q(y_i | x_i), and e = −log q (2512.10427, eq. 24).
+class BinaryLogits:
+    """Two classes by one logit: every logit is a row, and the error is e = y − σ(f).
 
-    `targets` are int64 (B, L), aligned with logits (B, L, V); tokens with target −100 give no row.
-    T counted tokens are T rows and T samples. Under the flow of L = (1/T) Σ e the error obeys
-    ė = −M·1 exactly, not ė = −M e: what evolves is shown by the start vector 1, what the paper
-    draws by the start vector e.
+    `targets` are probabilities y in [0, 1], or labels 0 and 1 of any type, of the output's shape or
+    of that without a last axis of length 1. T logits are T rows and T samples. e = −n ∂L/∂f for the
+    mean binary cross-entropy L, so ḟ = M e exactly; e itself obeys ė = −H M e with
+    H = diag(σ(f)(1 − σ(f))).
     """
 
     targets: Tensor
 
     def rows(self, output: Tensor) -> Tensor:
+        if output.ndim == 0:
+            raise ValueError("the model returned a single number; expected a batch axis, (n, ...)")
+        one = output.ndim > self.targets.ndim and output.shape[-1] == 1
+        _check_targets(self.targets, output.shape[:-1] if one else output.shape, "logits")
+        low, high = float(self.targets.min()), float(self.targets.max())
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"targets run from {low:g} to {high:g}; those of one logit are probabilities in "
+                "[0, 1]. Of labels −1 and 1 take (y + 1) / 2"
+            )
+        return output.reshape(-1)
+
+    def error(self, rows: Tensor) -> Tensor:
+        return self.targets.reshape(-1).to(rows) - torch.sigmoid(rows)
+
+    def samples(self, rows: Tensor) -> int:
+        return rows.numel()
+
+
+@dataclass(frozen=True)
+class TokenLogProb:
+    """Language modelling: row i is f_i = log q(y_i | x_i), and e = −log q (2512.10427, eq. 24).
+
+    `targets` are integers (B, L), aligned with logits (B, L, V); tokens with target `ignore_index`
+    give no row. T counted tokens are T rows and T samples. Under the flow of L = (1/T) Σ e the
+    error obeys ė = −M·1 exactly, not ė = −M e: what evolves is shown by the start vector 1, what
+    the paper draws by the start vector e.
+    """
+
+    targets: Tensor
+    ignore_index: int = IGNORE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", _indices(self.targets))
+
+    def rows(self, output: Tensor) -> Tensor:
         what = "token logits need shape (batch, length, vocabulary)"
-        counted = _counted(self.targets, output, what)
+        counted = _counted(self.targets, output, what, self.ignore_index)
         if bool(counted.all()):  # no copy of the logits
             logits, targets = output.flatten(0, -2), self.targets.flatten()
         else:

@@ -12,6 +12,7 @@ from grsd.dynamics.flow import around, central, integrate
 from grsd.dynamics.generalization import FixedFeatures, heldout_rate, kernel_between
 from grsd.dynamics.problem import Problem
 from grsd.lab.nets.models import mlp
+from grsd.spectrum import NTK, Outputs
 
 
 def problems(n: int = 12, m: int = 9) -> tuple[Problem, Problem]:
@@ -165,3 +166,14 @@ def test_bad_arguments_are_refused() -> None:
         kernel_between(other, train, train.theta)
     with pytest.raises(ValueError, match="0 or later"):
         features().test_losses(-1.0)
+
+
+def test_the_operator_between_test_and_training_batch_gives_the_rate_without_jacobians() -> None:
+    train, test = problems()
+    M = NTK(mlp([3, 10, 1], seed=2).double(), train.inputs, Outputs(train.targets[:, None]))
+    C = M.cross(test.inputs, Outputs(test.targets[:, None]))
+    between = kernel_between(test, train, train.theta)
+    assert np.allclose(C.to_dense().numpy() * 12, between, atol=1e-13 * np.abs(between).max())
+    e_te = Outputs(test.targets[:, None]).error(C.outputs)
+    rate = -float(e_te @ (C @ M.error)) / 9
+    assert rate == pytest.approx(heldout_rate(train, test, train.theta), rel=1e-12)

@@ -7,10 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
 
-from grsd.spectrum import NTK, ClassLogits, Outputs, TokenLogProb
+from grsd.spectrum import (
+    NTK,
+    BinaryLogits,
+    ClassLogits,
+    NTKShards,
+    Outputs,
+    TokenLogProb,
+    micro_batches,
+)
 from grsd.spectrum.observables import IGNORE, raw_output
+from tests.cases import gpt_neox
 
 BATCH, LENGTH, VOCABULARY = 3, 5, 11
 # A log-softmax over 11 classes in another order of operations: some ten roundings of 2.2e-16 of numbers below 30.
@@ -271,3 +280,92 @@ def test_the_rate_of_the_loss_is_the_same_from_both_operators() -> None:
     assert (
         abs(M.inner_weight * float(M.error @ (M @ M.error)) / rate - 1) > 0.1
     )  # e is not what drives
+
+
+# --- one logit, other ignored labels, other integers ------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 3)])
+def test_the_error_of_one_logit_is_the_gradient_of_torch_binary_cross_entropy(
+    shape: tuple[int, ...],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    f = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.randint(0, 2, shape, generator=generator)
+    soft = torch.rand(shape, generator=generator, dtype=torch.float64)
+    for y in (labels, labels.bool(), labels.int(), soft):
+        observable = BinaryLogits(y)
+        rows = observable.rows(f)
+        loss = binary_cross_entropy_with_logits(f, y.to(f))
+        gradient = torch.autograd.grad(loss, f)[0].flatten()
+        truth = -observable.samples(rows) * gradient
+        assert (observable.error(rows) - truth).abs().max() < ROUNDING
+    if shape == (7, 1):  # the usual head, with targets that have no such axis
+        squeezed = BinaryLogits(labels[:, 0])
+        assert torch.equal(squeezed.error(squeezed.rows(f)), BinaryLogits(labels).error(f[:, 0]))
+    with pytest.raises(ValueError, match=r"targets run from -1 to 1; .*take \(y \+ 1\) / 2"):
+        BinaryLogits(2 * labels - 1).rows(f)
+    with pytest.raises(ValueError, match=r"targets have shape \(2,\)"):
+        BinaryLogits(labels.flatten()[:2]).rows(f)
+
+
+def test_the_law_of_the_binary_error_along_the_flow() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x, y = torch.randn(9, 4).double(), torch.randint(0, 2, (9,))
+    M = NTK(model, x, BinaryLogits(y))
+    assert M.samples == 9 and M.shape == (9, 9)
+    sigma = torch.sigmoid(M.outputs)
+    predicted = -sigma * (1 - sigma) * (M @ M.error)
+    loss = binary_cross_entropy_with_logits(model(x)[:, 0], y.double())
+    downhill = [-g for g in torch.autograd.grad(loss, [*model.parameters()])]
+    h, errors = 1e-6, []
+    for sign in (1, -1):
+        moved = {
+            name: p + sign * h * d
+            for (name, p), d in zip(model.named_parameters(), downhill, strict=True)
+        }
+        errors.append(BinaryLogits(y).error(torch.func.functional_call(model, moved, x)[:, 0]))
+    rate = (errors[0] - errors[1]) / (2 * h)
+    assert (rate - predicted).norm() < 1e-8 * rate.norm()  # h² and rounding over h
+
+
+def test_other_ignored_labels_and_integers_give_the_same_rows() -> None:
+    logits, targets = draw()
+    dropped = targets.clone()
+    dropped[0, :2], padded = IGNORE, targets.clone()
+    padded[0, :2] = 0  # a padding token that is a token of the vocabulary
+    padded[padded == 0] = -1
+    dropped[targets == 0] = IGNORE
+    one, other = TokenLogProb(dropped), TokenLogProb(padded, ignore_index=-1)
+    assert torch.equal(one.rows(logits), other.rows(logits))
+    # a label inside the vocabulary counts for nothing where it is named
+    inside = TokenLogProb(targets, ignore_index=int(targets[0, 0]))
+    count = int((targets != targets[0, 0]).sum())
+    assert inside.rows(logits).numel() == count < targets.numel()
+    with pytest.raises(ValueError, match="targets run from -1"):
+        TokenLogProb(padded).rows(logits)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(
+            TokenLogProb(targets.to(dtype)).rows(logits), TokenLogProb(targets).rows(logits)
+        )
+        classes = ClassLogits(targets.to(dtype))
+        rows = classes.rows(logits)
+        assert torch.equal(classes.error(rows), ClassLogits(targets).error(rows))
+    for kind in (TokenLogProb, ClassLogits):
+        with pytest.raises(TypeError, match=r"targets are torch\.float64; class indices are"):
+            kind(targets.double())
+        with pytest.raises(TypeError, match="targets are list"):
+            kind([1, 2])
+
+
+def test_an_ignored_label_reaches_operators_and_their_parts() -> None:
+    model, tokens, observable = gpt_neox()
+    targets = observable.targets.clone()
+    targets[:, :3] = 0
+    ignored = TokenLogProb(targets, ignore_index=0)
+    plain = TokenLogProb(targets.masked_fill(targets == 0, IGNORE))
+    M, truth = NTK(model, tokens, ignored), NTK(model, tokens, plain)
+    assert torch.equal(M.to_dense(), truth.to_dense())
+    parts = NTKShards(model, micro_batches(tokens, ignored, 2))
+    assert (parts.to_dense() - truth.to_dense()).norm() < 1e-13 * truth.to_dense().norm()

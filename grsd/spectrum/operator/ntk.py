@@ -50,7 +50,8 @@ class NTK(NTKBase):
     inputs
         A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
     observable
-        What the rows are: `Outputs`, `ClassLogits`, `TokenLogProb`, or one with the same methods.
+        What the rows are: `Outputs`, `ClassLogits`, `BinaryLogits`, `TokenLogProb`, or one with the
+        same methods.
     normalize
         ``"mean"``: J Jᵀ / n for n samples (the operator of ė = −M e); ``"sum"``: J Jᵀ.
     method
@@ -67,6 +68,7 @@ class NTK(NTKBase):
     outputs : (T,), f at the rows, detached.
     samples : n. For language models n = T.
     inner_weight : 1/n for "mean" and 1 for "sum": ⟨u, v⟩ = inner_weight · Σ u v.
+    semidefinite : True: what knows it reads a negative Ritz value as rounding.
     method : "factored" or "graph", the one that is in use.
 
     Raises
@@ -86,7 +88,8 @@ class NTK(NTKBase):
     three backward passes to build, about 1.4 forward-plus-backward passes per product, and one such
     graph held. Attention is run with its mathematical backend: the fused ones have no second
     derivative. A compiled module is run as it was written. The model and the state of the random
-    generator are left as they were found. Source: 2512.10427, section 2.2.
+    generator are left as they were found. Multiples, sums, M.T and u @ M: see
+    :mod:`grsd.spectrum.operator.algebra`. Source: 2512.10427, section 2.2.
     """
 
     def __init__(
@@ -247,6 +250,7 @@ class NTK(NTKBase):
                     "observable of the other batch"
                 )
             observable = Outputs()
+        # Record both batches, or retain the graphs of both.
         make = partial(Side, names=self._names)
         batches = [(self._inputs, self._observable), copied(inputs, observable)]
         sides: Any = []
@@ -262,6 +266,7 @@ class NTK(NTKBase):
         if not sides:
             graphs = (self._retain(), Retained(self._rows(*batches[1]), self._parameters))
             sides = [(graph.outputs, graph) for graph in graphs]
+        # They must be of this model, as it is, and of one kind.
         (here, first), (there, second) = sides
         self._same_outputs(here, self.outputs)
         kinds = [f"{f.dtype} on {f.device}" for f in (here, there)]
