@@ -31,7 +31,7 @@ from grsd.spectrum.operator.cuda_graph import Product, replayed
 from grsd.spectrum.operator.double_backward import Retained
 from grsd.spectrum.operator.factored import Factored
 from grsd.spectrum.operator.layers import by_layer, select
-from grsd.spectrum.operator.precision import unmixed
+from grsd.spectrum.operator.precision import rounding, unmixed
 from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.record import Unrecordable
 
@@ -272,12 +272,14 @@ class NTK(NTKBase):
         kinds = [f"{f.dtype} on {f.device}" for f in (here, there)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"the rows are {kinds[0]}, those of the other batch {kinds[1]}")
+        dtypes = {self.dtype, *self._dtypes, *first.dtypes, *second.dtypes}
+        convolves = self._convolves or first.convolves or second.convolves
         settings = {
             "names": self._names,
             "folded": set() if self._factored is None else self._factored.folded,
             "products": self._settings["products"],
             "unchanged": self._watch.check,
-            "eps": self.eps,
+            "eps": rounding(dtypes, convolves, self.device),
             "inner_weight": self.inner_weight,
         }
         return CrossKernel(first, second, (here, there), settings)

@@ -231,3 +231,17 @@ def test_a_parameter_that_enters_differently_in_the_two_batches_is_exact() -> No
         M = NTK(*here)
         D = truth(here, there, M.inner_weight)
         assert relative(M.cross(there[1]).to_dense(), D) < 2e-14
+
+
+def test_the_accuracy_is_that_of_the_coarsest_arithmetic_of_either_batch() -> None:
+    model, tokens, observable = gpt_neox()
+    single = model.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = NTK(single, tokens, observable)
+    C = mixed.cross(tokens, observable)  # run under the autocast of M
+    assert C.eps == mixed.eps == 2.0**-7
+    assert relative(C.to_dense(), mixed.to_dense()) < 4 * C.eps
+    exact = NTK(single, tokens, observable)
+    plain = exact.cross(tokens, observable)
+    assert plain.eps == exact.eps == 2.0**-23
+    assert relative(plain.to_dense(), exact.to_dense()) < 20 * plain.eps
