@@ -83,7 +83,8 @@ class Outputs:
     """Regression: every scalar output is a row, and e = target − output.
 
     `targets` have the shape of the model's output, or are None when only the operator is wanted.
-    For outputs of shape (n, d) there are T = n·d rows and n samples. Under the flow of
+    With targets or without, samples are counted along the first axis of the output: for shape
+    (n, d) there are T = n·d rows and n samples, for shape (n,) T = n of both. Under the flow of
     L = (1/2n)‖e‖² the error obeys ė = −M e exactly (2512.10427, section 2.2).
     """
 
@@ -102,7 +103,8 @@ class Outputs:
         return self.targets.reshape(-1).to(rows) - rows
 
     def samples(self, rows: Tensor) -> int:
-        return rows.numel() if self.targets is None else int(self.targets.shape[0])
+        """Return n; without targets, `rows` must be the model's output, whose shape says it."""
+        return len(rows if self.targets is None else self.targets)
 
 
 @dataclass(frozen=True)

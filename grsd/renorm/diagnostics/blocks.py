@@ -101,9 +101,9 @@ class Blocks:
         leaves = {name: self._values[name].detach().clone().requires_grad_() for name in ordered}
 
         # one forward pass, whose graph serves all products
-        self.rows = forward_rows(model, inputs, observable, constant=self._values | leaves)
-        self.outputs = self.rows.detach()
-        self.samples, self.kinks = observable.samples(self.outputs), kinks_of(self.rows)
+        constant = self._values | leaves
+        self.rows, self.samples = forward_rows(model, inputs, observable, constant=constant)
+        self.outputs, self.kinks = self.rows.detach(), kinks_of(self.rows)
         self.reused = {k: count for k, count in entrances(self.rows, leaves).items() if count > 1}
         self._leaves = list(leaves.values())
         ends = accumulate((len(members) for members in self.members), initial=0)

@@ -10,6 +10,7 @@ from functools import cached_property
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
@@ -80,6 +81,8 @@ class Symmetric:
             raise ValueError("NumPy has no bfloat16: make the operator of model.float()")
 
         def product(u: Any) -> Any:
+            if np.iscomplexobj(u):  # M is real
+                return product(u.real) + 1j * product(u.imag)
             return (self @ torch.as_tensor(u, dtype=self.dtype, device=self.device)).cpu().numpy()
 
         numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from grsd import checks
-from grsd.spectrum.observables import Observable, raw_output
+from grsd.spectrum.observables import Observable, Outputs, raw_output
 from grsd.spectrum.operator.algebra import Symmetric
 from grsd.spectrum.operator.precision import mixed, rounding, unmixed
 from grsd.spectrum.operator.trace import Trace
@@ -178,13 +178,17 @@ class NTKBase(Symmetric):
         self._convolves |= one.convolves
 
     def _rows(self, inputs: Inputs, observable: Observable, trace: Trace | None = None) -> Tensor:
-        """Run the model once, with a graph that holds the chosen parameters alone."""
+        """Run the model once, with a graph that holds the chosen parameters alone.
+
+        `self._samples` becomes the number of samples of this pass.
+        """
         chosen = {id(p) for p in self._parameters}
         named = self._model.named_parameters()
         constant = {name: p.detach() for name, p in named if id(p) not in chosen}
         constant |= {name: buffer.clone() for name, buffer in self._buffers.items()}
         with self._mixed():
-            return forward_rows(self._model, inputs, observable, trace, constant)
+            rows, self._samples = forward_rows(self._model, inputs, observable, trace, constant)
+        return rows
 
     def _traced(self, inputs: Inputs, observable: Observable) -> tuple[Tensor, Trace]:
         """Run the model once, and return the rows with what was recorded on the way."""
@@ -263,9 +267,10 @@ def forward_rows(
     observable: Observable,
     trace: Trace | None = None,
     constant: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """Run the model once with its graph and return the rows; copies of the buffers are written to.
+) -> tuple[Tensor, int]:
+    """Run the model once with its graph; return the rows and the number of samples.
 
+    Copies of the buffers are written to.
     `constant` holds values without a graph that stand for parameters of the same names.
     """
     if not isinstance(observable, Observable):
@@ -288,7 +293,8 @@ def forward_rows(
         plain = torch.compiler.set_stance("force_eager")
     math = sdpa_kernel(SDPBackend.MATH)  # the fused kernels have no second derivative
     with _FORWARD, fork, plain, torch.enable_grad(), math, trace or nullcontext():
-        rows = observable.rows(raw_output(functional_call(model, values, args, kwargs)))
+        output = raw_output(functional_call(model, values, args, kwargs))
+        rows = observable.rows(output)
     bad = int((~torch.isfinite(rows.detach())).sum())
     refused = {
         f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}": (
@@ -304,7 +310,7 @@ def forward_rows(
     for reason, holds in refused.items():
         if holds:
             raise ValueError(reason)
-    return rows
+    return rows, observable.samples(output if isinstance(observable, Outputs) else rows.detach())
 
 
 def copied(inputs: Inputs, observable: Observable) -> tuple[Any, Observable]:

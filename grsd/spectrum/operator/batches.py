@@ -70,8 +70,7 @@ class NTKBatches(NTKBase):
             raise ValueError(why) from failure
         self._count(self._factored)
         self.outputs: Tensor = flat.view(batches, -1)
-        samples = observable.samples(flat)
-        self.inner_weight: float = batches / samples if normalize == "mean" else 1.0
+        self.inner_weight: float = batches / self._samples if normalize == "mean" else 1.0
         self._product = replayed(self._factored, flat)
 
     @property

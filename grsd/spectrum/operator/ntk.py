@@ -117,8 +117,8 @@ class NTK(NTKBase):
             self._factor(strict=method == "factored")
         if self._factored is None:
             self._retain()
+        self.samples: int = self._samples
         self.method = "graph" if self._factored is None else "factored"
-        self.samples: int = observable.samples(self.outputs)
         self.inner_weight: float = 1.0 / self.samples if normalize == "mean" else 1.0
 
     def _factor(self, strict: bool) -> None:

@@ -115,7 +115,7 @@ class NTKShards(NTKBase):
         for inputs, observable in self._parts:
             rows, halves = self._halves_of(inputs, observable)
             outputs.append(rows)
-            samples += observable.samples(rows)
+            samples += self._samples
             used |= set(halves.used)
             self._count(halves)
             if isinstance(halves, Halves):

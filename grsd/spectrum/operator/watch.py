@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-ENTRIES = 256  # of a tensor that are compared, or up to twice as many
+ENTRIES = 64  # of a tensor that are compared, or up to twice as many
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -21,11 +21,11 @@ class Watch:
     """The modules, parameters, and tensors that are no buffer, of a model as it is now.
 
     `check` compares which modules and parameters there are, and of every tensor the version, place
-    and layout, and some 256 entries bit by bit, evenly spread over rows and columns. It misses a
+    and layout, and some 64 entries bit by bit, evenly spread over rows and columns. It misses a
     change of other entries that bumps no version: of few rows of a large table through ``.data``,
     never a step of a dense optimizer. Buffers are not watched: the operators hold copies of them.
 
-    Cost: about 1 µs and 256 reads a tensor; on a GPU one wait for the device.
+    Cost: about 1 µs and 64 reads a tensor; on a GPU one wait for the device.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
-from grsd.spectrum import NTK, ClassLogits, Outputs, TokenLogProb
+from grsd.renorm.diagnostics.blocks import Blocks
+from grsd.spectrum import NTK, ClassLogits, NTKBatches, NTKShards, Outputs, TokenLogProb
 from grsd.spectrum.observables import Observable
 from tests.cases import CASES, dense, gpt2, gpt_neox, mlp
 
@@ -63,6 +66,38 @@ def test_mean_divides_by_samples_not_rows() -> None:
     assert mean.shape == (24, 24) and mean.samples == 12 and mean.inner_weight == 1 / 12
     u = torch.randn(24, dtype=torch.float64)
     assert torch.allclose(12 * (mean @ u), raw @ u, rtol=1e-14)
+
+
+@pytest.mark.parametrize("outputs", [(), (1,), (3,), (2, 3)])
+def test_samples_lie_along_the_first_axis_with_targets_or_without(outputs: tuple[int, ...]) -> None:
+    """One weight in every form; the squared error of the docstring has the gradient that M says."""
+    torch.manual_seed(0)
+    size = max(1, math.prod(outputs))
+    model = nn.Sequential(
+        nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, size), nn.Unflatten(1, outputs or (1,))
+    )
+    model = nn.Sequential(model, nn.Flatten(0)) if not outputs else model
+    model, x, y = model.double(), torch.randn(5, 4).double(), torch.randn(5, *outputs).double()
+    truth = dense(model, x, Outputs(y)) / 5
+    for observable in (Outputs(), Outputs(y)):
+        for method in ("factored", "graph"):
+            M = NTK(model, x, observable, method=method)  # type: ignore[arg-type]
+            assert M.samples == 5 and M.inner_weight == 0.2
+            assert torch.linalg.norm(M.to_dense() - truth) < 1e-13 * torch.linalg.norm(truth)
+        shards = NTKShards(
+            model, [(x[:2], observable_of(observable, 0)), (x[2:], observable_of(observable, 2))]
+        )
+        assert shards.samples == 5
+        assert torch.linalg.norm(shards.to_dense() - truth) < 1e-13 * torch.linalg.norm(truth)
+        assert NTKBatches(model, x, observable, batches=5).inner_weight == 1.0
+        blocks = Blocks(model, x, observable, drive=lambda rows: rows)
+        assert blocks.samples == 5
+
+
+def observable_of(whole: Outputs, start: int) -> Outputs:
+    """The part of the first two samples, or of the last three."""
+    at = slice(0, 2) if start == 0 else slice(2, 5)
+    return Outputs(None if whole.targets is None else whole.targets[at])
 
 
 def test_error_of_gradient_step_is_minus_m_e() -> None:
@@ -182,6 +217,21 @@ def test_scipy_sees_the_same_operator() -> None:
     assert torch.allclose(
         torch.tensor(sorted(top)), torch.linalg.eigvalsh(M.to_dense())[-3:], rtol=1e-10
     )
+
+
+def test_scipy_gets_types_that_numpy_has() -> None:
+    """M is real: a complex vector is two products, integers are numbers; bfloat16 is refused with the remedy."""
+    model, x, observable = mlp()
+    truth = dense(model, x, observable).numpy() / 12
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=24) + 1j * rng.normal(size=24)
+    S = NTK(model, x, observable).scipy()
+    for u in (z, np.stack([z, z.conj()], 1), np.arange(24), z.real.astype(np.float32)):
+        assert np.linalg.norm(S @ u - truth @ u) < 1e-12 * np.linalg.norm(truth @ u)
+    half = NTK(copy.deepcopy(model).half(), x.half(), observable).scipy()
+    assert half.dtype == np.float16 and (half @ z).dtype == np.complex64
+    with pytest.raises(ValueError, match=r"no bfloat16: make the operator of model\.float\(\)"):
+        NTK(model.bfloat16(), x.bfloat16(), observable).scipy()
 
 
 def test_model_is_left_as_found() -> None:
