@@ -1,12 +1,14 @@
 """What the commands share: failures, options, JSON and tables, progress, files to write.
 
-A failure is one sentence on stderr and exit code 2.
+A failure is one sentence on stderr and exit code 2; that of the package itself says so.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,10 @@ from grsd.scale import cache_dir
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, MemoryError, ArithmeticError, ImportError)
 Command = TypeVar("Command", bound=Callable[..., Any])
 Progress = Callable[[int, int, str], None]  # (done, in all, what)
+RESUMED = ("shells", "suite", "protocol", "experiment")  # these keep what they have finished
+TICK = 30.0  # seconds between lines of progress, while something gets done
+PATIENCE = 120.0  # the same, while nothing does
+FOUND = 0.05  # seconds; a piece that took less was found, and says nothing of the others
 
 
 class Group(click.Group):
@@ -37,10 +43,18 @@ class Group(click.Group):
             # a pattern that the shell has expanded
             hint = f"{error.message}; a pattern such as 'notes/*.txt' must stand in quotes"
             raise click.UsageError(hint, error.ctx) from None
-        except FAILURES as error:
+        except KeyboardInterrupt:
+            kept = "what was finished is kept: the same command goes on from there"
+            nothing = "this command keeps nothing of an unfinished run"
+            say(f"grsd: stopped; {kept if ctx.invoked_subcommand in RESUMED else nothing}")
+            ctx.exit(130)
+        except Exception as error:
             if ctx.find_root().params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
             sentence = " ".join(_said(error).split()) or type(error).__name__
+            if not isinstance(error, FAILURES):
+                where = "this is a fault of grsd or of the model's code; grsd --debug ... shows it"
+                sentence = f"{type(error).__name__}: {sentence} ({where})"
             click.echo(f"grsd: {sentence}", err=True)
             ctx.exit(2)
 
@@ -107,24 +121,83 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     click.echo(str(Table(columns, rows)))
 
 
+class Lines:
+    """Progress where there is no terminal: lines of counts, and when the rest will be done."""
+
+    def __init__(self, label: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.label, self.clock = label, clock
+        self.begun = self.last = self.said = clock()
+        self.done = self.total = self.new = 0
+        self.measured, self.spent, self.note = 0, 0.0, ""
+
+    def update(self, done: int, total: int, note: str) -> None:
+        first, now = self.total == 0, self.clock()
+        if done > self.done and now - self.last > FOUND:
+            self.measured += done - self.done
+            self.spent += now - self.last
+        self.new += done > self.done
+        self.done, self.total, self.note, self.last = done, total, note, now
+        if first:
+            self.begun = now
+            self.say()
+
+    def tick(self) -> None:
+        """Say a line when something was done, or nothing was said for long."""
+        if self.total and (self.new or self.clock() - self.said >= PATIENCE):
+            self.say()
+
+    def say(self) -> None:
+        now = self.clock()
+        left = ""
+        if self.measured and self.done < self.total:
+            each = self.spent / self.measured
+            left = f", about {duration(each * (self.total - self.done))} left"
+        passed = f" after {duration(now - self.begun)}{left}" if now > self.begun else ""
+        say(f"{self.label}: {self.done} of {self.total}{passed} ({self.note})")
+        self.said, self.new = now, 0
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, to two digits or so."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def bar(label: str, quiet: bool = False) -> Iterator[Progress]:
-    """A progress bar on an interactive stderr, shown at step 0 or after a second."""
+    """Progress on stderr: a bar on a terminal, shown at step 0 or after a second; lines elsewhere.
+
+    Of lines there is one at the start, then at most one each half minute.
+    """
     from tqdm import tqdm
 
-    off = quiet or not sys.stderr.isatty()
-    steps: Any = tqdm(desc=label, file=sys.stderr, disable=off, delay=1.0, leave=False)
+    terminal = sys.stderr.isatty()
+    steps: Any = tqdm(
+        desc=label, file=sys.stderr, disable=quiet or not terminal, delay=1.0, leave=False
+    )
+    lines, ended = Lines(label), threading.Event()
 
     def update(done: int, total: int, note: str) -> None:
+        if not (quiet or terminal):
+            lines.update(done, total, note)
         steps.total = total
         steps.set_postfix_str(note, refresh=False)
         steps.update(done - steps.n)
         if done == 0:
             steps.refresh()
 
+    # a thread speaks while one piece takes long
+    def watch() -> None:
+        while not ended.wait(TICK):
+            steps.refresh()
+            lines.tick()
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield update
     finally:
+        ended.set()
         steps.close()
 
 

@@ -57,6 +57,7 @@ def conditions(
     where = common.device_of(device)
     opened, asked = prepared(model, revisions, where)
     with common.bar("conditions") as update:
+        update(0, max(1, len(asked)), "the model is loaded")
         report = conditions_of(
             opened, asked, device=where, probes=probes or None, progress=update, **options
         )

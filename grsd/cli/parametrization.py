@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from grsd.cli.common import emit, json_option, main, shown, table
+from grsd.cli.common import bar, emit, json_option, main, shown, table
 
 EPILOG = """\b
 Examples:
@@ -91,7 +92,16 @@ def mup_check(
     plan = mup.plan(largest, base=factory(base[0], base[1]), **who)
     at: dict[str, Any] = {"widths": widths, "depths": depths, "base": (base[0], base[1])}
     how = {"k": layers, "seeds": range(seeds), "parametrization": "sp" if sp else "mup", **more}
-    check = mup.coord_check(factory, loss, **at, **how)
+    runs = len({*((n, base[1]) for n in widths), *((base[0], k) for k in depths)}) * seeds
+    with bar("mup-check") as update:
+        passes = itertools.count()
+
+        def counted(net: Any) -> Any:
+            update(min(next(passes), total), total, f"forward passes of {runs} runs")
+            return loss(net)
+
+        total = runs * (more["steps"] + 1)
+        check = mup.coord_check(factory, counted, **at, **how)
     # one object, or the plan, a row for each size and the verdict
     if as_json:
         kept = ("role", "quantity", "axis", "wanted", "condition")

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from grsd import results
-from grsd.cli import main
+from grsd.cli import common, main
 from grsd.lab.checkpoints import opened, suites
 from grsd.lab.data import corpora
 from tests.lab.cases import TINY, write_texts
@@ -388,6 +388,74 @@ def test_revisions_with_the_same_weights_are_noticed(place: Path, tmp_path: Path
         assert shown.exit_code == 0, shown.stderr
         assert f"note: step2 and step3 of {root} have the same weights" in shown.stderr
         assert "same weights" not in _grsd(*words).stderr
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Pieces of 40 s each, of which four were found at once; the clock is planted."""
+    now = [0.0]
+    lines = common.Lines("shells", lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        for _ in range(int(seconds // 10)):
+            now[0] += 10.0
+            if now[0] % common.TICK == 0:
+                lines.tick()
+
+    lines.update(0, 10, "first batch")
+    for k in range(4):
+        lines.update(k + 1, 10, "found in the cache")
+    for k in range(4, 6):
+        passes(40.0)
+        lines.update(k + 1, 10, f"batch {k + 1}")
+    passes(300.0)  # one that takes long
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == [
+        "shells: 0 of 10 (first batch)",
+        "shells: 4 of 10 after 30 s (found in the cache)",
+        "shells: 5 of 10 after 60 s, about 3 min left (batch 5)",
+    ]
+    # then nothing new: the line of the sixth, and one each two minutes
+    assert said[3] == "shells: 6 of 10 after 90 s, about 3 min left (batch 6)".replace(
+        "90 s", "2 min"
+    )
+    assert len(said) == 6
+
+
+def test_every_long_command_says_that_it_has_begun(place: Path) -> None:
+    commands = (
+        (_shells(place, "--json"), "shells: 0 of 2"),
+        (_conditions(place), "conditions: 0 of"),
+    )
+    for words, label in commands:
+        shown = _grsd(*words)
+        assert shown.exit_code == 0 and shown.stderr.startswith(label), shown.stderr
+        assert label not in shown.stdout
+
+
+@pytest.mark.parametrize(("resumes", "words"), [(True, "goes on from there"), (False, "nothing")])
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    place: Path, resumes: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grsd.lab.runs.shell_run", stop)
+    monkeypatch.setattr("grsd.lab.runs.conditions.conditions_of", stop)
+    stopped = _grsd(*(_shells(place) if resumes else _conditions(place)))
+    last = stopped.stderr.splitlines()[-1]
+    assert stopped.exit_code == 130 and last.startswith("grsd: stopped; ") and words in last
+
+
+def test_a_fault_of_our_own_is_a_sentence_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr("grsd.lab.runs.shell_run", fail)
+    said = _refused(_grsd(*_shells(place)))
+    assert (
+        said.startswith("grsd: KeyError: 'planted' (this is a fault of grsd") and "--debug" in said
+    )
+    assert isinstance(_grsd("--debug", *_shells(place)).exception, KeyError)
 
 
 def test_unknown_things_are_named(tmp_path: Path) -> None:

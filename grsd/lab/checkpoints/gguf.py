@@ -74,7 +74,7 @@ def fingerprint(file: Path) -> str:
     return sha256(file)
 
 
-def build(file: Path, dtype: torch.dtype, attention: str) -> Any:
+def build(file: Path, dtype: torch.dtype, attention: str | None = None) -> Any:
     """The network of a GGUF file, on the CPU, in eval mode, as a plain model that can be saved."""
     from transformers import AutoModelForCausalLM
 
@@ -89,8 +89,9 @@ def build(file: Path, dtype: torch.dtype, attention: str) -> Any:
         if hasattr(config, name):
             delattr(config, name)
     with quiet(), torch.random.fork_rng(devices=[]):
-        how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-        plain = AutoModelForCausalLM.from_config(config, **how)
+        same = config._attn_implementation, config._experts_implementation
+        how = dict(zip(("attn_implementation", "experts_implementation"), same, strict=True))
+        plain = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
     plain.load_state_dict(read.state_dict())
     return plain.requires_grad_(True).eval()
 

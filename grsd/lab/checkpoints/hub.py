@@ -153,7 +153,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def build(folder: Path, dtype: torch.dtype, attention: str) -> Any:
+def build(folder: Path, dtype: torch.dtype, attention: str | None = None) -> Any:
     """The network of a checkpoint, on the CPU, in eval mode; a wrong weight is named."""
     # what the configuration says of itself, before anything is loaded
     config, said = folder / "config.json", _configuration(folder)
@@ -178,7 +178,7 @@ def build(folder: Path, dtype: torch.dtype, attention: str) -> Any:
 
 
 def loaded(
-    what: Path, file: Path, folder: Path, dtype: torch.dtype, attention: str, **options: Any
+    what: Path, file: Path, folder: Path, dtype: torch.dtype, attention: str | None, **options: Any
 ) -> Any:
     """A causal language model of transformers in eval mode, with every weight of its file in it.
 
@@ -186,18 +186,23 @@ def loaded(
     """
     from transformers import AutoModelForCausalLM
 
-    # its many kinds of failure are one sentence
+    # its many kinds of failure are one sentence; not all models have the attention that computes
+    # in float64, and no grouped product of experts does
+    double = dtype == torch.float64
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 trust_remote_code=False,
-                attn_implementation=attention,
+                attn_implementation=attention or ("sdpa" if double else "eager"),
+                experts_implementation="eager" if double else None,
                 output_loading_info=True,
                 **options,
             )
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError) as error:
+        if double and attention is None and "scaled_dot_product_attention" in str(error):
+            return loaded(what, file, folder, dtype, "eager", **options)
         lines = [line for line in str(error).splitlines() if line.strip()]
         why = lines[0] if lines else type(error).__name__
         raise ValueError(f"{what} cannot be loaded as a causal language model: {why}") from error

@@ -95,7 +95,6 @@ class Checkpoint:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating dtype, got {dtype}")
         where = hub.check_device(device)
-        attention = attention or ("sdpa" if dtype == torch.float64 else "eager")
         net = self.reader.build(self.path, dtype, attention).to(where)
         hub.check_causal(net, self.name)
         return Loaded(net, self.tokenizer, self.name, self.revision, net.config, self.fingerprint)
@@ -207,7 +206,8 @@ def load(
         folder that is a checkpoint itself this one, and of the hub ``main``.
     attention
         Implementation in transformers. Default ``"eager"``, which has a second derivative
-        everywhere; in float64 ``"sdpa"``, because the eager one computes its softmax in float32.
+        everywhere; in float64 ``"sdpa"``, because the eager one computes its softmax in float32,
+        as it then does in models that have no other (Gemma 2): the operator counts that.
         The operator of `grsd.spectrum` selects the mathematical backend of the latter by itself.
 
     Raises

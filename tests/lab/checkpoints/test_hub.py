@@ -423,6 +423,25 @@ def test_causal_models_pass(dtype: torch.dtype) -> None:
         assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SMALL, **HEADS, sliding_window=4),
+        MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=61, state_size=4),
+        MixtralConfig(**SMALL, **HEADS, num_local_experts=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_float64_of_models_without_its_kernels(config: Any, tmp_path: Path) -> None:
+    """No attention, or no product of experts, that transformers chooses by itself computes in float64."""
+    folder = _stock(tmp_path, AutoModelForCausalLM.from_config(config))
+    narrow, wide = (opened.load(folder, dtype=d).model for d in (torch.float32, torch.float64))
+    ids = torch.arange(20)[None]
+    a, b = (net(input_ids=ids, use_cache=False).logits for net in (narrow, wide))
+    assert all(p.dtype == torch.float64 for p in wide.parameters())
+    torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)  # float32 rounding
+
+
 def test_encoder_decoders_are_refused_before_they_are_read(tmp_path: Path) -> None:
     sizes = {"decoder_layers": 1, "encoder_layers": 1, "vocab_size": 61, "d_model": 16}
     heads = {"decoder_attention_heads": 2, "encoder_attention_heads": 2}
