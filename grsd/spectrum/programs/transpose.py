@@ -224,12 +224,15 @@ def _norm(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot:
     """(P w ⊙)ᵀ = w ⊙ P."""
     norm, rest = node.args[1], list(node.args[2])
     place, channels = NORMS[norm]
-    weight, rest[place - 1] = rest[place - 1], None
+    weight = rest[place - 1]
+    # a weight of another type makes the kernel one of mixed types, which it must stay
+    mixed = weight is not None and weight.dtype != kind[1]
+    rest[place - 1] = torch.ones_like(weight) if mixed else None
     value = w.emit(pullback, (g, norm, tuple(rest)), kind)
     if weight is None:
         return value
     shape = (-1, *[1] * (len(kind[0]) - 2)) if channels else weight.shape
-    return w.like(torch.mul, value, weight.reshape(shape))
+    return w.like(torch.mul, value, weight.reshape(shape).to(kind[1]))
 
 
 def _softmax(w: Writer, node: Node, g: Slot, kind: Kind) -> Slot | None:

@@ -354,6 +354,20 @@ def test_rows_under_autocast_are_those_of_torch(dtype: torch.dtype) -> None:
         assert gap(M, truth) < 0.04 and float((J @ J.T - truth).norm() / truth.norm()) < 0.04
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.GroupNorm, nn.LayerNorm])
+def test_norms_of_mixed_types_are_exact_under_autocast(norm: Any) -> None:
+    """What enters is bfloat16 and the gain is float32: the pass through it has kernels of its own."""
+    torch.manual_seed(0)
+    size: tuple[int, ...] = {nn.BatchNorm1d: (6,), nn.GroupNorm: (2, 6), nn.LayerNorm: (5,)}[norm]
+    layers = (nn.Conv1d(2, 6, 1), norm(*size), nn.Tanh(), nn.Conv1d(6, 3, 3), nn.Flatten())
+    model, x = nn.Sequential(*layers).eval(), draw(3, 2, 5).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        truth = dense(model, x, Outputs())
+        M = NTK(model, x, Outputs(), normalize="sum", method="factored")
+        # some ten roundings of 2^-8
+        assert gap(M, truth) < 0.04
+
+
 @pytest.mark.parametrize("method", ["factored", "graph"])
 def test_a_compiled_model_is_run_as_it_was_written(method: Any) -> None:
     torch.manual_seed(0)
