@@ -1,4 +1,4 @@
-"""`grsd conditions`: the four conditions of 2512.18209 as diagnostics of a language model."""
+"""`grsd conditions`: the conditions of 2512.18209 of a model; `grsd model-check`: is it read rightly."""
 
 from __future__ import annotations
 
@@ -76,3 +76,70 @@ def conditions(
     click.echo(f"{len(report.blocks)} blocks, {report.rows} rows, {report.passes} forward passes")
     for note in report.notes:
         click.echo(f"note: {note}")
+
+
+@main.command("model-check")
+@click.argument("model")
+@click.option("--revision", help="Checkpoint, e.g. step512 [the last].")
+@shown("--corpus", "embedded", "embedded[:VOCAB], text files, or hub:NAME[...].")
+@common.split_option
+@shown("--tokens", 1024, "The first so many of the text, in one window.", type=click.IntRange(2))
+@shown("--dtype", "float32", "float32, float64 or bfloat16.")
+@common.device_option
+@common.json_option
+def model_check(
+    model: str,
+    revision: str | None,
+    corpus: str,
+    split: str | None,
+    tokens: int,
+    dtype: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Say whether MODEL is read as it was trained: its loss on a text, and how it goes on.
+
+    The loss is in nats per token, beside log V, that of a model that knows nothing. A wrong
+    tokenizer, a wrong permutation or a wrong setting shows in both.
+    """
+    import math
+
+    import torch
+
+    from grsd.checks import one_of
+    from grsd.lab.data import corpora
+    from grsd.lab.runs.record import DTYPES
+
+    # the window, at most as long as the text and the context
+    where = common.device_of(device)
+    opened, _ = prepared(model, [revision] if revision else [], where)
+    checkpoint = opened.checkpoint(revision)
+    loaded = checkpoint.load(DTYPES[one_of("dtype", dtype, DTYPES)], where)
+    text = corpora.open_corpus(corpus, loaded.tokenizer)
+    window = text.part(split or corpora.default_split(corpus))[:tokens]
+    loaded.check_fit(text, len(window))
+    ids = torch.tensor(window.astype("int64"), device=where)[None]
+
+    # its loss, and 24 tokens that follow the first 16
+    net: Any = loaded.model
+    with torch.no_grad():
+        rows = net(input_ids=ids[:, :-1], use_cache=False).logits[0].double()
+        nats = float(torch.nn.functional.cross_entropy(rows, ids[0, 1:]))
+        begun = ids[:, : min(16, ids.shape[1])]
+        for _ in range(24):
+            row = net(input_ids=begun, use_cache=False).logits[:, -1:]
+            begun = torch.cat([begun, row.argmax(-1)], 1)
+    found = {"model": model, "revision": checkpoint.revision, **checkpoint.provenance()}
+    found |= {"parameters": sum(p.numel() for p in net.parameters()), "tokens": len(window)}
+    found |= {"nats": nats, "uniform": math.log(loaded.vocab_size)}
+    found["text"] = text.tokenizer.decode(begun[0].tolist())
+    if as_json:
+        emit(found)
+        return
+    stored = ", ".join(f"{count} {kind}" for kind, count in sorted(found["tensors"].items()))
+    click.echo(f"{model} {found['revision']}: {found['parameters']:,} parameters ({stored})")
+    click.echo(
+        f"{nats:.4f} nats per token on the first {len(window)} tokens of {corpus}, "
+        f"where no knowledge has {found['uniform']:.2f}"
+    )
+    click.echo(f"greedy, after 16 tokens: {found['text']!r}")

@@ -220,6 +220,29 @@ def test_conditions_along_checkpoints(place: Path, tmp_path: Path) -> None:
     assert found["instants"][0]["size"]["rate"] > 0 and len(found["blocks"]) == TINY.layers + 2
 
 
+def test_model_check_gives_the_loss_of_the_text(place: Path) -> None:
+    words = [
+        "model-check",
+        str(place / "model"),
+        "--corpus",
+        str(place / "*.txt"),
+        "--tokens",
+        "40",
+    ]
+    found = _json(_grsd(*words, "--device", "cpu", "--json"))
+    loaded = opened.load(place / "model")
+    text = corpora.files(place / "*.txt", tokenizer=loaded.tokenizer)
+    ids = torch.tensor(text.tokens[:40].astype("int64"))
+    net: Any = loaded.model
+    expected = net(input_ids=ids[None], labels=ids[None]).loss  # transformers' own shift and mean
+    assert found["nats"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["uniform"] == pytest.approx(np.log(300)) and found["revision"] == "step2"
+    assert loaded.tokenizer.decode(ids[:16]) in found["text"]
+    shown = _grsd(*words, "--device", "cpu").stdout
+    assert "nats per token on the first 40 tokens" in shown and "greedy, after 16 tokens" in shown
+    assert "length = 65 exceeds" in _refused(_grsd(*words[:-1], "65"))
+
+
 def test_conditions_refuses_in_one_sentence(place: Path) -> None:
     assert "the time of one step must be positive" in _refused(
         _grsd(*_conditions(place, "--rate", "0"))
