@@ -43,8 +43,8 @@ class Symmetric:
         return self
 
     def __rmatmul__(self, u: Tensor) -> Tensor:
-        """Return u M for u of shape (T,), or (k, T)."""
-        return self @ u if u.ndim == 1 else (self @ u.T).T
+        """Return u M for u of shape (T,), or (k, T); of batches for (G, T)."""
+        return self @ u if u.ndim == len(self.shape) - 1 else (self @ u.T).T
 
     def __mul__(self, factor: Any) -> Sum:
         return Sum([(_number(factor, self), self)])
@@ -69,8 +69,14 @@ class Symmetric:
         return Sum([(1.0, other), (-1.0, self)])
 
     def to_dense(self) -> Tensor:
-        """Return M as a (T, T) matrix by T products; no (T, P) matrix is formed."""
-        return self @ torch.eye(self.shape[-1], dtype=self.dtype, device=self.device)
+        """Return M as a (T, T) matrix by T products; no (T, P) matrix is formed.
+
+        Of G batches, (G, T, T).
+        """
+        units = torch.eye(self.shape[-1], dtype=self.dtype, device=self.device)
+        if len(self.shape) == 2:
+            return self @ units
+        return torch.stack([self @ unit.expand(self.shape[:-1]) for unit in units], -1)
 
     def scipy(self) -> LinearOperator:
         """Return M as a `LinearOperator` on NumPy vectors (for `eigsh` and friends).

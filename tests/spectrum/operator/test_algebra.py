@@ -7,8 +7,17 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import nn
 
-from grsd.spectrum import GGN, NTK, ClassLogits, NTKShards, Outputs, lanczos
-from tests.cases import gpt_neox, mlp
+from grsd.spectrum import (
+    GGN,
+    NTK,
+    ClassLogits,
+    NTKBatches,
+    NTKShards,
+    Outputs,
+    lanczos,
+    lanczos_batches,
+)
+from tests.cases import dense, gpt_neox, mlp
 
 
 def relative(A: torch.Tensor, B: torch.Tensor) -> float:
@@ -132,3 +141,19 @@ def test_the_gauss_newton_matrix_is_that_of_the_dense_hessian() -> None:
         GGN(NTK(model, x, Outputs()))
     with pytest.raises(ValueError, match=r"K is \(35, 35\)"):
         GGN(D, q[:3])
+
+
+def test_batches_are_multiplied_and_added_one_by_one() -> None:
+    model, x, _ = mlp()
+    x, y = x[:4], torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
+    M = NTKBatches(model, x, Outputs(y), batches=2)  # two batches of two samples: G = 2, T = 4
+    square = NTKBatches(model, x, Outputs(y), batches=4)  # T = 2
+    for made, size in ((M, 2), (square, 1)):
+        parts = [dense(model, x[k : k + size], Outputs()) for k in range(0, 4, size)]
+        D = torch.stack(parts) * made.inner_weight
+        u = torch.randn(made.outputs.shape, generator=torch.Generator().manual_seed(2)).double()
+        assert relative(made.to_dense(), D) < 1e-14
+        assert relative((3 * made - made).to_dense(), 2 * D) < 1e-14
+        assert relative(u @ made, (D @ u[..., None])[..., 0]) < 1e-14
+        for tri, one in zip(lanczos_batches(2 * made, made.error, 2), D, strict=True):
+            assert tri.semidefinite and tri.alphas.max() <= 2.0000001 * torch.linalg.norm(one)
