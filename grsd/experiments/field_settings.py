@@ -22,6 +22,7 @@ from grsd.spectrum import ClassLogits, TokenLogProb
 from grsd.spectrum.observables import IGNORE, Observable
 
 PADS, RANK = 2, 2
+LINEAR = ("Linear", "Conv1D", "FalconLinear")  # layers that a wrapper can stand for
 Context = Callable[[], AbstractContextManager[Any]]
 
 
@@ -250,8 +251,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     found = {
         name: module
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-        and module is not model.get_output_embeddings()  # type: ignore[operator]
+        if type(module).__name__ in LINEAR and module is not model.get_output_embeddings()  # type: ignore[operator]
     }
     if not found:
         raise Absent("it has no linear layer but the head")

@@ -65,7 +65,7 @@ def _row(kind: Kind, **own: Any) -> Architecture:
     return Architecture(kind, own)
 
 
-_FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+_FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
 _LATENT |= {"v_head_dim": 4, "num_key_value_heads": 4}
 _XGLM = {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2}
@@ -115,7 +115,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ctrl": _row("decoder", dff=24),
     "exaone4": _row("decoder", sliding_window=4),
     "mixtral": _row("mixture", num_local_experts=4),
-    "qwen2_moe": _row("mixture", **_FEW, shared_expert_intermediate_size=12),
+    "qwen2_moe": _row("mixture", **_FEW, shared_expert_intermediate_size=16),
     "qwen3_moe": _row("mixture", **_FEW, head_dim=4),
     "gpt_oss": _row("mixture", num_local_experts=4, head_dim=4, sliding_window=4),
     "olmoe": _row("mixture", **_FEW),
