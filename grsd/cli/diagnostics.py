@@ -26,10 +26,10 @@ ALONG = click.Choice(["flow", "path"])
 @common.split_option
 @shown("--batch-size", 2, "Sequences; every token is a row.")
 @shown("--length", 32, "Tokens per sequence.")
-@shown("--rate", 1.0, "Time of one training step, e.g. its learning rate.")
+@shown("--rate", 1.0, "Time of one training step, e.g. its learning rate; counted from step 0.")
 @shown("--along", "flow", "Motion of J: gradient flow, or what the checkpoints did.", type=ALONG)
 @shown("--probes", 16, "Random output vectors for D1; 0: all rows, exact.", type=click.IntRange(0))
-@shown("--rows", 512, "Form T x T matrices (D4 to D6) up to so many rows.", type=click.IntRange(0))
+@shown("--rows", 512, "Form T x T matrices (D4 to D7) up to so many rows.", type=click.IntRange(0))
 @common.seed_option("the batch and the random vectors")
 @shown("--dtype", "float64", "float64, float32 or bfloat16.")
 @common.device_option

@@ -1,7 +1,7 @@
 """The experiment ``tour``: the conditions of 2512.18209 and shell profiles of small networks.
 
 One piece is one network of one family on one draw of digits: gradient flow until the loss has
-fallen to `level` of its first value, the diagnostics D1–D6 of `grsd.renorm.diagnostics.conditions`
+fallen to `level` of its first value, the diagnostics D1–D7 of `grsd.renorm.diagnostics.conditions`
 along that path, and the shell energies at both ends beside their nulls.
 """
 
@@ -185,7 +185,7 @@ def pieces(p: Parameters) -> list[Piece]:
 
 
 def measure(piece: Piece) -> Data:
-    """Train one network to `level` and measure D1–D6 and the shell profiles along the way."""
+    """Train one network to `level` and measure D1–D7 and the shell profiles along the way."""
     seed, family = piece["seed"], piece["family"]
     x, y = data(piece["samples"], seed=1000 + seed, cifar=piece["cifar"])
     net = model(family, piece["width"], piece["depth"], seed=seed).to(piece["device"])
@@ -230,18 +230,22 @@ def measure(piece: Piece) -> Data:
 
 
 def _along(path: flow.Path, instants: list[Modes]) -> Data:
-    """D3, D4 and D6 at every time of the path, and D5 over the times after 0."""
+    """D3, D4, D6 and D7 at every time of the path, and D5 over the times after 0."""
     floor = 100 * len(instants[0].eigenvalues) * np.finfo(float).eps  # as `shift_invariance`
     held = min(int((one.eigenvalues > floor * one.eigenvalues[-1]).sum()) for one in instants)
     lam = np.array([one.eigenvalues[-held:] for one in instants])
     speeds = np.array([one.rates[-held:] for one in instants]) / lam
     shifts = [couplings.shift_invariance(one.eigenvalues, one.matrix) for one in instants]
+    laws = [collapse.separability(a, v) for a, v in zip(lam, speeds, strict=True)]
     along: Data = {
         "times": path.times,
         "losses": path.losses / path.losses[0],
         "jacobian": [math.sqrt(one.eigenvalues[-1]) for one in instants],
         "slope": [one.slope for one in shifts],
         "ranks": [collapse.roughness(a, v).ranks for a, v in zip(lam, speeds, strict=True)],
+        "variation": [law.variation for law in laws],
+        "exponent": [law.exponent for law in laws],
+        "pace": [t * law.mean for t, law in zip(path.times, laws, strict=True)],
         "modes": held,
     }
     if len(instants) > 2:
@@ -258,6 +262,11 @@ def _instant(one: Instant) -> Data:
         kept |= _named(one.shift, "slope", "rms", "floor")
     if one.roughness is not None:
         kept["ranks"] = one.roughness.ranks
+    if one.separability is not None:
+        kept |= _named(one.separability, "variation", "exponent")
+    if one.random:  # along random directions of the parameters
+        kept["random"] = [law.variation for law in one.random]
+        kept["random_exponent"] = [law.exponent for law in one.random]
     if band is not None and band.right is not None:
         kept |= {"tails": band.pooled[:-1], "unlocal": band.unlocal[:-1]}
         kept["scalar_own"] = np.nanmean(band.scalar[:, 0])
@@ -302,6 +311,8 @@ def _group(members: list[Data]) -> Data:
         group["growth"] = statistics.mean([max(a["jacobian"]) / a["jacobian"][0] for a in along])
         tracks = ("losses", "jacobian", "slope", "ranks")
         group["tracks"] = {k: np.mean([a[k] for a in along], axis=0) for k in tracks}
+        # (S) and (U) of every seed at every time: the variation of ṡ, and t times its mean
+        group["laws"] = {k: [a[k] for a in along] for k in ("variation", "exponent", "pace")}
     for end, place in zip(ENDS, (0, -1), strict=True):
         if end in first["profiles"]:
             at = [one["ends"][place] for one in members]
@@ -309,6 +320,10 @@ def _group(members: list[Data]) -> Data:
                 **engine.intervals(at, *SCALARS),
                 "unlocal": np.mean([one["unlocal"] for one in at], axis=0),
                 "slopes": [one["slope"] for one in at],
+                "variation": [one["variation"] for one in at],
+                "exponent": [one["exponent"] for one in at],
+                "random": np.ravel([one["random"] for one in at]),
+                "random_exponent": np.ravel([one["random_exponent"] for one in at]),
                 "profiles": _profiles([one["profiles"][end] for one in members]),
             }
             for name in ("tails", "coherence"):
@@ -342,9 +357,9 @@ def averaged(mean: np.ndarray, sem: np.ndarray, count: int) -> shells.AveragedPr
 
 
 def table(result: Data) -> Rows:
-    """Per family and width, at both ends: D1 to D6, and whether the mean profile has one peak."""
+    """Per family and width, at both ends: D1 to D7, and whether the mean profile has one peak."""
     columns = ["family", "width", "at", "B(1)", "scalar", "D2 overlap", "‖J‖", "‖J̇‖/‖J‖"]
-    columns += ["D4 slope", "rms (floor)", "D5", "D6", "one peak"]
+    columns += ["D4 slope", "rms (floor)", "D5", "D6", "D7 (random)", "one peak"]
     rows: list[list[object]] = []
     for g in result["groups"]:
         for end in (end for end in ENDS if end in g):
@@ -357,6 +372,8 @@ def table(result: Data) -> Rows:
             fifth = [g[k][0] for k in ("collapse", "collapse_null")] if end == "end" else None
             row.append(f"{fifth[0]:.2f} ({fifth[1]:.2f})" if fifth else "–")
             row.append(str(statistics.Interval(*at["ranks"])))
+            own = [np.median(at[k]) for k in ("variation", "random")]
+            row.append(f"{own[0]:.2f} ({own[1]:.2f})")
             rows.append([*row, "yes" if at["profiles"]["error"]["unimodal"] else "no"])
     return columns, rows
 

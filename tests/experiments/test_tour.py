@@ -105,6 +105,27 @@ def test_profiles_are_shares_and_random_errors_rank_anywhere() -> None:
     assert tour.profiles(planted, valley, seed=0)["dip"] > 50
 
 
+def test_along_a_path_the_largest_modes_are_kept_and_follow_the_law_that_was_planted() -> None:
+    """ṡ = c₀/t of the 20 largest of 24 modes, wild below; the least four are missing at the start."""
+    rng, times, instants = np.random.default_rng(0), np.array([0.0, 1.0, 2.0, 4.0]), []
+    for k, t in enumerate(times):
+        lam = np.geomspace(1e-6, 1, 24) * (1 + t) ** 0.3
+        speeds = np.r_[rng.uniform(-9, 9, 4), np.full(20, 0.3 / max(t, 0.1))]
+        if k == 0:
+            lam[:4], speeds[:4] = 0.0, 0.0
+        coupled = rng.standard_normal((24, 24)) * np.sqrt(np.outer(lam, lam))
+        coupled = np.triu(coupled, 1) + np.triu(coupled, 1).T
+        instants.append(modes(np.diag(lam), coupled + np.diag(lam * speeds), np.ones(24)))
+    path = flow.Path(times, np.zeros((4, 1)), np.ones(4), 0.0, problem(), 0.0)
+    along = tour._along(path, instants)
+    assert along["modes"] == 20
+    np.testing.assert_allclose(along["variation"], 0.0, atol=1e-12)
+    np.testing.assert_allclose(along["exponent"], 1.0, rtol=1e-9)
+    np.testing.assert_allclose(along["pace"], [0.0, 0.3, 0.3, 0.3], rtol=1e-9, atol=1e-12)
+    assert along["collapse"] == along["collapse_null"] == 0.0  # no spread, no evidence
+    np.testing.assert_allclose(along["jacobian"], (1 + times) ** 0.15, rtol=1e-9)
+
+
 def test_an_average_has_one_peak_when_its_valley_is_within_the_errors() -> None:
     count = len(tour.SHELLS)
     mean = np.exp(-0.5 * ((np.arange(count) - 14) / 3) ** 2)
@@ -149,6 +170,13 @@ def test_the_experiment_runs_and_its_table_reads(
                 g["tracks"]["slope"][place], rel=0.01, abs=1e-3
             )
             assert g[end]["ranks"][0] == pytest.approx(g["tracks"]["ranks"][place], rel=0.01)
+        # D7 by the blocks of the report and by the dense kernel of the problem
+        assert np.shape(g["laws"]["variation"]) == np.shape(g["laws"]["pace"])
+        for end, place in (("start", 0), ("end", -1)):
+            for name in ("variation", "exponent"):
+                by_modes = [one[place] for one in g["laws"][name]]
+                assert g[end][name] == pytest.approx(by_modes, rel=0.01)
+            assert len(g[end]["random"]) == len(g[end]["random_exponent"]) == 6
         assert g["growth"][0] >= 1 and g["tracks"]["losses"][0] == 1
     alone = engine.run(tour.EXPERIMENT, tour.Parameters(families=("MLP",), widths=(8,), depth=1, samples=24, seeds=2, level=1.0, probes=4), cache=tmp_path)  # fmt: skip
     (only,) = alone.data["groups"]

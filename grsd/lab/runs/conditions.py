@@ -30,7 +30,7 @@ def conditions_of(
     cache: Path | str | None = None,
     **options: Any,
 ) -> conditions.Report:
-    """Measure D1–D6 of one model on one batch of text, at every revision.
+    """Measure D1–D7 of one model on one batch of text, at every revision.
 
     Parameters
     ----------
@@ -40,7 +40,8 @@ def conditions_of(
     corpus, split, batch_size, length, seed
         The batch: T = batch_size · length tokens, each a row.
     rate : float
-        Time of one step, e.g. the learning rate: times are step · rate. D5 does not depend on it.
+        Time of one step, e.g. the learning rate: times are step · rate, counted from step 0 and not
+        from the first revision asked for. D5 and t · ṡ do not depend on it along "path".
     options
         As for `grsd.renorm.diagnostics.conditions.report`.
     """

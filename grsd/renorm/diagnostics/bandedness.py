@@ -5,6 +5,11 @@ coefficients. `bandedness` measures three readings side by side: the motion itse
 G_lm with the tail B_l(K) = ‖Σ_{|m−l|>K} G_lm‖/‖J̇^(l)‖; scalar coefficients, which exist between
 blocks of one shape; and operators on the parameter side, J̇^(l) = Σ_m J^(m)B_m, whose residual is
 never shown without the norm of the coefficients and the rank that makes it empty.
+
+Invariances. All shares keep their values under scales of outputs, loss and time and orders of
+samples, and the tails under orders of units; scalar coefficients between blocks do not, since they
+compare parameters place by place. A rescaling of layers that keeps the function of a ReLU net
+changes every one: which block a motion belongs to is a matter of coordinates.
 """
 
 from __future__ import annotations
@@ -31,13 +36,17 @@ class RightSpan:
 
     residual: np.ndarray  # (L, k), ‖rest‖_F/‖J̇^(l)‖_F, from squares: below 1e-7 or so it is zero
     coefficient: np.ndarray  # (L, k), ‖B‖_op, 1/time: how fast neighbours would turn into J̇^(l)
-    rank: np.ndarray  # (L, k) int, of the neighbours' range; where it is T, `residual` is 0
-    rows: int  # T
+    rank: np.ndarray  # (L, k) int, of the neighbours' range
+    full: int  # rank of M, all blocks: T, less what repeated samples or zero outputs take away
 
     @property
     def vacuous(self) -> np.ndarray:
-        """(L, k) bool: the neighbours span all of function space, so membership says nothing."""
-        return np.asarray(self.rank == self.rows)
+        """(L, k) bool: the neighbours span what all blocks span, so distance plays no part.
+
+        Where `full` is T, or the rows of J̇ have the repetitions of those of J, any motion is a
+        member, and `residual` is 0.
+        """
+        return np.asarray(self.rank >= self.full)
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Bandedness:
     tails_error: np.ndarray
     pooled: np.ndarray  # (L,), √(Σ_l ‖tail_l(K)‖²/Σ_l ‖J̇^(l)‖²): one number a K
     pooled_error: np.ndarray
-    mixture: np.ndarray  # (L, L), Σ_l ⟨G_lm, G_lk⟩/Σ_l ‖J̇^(l)‖², what all owe to m and k; sum 1
+    mixture: np.ndarray  # (L, L), Σ_l ⟨G_lm, G_lk⟩/Σ_l ‖J̇^(l)‖² over l ≠ m, k: what others owe them
     norms: np.ndarray  # (L,), ‖J̇^(l)‖_F/√n, per time
     bands: Bands  # K of `scalar` and `right`
     scalar: np.ndarray  # (L, k), least ‖J̇^(l) − Σ a_m J^(m)‖_F/‖J̇^(l)‖_F over m alike within K
@@ -73,18 +82,19 @@ class Bandedness:
     def unlocal(self) -> np.ndarray:
         """(L,), what `pooled` would be if distance played no part.
 
-        All J̇^(l) are then made of the others' motion in one and the same mixture. That is the
-        measured one, averaged over l (`mixture`), so that blocks that move faster count for more. A
-        tail below this line is locality; a tail that only falls with K is not.
+        Every J̇^(l) is then made of the motion of the *other* blocks in one and the same mixture:
+        the measured one, averaged over the blocks that are others (`mixture`), so that blocks that
+        move faster count for more. What J̇^(l) owes to others in all, the tail at K = 0, is kept as
+        measured: a block that enters linearly has G_ll = 0, and that is no distance.
+        A tail below this line is locality; a tail that only falls with K is not.
         """
         place = np.arange(len(self.names))
         distance = np.abs(place[:, None] - place[None, :])
+        far = (distance[None] > place[:, None, None]).astype(float)  # (K, l, m)
+        squares = np.maximum(np.einsum("Kim,mk,Kik->Ki", far, self.mixture, far), 0.0)
+        shares = squares / np.maximum(squares[0], np.finfo(float).tiny)
         weight = np.nan_to_num(self.norms) ** 2
-        squares = np.zeros(len(place))
-        for band in place:
-            far = (distance > band).astype(float)
-            squares[band] = weight @ np.einsum("im,mk,ik->i", far, self.mixture, far) / weight.sum()
-        return np.sqrt(np.maximum(squares, 0.0))
+        return np.sqrt(shares @ (weight * np.nan_to_num(self.tails[:, 0]) ** 2) / weight.sum())
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -124,12 +134,18 @@ def right_span(matrices: BlockMatrices, bands: Bands) -> RightSpan:
     of size T.
     """
     count, rows = len(matrices.names), len(matrices.drive)
+
+    def spanned(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Eigenvalues, eigenvectors, and which of them are above rounding."""
+        values, vectors = np.linalg.eigh(kernel)
+        least = rows * matrices.eps * max(float(values[-1]), np.finfo(float).tiny)
+        return values, vectors, values > least
+
     residual, coefficient = np.full((2, count, len(bands)), np.nan)
     rank = np.zeros((count, len(bands)), dtype=np.int64)
     for i, k in np.ndindex(rank.shape):
         near = matrices.kernels[max(0, i - bands[k]) : i + bands[k] + 1].sum(axis=0)
-        values, vectors = np.linalg.eigh(near)
-        held = values > rows * matrices.eps * max(float(values[-1]), np.finfo(float).tiny)
+        values, vectors, held = spanned(near)
         rank[i, k] = int(held.sum())
         moved = matrices.rates[i]
         if (total := float(np.trace(moved))) > 0 and held.any():
@@ -138,7 +154,7 @@ def right_span(matrices: BlockMatrices, bands: Bands) -> RightSpan:
             residual[i, k] = np.sqrt(left / total)
             whitened = vectors[:, held] / np.sqrt(values[held])
             coefficient[i, k] = np.sqrt(np.linalg.norm(whitened.T @ moved @ whitened, 2))
-    return RightSpan(residual, coefficient, rank, rows)
+    return RightSpan(residual, coefficient, rank, int(spanned(matrices.kernel)[2].sum()))
 
 
 def _probes(blocks: Blocks, probes: int | None, seed: int) -> Tensor:
@@ -204,7 +220,9 @@ def bandedness(
             whole = sums[-1]
             parts[p, i] = moved.square().sum(1).cpu().numpy()
             squares[p, i] = float(whole.square().sum())
-            mixture += (moved @ moved.T).cpu().numpy()
+            shared = (moved @ moved.T).cpu().numpy()
+            shared[i, :] = shared[:, i] = 0.0  # what block i owes to itself is none of the others'
+            mixture += shared
             for band in range(count - 1):
                 low, high = max(0, i - band), min(count, i + band + 1)
                 if low > 0 or high < count:
@@ -220,13 +238,16 @@ def bandedness(
         )
     square = squares.sum(axis=0)
     scalar, alike = _scalar(gram, lean, square, blocks.shapes, bands)
+    # Σ_l ‖J̇^(l)‖² over the blocks l other than m and k
+    others = square.sum() - square[:, None] - square[None, :] + np.diag(square)
+    mixture = np.where(others > 0, mixture / np.where(others > 0, others, 1.0), 0.0)
     samples = blocks.samples * (1 if exact else len(vectors))
     return Bandedness(
         blocks.names,
         *_ratio(parts, squares[:, :, None], exact),
         *_ratio(tails, squares[:, :, None], exact),
         *_ratio(tails.sum(axis=1), squares.sum(axis=1)[:, None], exact),
-        mixture=mixture / squares.sum(),
+        mixture=mixture,
         norms=np.where(square > 0, np.sqrt(square / samples), np.nan),
         bands=bands,
         scalar=scalar,

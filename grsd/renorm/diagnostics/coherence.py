@@ -4,6 +4,11 @@ D2, Condition 2 of 2512.18209: ‖J^(l)∗J^(m)‖ by block distance. It is the 
 λ_max(M^(l)M^(m)), so only the ranges of the blocks in function space matter, not their parameters.
 D3, Condition 3: ‖J‖ + ‖J̇‖. Both are taken from T × T matrices where they are at hand, and by
 Lanczos iteration on products otherwise.
+
+Invariances. Normalised, D2 keeps its value under scales of outputs, loss and time, orders of units
+and samples, and, without biases, under a rescaling of layers that keeps the function of a ReLU net.
+‖J‖ and ‖J̇‖ keep theirs under orders alone: outputs and targets times a give a and a³, a loss times
+a gives 1 and a, and the rescaling changes both without bound.
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
-"""Diagnostics D5 and D6: is there one velocity field, and does it depend on λt alone?
+"""Diagnostics D5 to D7: how the speeds ṡ = λ̇/λ of the modes depend on λ and on time.
 
-Every mode of M moves at ṡ = λ̇/λ, s = log λ. Theorem 1 of 2512.18209 speaks of a field v(λ, t):
-modes of equal λ would have to move alike. `roughness` asks that at one instant (D6). Lemma 1 with
-(U), one field that is covariant under t → t/a, makes t·ṡ a function of λt; `collapse` asks that
-along a path (D5). Both compare spread with spread and are 0 for what the paper states and 1 for no
-relation at all.
+The law of 2512.18209 is (S), v = λ c(t), with (U), c ∝ 1/t. `separability` measures (S) at one
+instant (D7): under it all ṡ are equal. The others ask for less than the law: `roughness` (D6)
+whether ṡ has an *order* in λ, `collapse` (D5) whether t·ṡ is explained by λt. Both divide by the
+spread of ṡ over modes, which the exact law makes zero: the noise that is left then has no order
+and is explained by nothing, and both read 1. They are about what remains of ṡ where D7 is large.
+
+Invariances. Units of time, scales of outputs with their targets, and factors of the loss multiply
+λ, ṡ and t by constants: D5, D6 and the variation and exponent of D7 keep their values, and they do
+when units or samples are permuted. A rescaling of layers that keeps the function of a ReLU net
+leads to another M, and changes all of them.
 """
 
 from __future__ import annotations
@@ -18,9 +23,10 @@ from scipy.stats import rankdata
 
 from grsd import checks, statistics
 
-__all__ = ["Collapse", "Roughness", "collapse", "roughness"]
+__all__ = ["Collapse", "Roughness", "Separability", "collapse", "roughness", "separability"]
 
 LEAST = 8  # modes, or points a bin
+ROUNDING = 1e-12  # spread, as a share of the largest ṡ, below which all are equal
 NO_LOGARITHM = "it has no logarithm: leave ker M out, it has no place on the axis of s"
 
 
@@ -28,12 +34,32 @@ NO_LOGARITHM = "it has no logarithm: leave ker M out, it has no place on the axi
 class Roughness:
     """Von Neumann's ratio of ṡ in the order of λ, Σ (ṡ_{u+1} − ṡ_u)²/(2 Σ (ṡ_u − mean)²).
 
-    0 for a smooth function of λ, 1 for values without an order, up to 2 if they alternate.
+    0 for a smooth function of λ, 1 for values without an order, up to 2 if they alternate. It says
+    nothing of the size of the differences: equal ṡ with noise of any size read 1. It depends on the
+    batch, through the error that moves the modes: compare at one batch size.
     """
 
     value: float
     ranks: float  # of the ranks of ṡ (Bartels), on which wild modes weigh no more than others
     null_error: float  # sd around 1 where ṡ has no relation to λ; of `value` if ṡ is Gaussian
+    modes: int
+
+
+@dataclass(frozen=True)
+class Separability:
+    """How nearly v = λ c(t) at one instant: under it `variation` is 0 and `exponent` 1.
+
+    The exponent alone is no evidence: it is 1 also where ṡ has no relation to λ. Errors are
+    jackknifed over modes. With Student's t at modes − 1 degrees of freedom, value ± t · error holds
+    95 %, and for the variation log value ± t · error/value.
+    """
+
+    mean: float  # c, the mean of ṡ over modes, 1/time
+    mean_error: float
+    variation: float  # coefficient of variation, standard deviation of ṡ over |c|; 0 to rounding
+    variation_error: float
+    exponent: float  # slope of log |λ̇| on log λ; nan if a mode rests
+    exponent_error: float
     modes: int
 
 
@@ -57,6 +83,33 @@ class Collapse:
     modes: int
 
 
+def separability(eigenvalues: ArrayLike, speeds: ArrayLike) -> Separability:
+    """Measure D7 at one instant, from λ > 0 and ṡ = λ̇/λ of 8 modes or more, (n,) each.
+
+    Cost: n means and slopes of n numbers. Source: (C2) of 2512.18209, first box.
+    """
+    lam, v = _modes(eigenvalues, speeds)
+    mean, spread = float(v.mean()), float(v.std(ddof=1))
+    if spread <= ROUNDING * float(np.abs(v).max()):
+        variation = error = 0.0
+    else:
+        with np.errstate(divide="ignore"):  # c = 0: the variation is infinite
+            variation, error = statistics.jackknife(lambda w: w.std(ddof=1) / abs(w.mean()), v)
+    slope = slope_error = math.nan
+    if v.all():
+        x, y = np.log(lam), np.log(np.abs(v)) + np.log(lam)
+        slope, slope_error = statistics.jackknife(lambda a, b: np.polyfit(a, b, 1)[0], x, y)
+    return Separability(
+        mean=mean,
+        mean_error=spread / math.sqrt(len(v)),
+        variation=float(variation),
+        variation_error=float(error),
+        exponent=float(slope),
+        exponent_error=float(slope_error),
+        modes=len(v),
+    )
+
+
 def roughness(eigenvalues: ArrayLike, speeds: ArrayLike) -> Roughness:
     """Measure D6 at one instant, from λ > 0 and ṡ = λ̇/λ of 8 modes or more, (n,) each.
 
@@ -64,21 +117,26 @@ def roughness(eigenvalues: ArrayLike, speeds: ArrayLike) -> Roughness:
     resolves features of ṡ(λ) wider than the spacing of the modes, and noise of variance share q
     gives about q. Source of the null: von Neumann (1941), variance (n − 2)/(n² − 1).
     """
-    lam, v = np.asarray(eigenvalues, dtype=np.float64), np.asarray(speeds, dtype=np.float64)
-    if lam.ndim != 1 or lam.shape != v.shape:
-        raise ValueError(f"eigenvalues {lam.shape} and speeds {v.shape}: expected two arrays (n,)")
-    count = len(lam)
-    checks.at_least("modes", count, LEAST, f"an order of fewer than {LEAST} says nothing")
-    checks.positive("eigenvalues", lam, NO_LOGARITHM)
-    checks.finite("speeds", v)
-    ordered = v[np.argsort(lam, kind="stable")]
+    lam, v = _modes(eigenvalues, speeds)
+    count, ordered = len(lam), v[np.argsort(lam, kind="stable")]
     error = math.sqrt((count - 2) / (count**2 - 1))
     return Roughness(_neumann(ordered), _neumann(rankdata(ordered)), error, count)
 
 
+def _modes(eigenvalues: ArrayLike, speeds: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    lam, v = np.asarray(eigenvalues, dtype=np.float64), np.asarray(speeds, dtype=np.float64)
+    if lam.ndim != 1 or lam.shape != v.shape:
+        raise ValueError(f"eigenvalues {lam.shape} and speeds {v.shape}: expected two arrays (n,)")
+    why = f"spread or order over fewer than {LEAST} says nothing"
+    checks.at_least("modes", len(lam), LEAST, why)
+    checks.positive("eigenvalues", lam, NO_LOGARITHM)
+    checks.finite("speeds", v)
+    return lam, v
+
+
 def _neumann(v: np.ndarray) -> float:
     spread = float(((v - v.mean()) ** 2).sum())
-    if spread <= len(v) * (1e-12 * float(np.abs(v).max())) ** 2:
+    if spread <= len(v) * (ROUNDING * float(np.abs(v).max())) ** 2:
         return 0.0
     return float((np.diff(v) ** 2).sum()) / (2 * spread)
 
@@ -141,7 +199,7 @@ def _within(x: np.ndarray, y: np.ndarray, bins: int) -> float:
     order = np.argsort(x, axis=None, kind="stable")
     a, b = x.ravel()[order], y.ravel()[order]
     total = float(((b - b.mean()) ** 2).sum())
-    if total <= len(b) * (1e-12 * float(np.abs(b).max())) ** 2:
+    if total <= len(b) * (ROUNDING * float(np.abs(b).max())) ** 2:
         return 0.0
     inside = 0.0
     for places in np.array_split(np.arange(len(a)), bins):

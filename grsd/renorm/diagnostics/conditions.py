@@ -1,8 +1,8 @@
 """The conditions of 2512.18209 for your model, in one call: `report(model, data, path)`.
 
 It runs D1 (:mod:`~grsd.renorm.diagnostics.bandedness`), D2 and D3
-(:mod:`~grsd.renorm.diagnostics.coherence`), D4 (:mod:`~grsd.renorm.diagnostics.couplings`), D5 and
-D6 (:mod:`~grsd.renorm.diagnostics.collapse`) on an unmodified model and says what could not be
+(:mod:`~grsd.renorm.diagnostics.coherence`), D4 (:mod:`~grsd.renorm.diagnostics.couplings`), D5 to
+D7 (:mod:`~grsd.renorm.diagnostics.collapse`) on an unmodified model and says what could not be
 measured and why. How its numbers are shown is in :mod:`grsd.renorm.diagnostics.report`.
 """
 
@@ -23,7 +23,14 @@ from grsd.renorm.diagnostics.bandedness import bandedness, check_probes
 from grsd.renorm.diagnostics.block_matrices import BlockMatrices, block_matrices
 from grsd.renorm.diagnostics.blocks import Blocks, State
 from grsd.renorm.diagnostics.coherence import block_coherence, size
-from grsd.renorm.diagnostics.collapse import Collapse, Roughness, collapse, roughness
+from grsd.renorm.diagnostics.collapse import (
+    Collapse,
+    Roughness,
+    Separability,
+    collapse,
+    roughness,
+    separability,
+)
 from grsd.renorm.diagnostics.report import Instant, Report
 from grsd.renorm.diagnostics.splitting import Split
 from grsd.spectrum.observables import Observable, Outputs
@@ -37,6 +44,8 @@ Snapshots = Sequence[tuple[float, State]]
 Along = Literal["flow", "path"]
 Speeds = tuple[float, np.ndarray, np.ndarray]  # time, λ and ṡ of the modes outside ker M
 Progress = Callable[[int, int, str], None]
+
+DIRECTIONS = 3  # random ones, which D7 is compared with
 
 
 def report(
@@ -52,7 +61,7 @@ def report(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure D1–D6 of a model along a path.
+    """Measure D1–D7 of a model along a path.
 
     Parameters
     ----------
@@ -63,8 +72,9 @@ def report(
         models: `TokenLogProb(next_tokens)`.
     path : Path, list of (time, state), or None
         A flow of `grsd.dynamics`, or snapshots of the parameters (state dicts, or flat vectors of
-        the trainable ones) with their ascending times: for gradient descent τ = Σ η, see Remark 1
-        of the paper. None: the model as it is.
+        the trainable ones) with their ascending times since the start of training: for gradient
+        descent τ = Σ η, see Remark 1 of the paper. D5 takes these times as they are and leaves out
+        those at or before 0. None: the model as it is.
     split : as in :func:`grsd.renorm.diagnostics.splitting.split_parameters`
     probes : int or None
         Random output vectors for D1, or None for all T rows.
@@ -81,8 +91,8 @@ def report(
 
     Notes
     -----
-    Cost with T rows, L blocks, K instants and q probes: K (5 + 10 T) + 2 q (4 + 6 L) forward passes
-    when T × T matrices are formed.
+    Cost with T rows, L blocks, K instants and q probes: (K + 6)(5 + 10 T) + 2 q (4 + 6 L) forward
+    passes when T × T matrices are formed.
     """
     check_probes(probes)
     base, states = _start(model, data, path, split)
@@ -95,7 +105,7 @@ def report(
     notes = _notes(base, along)
     if base.size > rows:
         notes.append(
-            f"T = {base.size} rows exceed {rows}: D2 and D3 were iterated; D4 to D6 and the "
+            f"T = {base.size} rows exceed {rows}: D2 and D3 were iterated; D4 to D7 and the "
             f"right-operator reading of D1 need T × T matrices (rows={base.size}, or a smaller "
             "batch)"
         )
@@ -104,7 +114,6 @@ def report(
     chosen = sorted(set(spread.tolist()))
     measured: list[Instant] = []
     speeds: list[Speeds] = []
-    passes = base.passes
     for place, index in enumerate(chosen):
         time, state = states[index]
         if progress is not None:
@@ -114,18 +123,21 @@ def report(
         if place == 0:
             notes += _curvature(blocks, seed)
         matrices = block_matrices(blocks) if base.size <= rows else None
-        # D4 and D6, where the spectrum is known; D1 and D2, the dear ones, at both ends only; D3
-        rank, shift, rough, speed = _spectral(matrices, time, notes)
+        # D4, D6, D7, where the spectrum is known; D1 and D2, the dear ones, at both ends only; D3
+        rank, shift, rough, law, speed = _spectral(matrices, time, notes)
         band = overlap = None
+        random: tuple[Separability, ...] = ()
         if place in (0, len(chosen) - 1):
+            if law is not None:
+                random = _random_directions(base, state, seed)
             band = _told(
                 notes, "D1", time, bandedness, blocks, probes=probes, matrices=matrices, seed=seed
             )
             overlap = block_coherence(blocks, matrices=matrices)
         sizes = size(blocks, matrices=matrices)
-        measured.append(Instant(time, sizes, rank, shift, rough, band, overlap))
+        measured.append(Instant(time, sizes, rank, shift, rough, law, random, band, overlap))
         speeds += speed
-        passes += blocks.passes
+        base.passes += blocks.passes
     if progress is not None:
         progress(len(chosen), len(chosen), "done")
     return Report(
@@ -134,9 +146,9 @@ def report(
         rows=base.size,
         samples=base.samples,
         instants=tuple(measured),
-        collapse=_collapse(speeds, measured[0].time, notes),
+        collapse=_collapse(speeds, notes),
         notes=tuple(dict.fromkeys(notes)),
-        passes=passes,
+        passes=base.passes,
     )
 
 
@@ -185,7 +197,7 @@ def _notes(base: Blocks, along: Along) -> list[str]:
             f"weights enter more than once: {', '.join(listed[:3])}. Each is kept as one parameter "
             "in the block of its first use, so M = Σ M^(l) stays exact, but its J^(l) adds up "
             "uses at several depths: |l − m| is no distance for it, and B(K) and the decay of D2 "
-            "say nothing about locality there. D3 to D6 keep their meaning"
+            "say nothing about locality there. D3 to D7 keep their meaning"
         )
     if base.kinks:
         kinks = ", ".join(base.kinks)
@@ -195,7 +207,7 @@ def _notes(base: Blocks, along: Along) -> list[str]:
         notes.append(f"products in {precision}: eigenvalues below 100 T ε λ_max are taken as zero")
     if along == "path":
         quotient = "θ̇ is the difference quotient of the snapshots, not gradient flow"
-        notes.append(f"{quotient}: D3 and D5 are those of the optimizer")
+        notes.append(f"{quotient}: D3 and D5 to D7 are those of the optimizer")
     return notes
 
 
@@ -206,7 +218,7 @@ def _curvature(blocks: Blocks, seed: int) -> list[str]:
     return [
         f"J̇ by autodiff and by a difference quotient differ by {gap:.2g}: an operation of this "
         "model may have no or a wrong second derivative, or part of it runs in lower precision; "
-        "D1 and D3 to D6 rest on J̇"
+        "D1 and D3 to D7 rest on J̇"
     ]
 
 
@@ -236,23 +248,23 @@ def _told(
 
 def _spectral(
     matrices: BlockMatrices | None, time: float, notes: list[str]
-) -> tuple[int | None, couplings.Shift | None, Roughness | None, list[Speeds]]:
-    """Rank of M, D4 and D6 at one instant, and what D5 needs of it."""
+) -> tuple[int | None, couplings.Shift | None, Roughness | None, Separability | None, list[Speeds]]:
+    """Rank of M, D4, D6 and D7 at one instant, and what D5 needs of it."""
     if matrices is None:
-        return None, None, None, []
+        return None, None, None, None, []
     modes = matrices.modes()
     held = ~modes.in_kernel
     rank = int(held.sum())
     if not held.all():
         notes.append(
             f"M has rank {rank} of {len(held)} at t = {time:.4g} (to rounding): J is "
-            "rank-deficient on these rows; D4 to D6 are about the modes outside ker M"
+            "rank-deficient on these rows; D4 to D7 are about the modes outside ker M"
         )
     if not np.abs(modes.matrix).max() > 0:
         notes.append(
-            f"Ṁ = 0 at t = {time:.4g}: no mode moves, so D4 and D6 have nothing to measure"
+            f"Ṁ = 0 at t = {time:.4g}: no mode moves, so D4, D6 and D7 have nothing to measure"
         )
-        return rank, None, None, []
+        return rank, None, None, None, []
     shift = _told(
         notes,
         "D4",
@@ -265,16 +277,41 @@ def _spectral(
     lam = modes.eigenvalues[held]
     speed = modes.rates[held] / lam
     rough = _told(notes, "D6", time, roughness, lam, speed)
-    return rank, shift, rough, [(time, lam, speed)]
+    law = None if rough is None else separability(lam, speed)
+    return rank, shift, rough, law, [(time, lam, speed)]
 
 
-def _collapse(speeds: list[Speeds], origin: float, notes: list[str]) -> Collapse | None:
-    """D5 over the times after the first; the modes that all of them have, the largest ones."""
-    later = [(t - origin, lam, speed) for t, lam, speed in speeds if t > origin]
+def _random_directions(base: Blocks, state: State, seed: int) -> tuple[Separability, ...]:
+    """D7 with Gaussian directions of the parameters instead of θ̇: the control of the flow."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(DIRECTIONS):
+        drawn = {
+            name: torch.randn(shape, generator=generator, dtype=torch.float64)
+            for members, shapes in zip(base.members, base.shapes, strict=True)
+            for name, shape in zip(members, shapes, strict=True)
+        }
+        moved = base.at(state, drawn)
+        modes = block_matrices(moved).modes()
+        base.passes += moved.passes
+        lam, held = modes.eigenvalues, ~modes.in_kernel
+        if np.abs(modes.matrix).max() > 0:
+            found.append(separability(lam[held], modes.rates[held] / lam[held]))
+    return tuple(found)
+
+
+def _collapse(speeds: list[Speeds], notes: list[str]) -> Collapse | None:
+    """D5 over the times after 0; the modes that all of them have, the largest ones."""
+    later = [(t, lam, speed) for t, lam, speed in speeds if t > 0]
+    if early := [t for t, _, _ in speeds if t <= 0]:
+        listed = ", ".join(f"{t:.4g}" for t in early)
+        notes.append(
+            f"D5 counts time as the path does and leaves out t = {listed}: at t ≤ 0 λt has no "
+            "logarithm"
+        )
     if len(later) < 2:
         notes.append(
-            "D5 needs two times after the first, at which t = 0: with fewer there is no path to "
-            "collapse"
+            f"D5 needs two times after 0, got {len(later)}: with fewer there is no path to collapse"
             if speeds
             else "D5 needs the modes of M"
         )

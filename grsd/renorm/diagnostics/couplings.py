@@ -5,6 +5,9 @@ dimension but 1/time, its diagonal is ṡ_u, and Kato's Ω is X̃/(2 sinh(Δ/2))
 shift of s exactly when Ω is, and X then is not. `shift_invariance` measures what X̃² owes to the
 absolute position (s_u + s_v)/2. Source: 2512.18209, Condition 4 and
 A.3.5.
+
+Invariances. Slope and rms keep their values under scales of outputs, loss and time and orders of
+units and samples, not under a rescaling of layers that keeps the function of a ReLU net.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from grsd.figures import Table, look, panels
 from grsd.renorm.diagnostics import couplings
 from grsd.renorm.diagnostics.bandedness import Bandedness
 from grsd.renorm.diagnostics.coherence import BlockCoherence, Size
-from grsd.renorm.diagnostics.collapse import Collapse, Roughness
+from grsd.renorm.diagnostics.collapse import Collapse, Roughness, Separability
 
 __all__ = ["Instant", "Report"]
 
@@ -32,6 +32,8 @@ class Instant:
     rank: int | None  # eigenvalues of M above rounding, out of T
     shift: couplings.Shift | None  # D4
     roughness: Roughness | None  # D6
+    separability: Separability | None  # D7
+    random: tuple[Separability, ...]  # D7 along random directions; at the first and the last time
     bandedness: Bandedness | None  # D1; at the first and the last time
     coherence: BlockCoherence | None  # D2; at the first and the last time
 
@@ -45,7 +47,7 @@ class Report:
     rows: int  # T
     samples: int  # n
     instants: tuple[Instant, ...]
-    collapse: Collapse | None  # D5, over all times after the first
+    collapse: Collapse | None  # D5, over all times after 0
     notes: tuple[str, ...]  # what changes meaning for this model, and what could not be measured
     passes: int  # forward passes spent
 
@@ -80,23 +82,30 @@ class Report:
             ("D3 ‖J̇‖", f"bounded; largest {_number(largest[1])}"),
             ("D4 slope per nat", "0 within its error"),
             ("D4 rms, nats", "its floor"),
-            ("D6 roughness (of ranks)", "0; 1 without relation"),
+            ("D6 order of ṡ in λ (of ranks)", "any; 1 also where all ṡ agree up to noise"),
+            ("D7 variation of ṡ", f"0; random directions {_range(last, 'variation')}"),
+            ("D7 exponent of |λ̇| in λ", f"1; random directions {_range(last, 'exponent')}"),
+            ("D7 t times the mean of ṡ", "one number along the path"),
         ]
         # two columns of numbers; D5 is one number for the whole path
         cells = zip(_column(first, bands), _column(last, bands), strict=True)
         rows = [(name, *pair, wanted) for (name, wanted), pair in zip(names, cells, strict=True)]
-        along, wanted = MISSING, "0"
+        along, wanted = MISSING, "any"
         if (found := self.collapse) is not None:
             along = _number(found.value, found.error)
-            wanted = f"0; {_number(found.null, found.null_error)} without relation"
-        rows.insert(-1, ("D5 collapse, along the path", "", along, wanted))
+            wanted = f"any; null {_number(found.null, found.null_error)}, also where all ṡ agree"
+        early = sum(i.time <= 0 for i in self.instants)
+        name = "D5 collapse, " + (
+            f"{early} of {len(self.instants)} times ≤ 0 left out" if early else "along the path"
+        )
+        rows.insert(-4, (name, "", along, wanted))
         return Table(("diagnostic", "first time", "last time", "what the condition wants"), rows)
 
     def draw(self, figure: Figure) -> Figure:
         """Draw into an empty figure of about 9 by 6 inches.
 
-        (a) tails, (b) coherence by distance, (c) sizes, (d) slope of D4 and roughness along the
-        path.
+        (a) tails, (b) coherence by distance, (c) sizes, (d) slope of D4 and variation of ṡ (D7)
+        along the path.
         """
         axes = figure.subplots(2, 2)
         tails, overlaps, sizes, fields = axes.ravel()
@@ -127,8 +136,13 @@ class Report:
         if shifts := [(i.time, i.shift) for i in self.instants if i.shift is not None]:
             place, slope, error = np.array([(t, s.slope, s.slope_error) for t, s in shifts]).T
             fields.errorbar(place, slope, 2 * error, label="D4 slope per nat", capsize=2, **look(0))
-        if rough := [(i.time, i.roughness.ranks) for i in self.instants if i.roughness is not None]:
-            fields.plot(*np.array(rough).T, label="D6 roughness of ranks", **look(1))
+        if laws := [(i.time, i.separability) for i in self.instants if i.separability is not None]:
+            place, spread, error = np.array(
+                [(t, law.variation, law.variation_error) for t, law in laws]
+            ).T
+            fields.errorbar(
+                place, spread, 2 * error, label="D7 variation of ṡ", capsize=2, **look(1)
+            )
         fields.axhline(0, color="0.4", linewidth=0.8)
         fields.set(xlabel="time", ylabel="0 is what the paper states")
 
@@ -170,10 +184,20 @@ def _column(instant: Instant, bands: list[int]) -> list[str]:
     else:
         cells.append(_number(shift.slope, shift.slope_error))
         cells.append(f"{_number(shift.rms)} (floor {_number(shift.floor)})")
-    if (rough := instant.roughness) is None:
-        return [*cells, MISSING]
+    if (rough := instant.roughness) is None or (law := instant.separability) is None:
+        return [*cells, *[MISSING] * 4]
     noise = f"noise ± {_number(rough.null_error)}"
-    return [*cells, f"{_number(rough.value)} ({_number(rough.ranks)}), {noise}"]
+    cells.append(f"{_number(rough.value)} ({_number(rough.ranks)}), {noise}")
+    cells.append(_number(law.variation, law.variation_error))
+    cells.append(_number(law.exponent, law.exponent_error))
+    t = instant.time
+    return [*cells, _number(t * law.mean, t * law.mean_error) if t > 0 else MISSING]
+
+
+def _range(instant: Instant, name: str) -> str:
+    """Smallest and largest of a number of D7 along random directions."""
+    values = [getattr(one, name) for one in instant.random]
+    return f"{_number(min(values))} to {_number(max(values))}" if values else MISSING
 
 
 def _number(value: float, error: float | None = None) -> str:

@@ -64,13 +64,10 @@ def test_exact_tails_are_those_of_the_dense_pieces() -> None:
 def test_line_of_no_locality() -> None:
     def line(net: nn.Module) -> tuple[np.ndarray, np.ndarray]:
         found = bandedness(_blocks(net))
-        assert found.mixture.sum() == pytest.approx(1.0, rel=1e-10)
         return found.pooled, found.unlocal
 
     pooled, unlocal = line(SumOfNets(5, 6, 4, seed=1))
-    assert (
-        not pooled.any() and unlocal[0] > 0.5
-    )  # local, and the line knows how it would look otherwise
+    assert not pooled.any() and not unlocal.any()  # nothing is owed to others at any distance
     pooled, unlocal = line(NeighbourChain(5, 6, 5, seed=1))
     assert pooled[1] == 0 < 0.3 < unlocal[1]
     # f = g(Σ_l c_l θ_l · x): every block is moved in the same mixture, up to the factor c_l; nothing depends on distance
@@ -79,6 +76,24 @@ def test_line_of_no_locality() -> None:
     assert (
         pooled[0] < 0.8 and pooled[2] < 0.2
     )  # and yet the tail is small, because the fast blocks are near each other
+
+
+@pytest.mark.parametrize("count", [2, 5, 10])
+def test_line_of_no_locality_has_no_bias_where_no_block_moves_itself(count: int) -> None:
+    """f = Σ_{l<m} (θ_l·x)(θ_m·x), all θ alike: G_ll = 0, and all others weigh the same."""
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(mlp([5, 1], seed=0, bias=False) for _ in range(count))
+
+        def forward(self, x: Tensor) -> Tensor:
+            each = torch.stack([block(x) for block in self.blocks])
+            return (each.sum(0) ** 2 - (each**2).sum(0)) / 2  # type: ignore[no-any-return]
+
+    found = bandedness(_blocks(Pairs()))
+    assert not np.diag(found.parts).any() and found.pooled[0] == pytest.approx(1.0, rel=1e-12)
+    np.testing.assert_allclose(found.unlocal, found.pooled, rtol=1e-9, atol=1e-12)
 
 
 class Mixed(nn.Module):
@@ -144,10 +159,50 @@ def test_scalar_reading_accepts_what_satisfies_it() -> None:
     assert found.right is not None
     np.testing.assert_allclose(found.scalar[:, 0], 0.0, atol=1e-7)
     np.testing.assert_allclose(found.right.residual[:, 0], 0.0, atol=1e-7)
-    assert not found.right.vacuous.any()  # rank 1 of 20: this membership says something
+    # rank 1 of 20, and M has no other function: neighbours span what all span
+    assert found.right.full == 1 and found.right.vacuous.all()
     np.testing.assert_allclose(
         found.tails[:, 0], 1.0, rtol=1e-12
     )  # and yet each is moved by the other alone
+
+
+class Readout(nn.Module):
+    """Two blocks: tanh layers of more parameters than rows, and one affine in `last` features."""
+
+    def __init__(self, last: int, outputs: int = 1) -> None:
+        super().__init__()
+        self.first, self.second = mlp([5, 12, last], seed=1), mlp([last, outputs], seed=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
+
+
+def _empty(net: nn.Module, x: Tensor, y: Tensor) -> tuple[int, list[bool], list[int]]:
+    blocks = Blocks.of(Problem(net, x, y), split=["first", "second"])
+    right = bandedness(blocks, matrices=block_matrices(blocks), bands=(0,)).right
+    assert right is not None
+    return right.full, right.vacuous[:, 0].tolist(), right.rank[:, 0].tolist()
+
+
+def test_membership_is_empty_where_the_neighbours_span_what_all_blocks_span() -> None:
+    # 10 rows; the readout has 10 parameters, or 9: one rank short is not empty
+    assert _empty(Readout(9), X[:10], Y[:10]) == (10, [True, True], [10, 10])
+    assert _empty(Readout(8), X[:10], Y[:10]) == (10, [True, False], [10, 9])
+    # samples given twice
+    again = [0, 0, *range(1, 9), 8, 8]
+    assert _empty(Readout(8), X[again], Y[again]) == (9, [True, True], [9, 9])
+    assert _empty(Readout(7), X[again], Y[again]) == (9, [True, False], [9, 8])
+
+    class Silent(Readout):
+        """Zero outside a half space: 7 of the rows hold no function."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (x[:, :1] > 0)  # type: ignore[no-any-return]
+
+    order = torch.argsort(X[:, 0])
+    some = torch.cat([order[:7], order[-9:]])  # rows that stay zero, and nine that do not
+    assert int((X[some, 0] > 0).sum()) == 9
+    assert _empty(Silent(8), X[some], Y[some]) == (9, [True, True], [9, 9])
 
 
 def test_bandedness_refuses() -> None:
@@ -346,7 +401,7 @@ def test_collapse_refuses(arguments: tuple, message: str) -> None:
 
 
 def test_roughness_and_bins_refuse() -> None:
-    with pytest.raises(ValueError, match="modes is 5; an order of fewer than 8"):
+    with pytest.raises(ValueError, match="modes is 5; spread or order over fewer than 8"):
         roughness(np.arange(1.0, 6.0), np.ones(5))
     with pytest.raises(ValueError, match=r"eigenvalues \(9,\) and speeds \(8,\)"):
         roughness(np.ones(9), np.ones(8))

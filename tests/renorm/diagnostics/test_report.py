@@ -92,6 +92,79 @@ def test_report_of_a_flow_is_made_of_the_single_diagnostics() -> None:
     assert found.instants[1].bandedness is None and found.instants[1].coherence is None
 
 
+def test_d5_counts_time_as_the_path_does() -> None:
+    """Three instants with times that do not start at 0, by the closed form of λ and ṡ: none is left out."""
+    problem = Problem(mlp([5, 8, 8, 1], seed=2), X, Y)
+    path = integrate(problem, [0.0, 0.5, 1.0], rtol=1e-8, estimate=False)
+    fields = [modes.modes(*modes.instant(problem, theta)) for theta in path.thetas]
+    held = min(
+        int((one.eigenvalues > 100 * 32 * 2.3e-16 * one.eigenvalues[-1]).sum()) for one in fields
+    )
+    lam = np.array([one.eigenvalues[-held:] for one in fields])
+    speeds = np.array([one.rates[-held:] for one in fields]) / lam
+    for times, kept in (([3.6, 4.1, 4.6], 3), ([0.0, 0.5, 1.0], 2), ([-1.0, 0.2, 7.0], 2)):
+        snapshots = [
+            (t, torch.as_tensor(theta)) for t, theta in zip(times, path.thetas, strict=True)
+        ]
+        found = report(problem, None, snapshots, probes=2)
+        expected = collapse(times[-kept:], lam[-kept:], speeds[-kept:])
+        assert found.collapse is not None
+        assert found.collapse.value == pytest.approx(expected.value, rel=1e-4)
+        said = [note for note in found.notes if note.startswith("D5 counts time as the path does")]
+        assert len(said) == (kept < 3)
+        assert ("D5 collapse, 1 of 3 times ≤ 0 left out" in str(found.table())) == (kept < 3)
+
+
+def test_d7_of_the_report_is_that_of_the_modes_and_of_random_directions() -> None:
+    problem, found = _flow()
+    theta = integrate(problem, [0.0, 0.5, 1.0, 2.0], rtol=1e-8, estimate=False).thetas[-1]
+    one = modes.modes(*modes.instant(problem, theta))
+    held = one.eigenvalues > 100 * 32 * np.finfo(float).eps * one.eigenvalues[-1]
+    last = found.instants[-1]
+    assert last.separability is not None and len(last.random) == len(found.instants[0].random) == 3
+    speeds = one.rates[held] / one.eigenvalues[held]
+    assert last.separability.variation == pytest.approx(
+        speeds.std(ddof=1) / abs(speeds.mean()), rel=1e-4
+    )
+    line = np.polyfit(np.log(one.eigenvalues[held]), np.log(np.abs(one.rates[held])), 1)
+    assert last.separability.exponent == pytest.approx(line[0], rel=1e-4)
+    assert not found.instants[1].random
+    # along one direction Ṁ is the difference quotient of the dense kernel; parameters come by blocks
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for p in mlp([5, 8, 8, 1], seed=2).parameters()
+    ]
+    moved = 1e-5 * torch.cat([draw.reshape(-1) for draw in draws])
+    here = torch.as_tensor(theta)
+    rate = (problem.kernel(here + moved) - problem.kernel(here - moved)).numpy() / 2e-5
+    speed = (np.diag(one.vectors.T @ rate @ one.vectors) / 32)[held] / one.eigenvalues[held]
+    # step 1e-5 squared, and rounding 1e-11 of λ_max over the least λ
+    assert last.random[0].variation == pytest.approx(
+        speed.std(ddof=1) / abs(speed.mean()), rel=1e-2
+    )
+    rows = {row[0]: row for row in found.table().rows}
+    low, high = (pick(one.variation for one in last.random) for pick in (min, max))
+    assert f"random directions {low:.3g} to {high:.3g}" in rows["D7 variation of ṡ"][3]
+    assert rows["D7 t times the mean of ṡ"][1] == "–"  # t = 0
+    assert rows["D7 t times the mean of ṡ"][2].startswith(f"{2 * speeds.mean():.3g}")
+
+
+def test_worst_is_the_worst_and_not_the_pool() -> None:
+    _, found = _flow()
+    band = found.instants[-1].bandedness
+    assert band is not None and band.right is not None
+    rows = {row[0]: row for row in found.table().rows}
+    for k in (0, 1):
+        tails = band.tails[:, k].max()
+        assert f"{tails:.3g}" != f"{band.pooled[k]:.3g}"
+        assert rows[f"D1 tail B({k}), worst block"][2] == f"{tails:.3g}"
+        assert rows[f"D1 tail B({k}), all blocks"][2] == f"{band.pooled[k]:.3g}"
+    worst = band.right.coefficient[:, 0].max()
+    assert worst > 1.02 * np.mean(band.right.coefficient[:, 0])
+    assert rows["D1 its coefficient ‖B‖, worst"][2] == f"{worst:.3g}"
+
+
 @pytest.mark.parametrize("make", [gpt2, gpt_neox])
 def test_report_of_an_unmodified_language_model(make: object) -> None:
     model = make(seed=0, layers=2)  # type: ignore[operator]
@@ -120,7 +193,7 @@ def test_report_of_an_unmodified_language_model(make: object) -> None:
     assert (
         all(
             name in text
-            for name in ("D1 tail B(0)", "D1 right", "D2", "D3", "D4 slope", "D5", "D6")
+            for name in ("D1 tail B(0)", "D1 right", "D2", "D3", "D4 slope", "D5", "D6", "D7")
         )
         and "nan" not in text
     )
@@ -158,7 +231,7 @@ def test_a_path_of_one_point_is_handled() -> None:
     for path in (None, [(0.0, problem.theta)]):
         found = report(problem, None, path)
         assert len(found.instants) == 1 and found.collapse is None
-        assert any(note.startswith("D5 needs two times after the first") for note in found.notes)
+        assert any(note.startswith("D5 needs two times after 0, got 0") for note in found.notes)
         assert found.instants[0].shift is not None and "D5 collapse" in str(found.table())
         found.draw(Figure(figsize=(9, 6)))
 
