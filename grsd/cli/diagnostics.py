@@ -1,4 +1,4 @@
-"""`grsd conditions`: the conditions of 2512.18209 of a model; `grsd model-check`: is it read rightly."""
+"""`grsd conditions`, the conditions of 2512.18209 of a model, and `grsd model-check`, a sanity line."""
 
 from __future__ import annotations
 
