@@ -1,4 +1,4 @@
-"""`grsd conditions`, the conditions of 2512.18209 of a model, and `grsd model-check`, a sanity line."""
+"""`grsd conditions`: the conditions of 2512.18209; `grsd model-check`: a sanity line for a model."""
 
 from __future__ import annotations
 
