@@ -1,4 +1,4 @@
-"""`grsd conditions`: the conditions of 2512.18209; `grsd model-check`: a sanity line for a model."""
+"""`grsd conditions`: the conditions of 2512.18209; `grsd model-check`: is a model read rightly."""
 
 from __future__ import annotations
 
