@@ -13,10 +13,10 @@ import copy
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.func import grad, jacrev, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grsd.spectrum.operator.ntk import refuse_dropout
+from grsd.spectrum.operator.base import call, refuse_dropout
 
 __all__ = ["Problem", "Vector", "kinks_of"]
 
@@ -131,7 +131,8 @@ class Problem:
         shaped = zip(self._shapes.items(), parts, strict=True)
         parameters = {name: part.view(shape) for (name, shape), part in shaped}
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward mode
-            return functional_call(self._model, parameters, (inputs,))
+            output: Tensor = call(self._model, parameters, (inputs,))
+            return output
 
     def _single(self, theta: Tensor, x: Tensor) -> Tensor:
         """f(θ) at one sample, a scalar."""

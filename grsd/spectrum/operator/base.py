@@ -17,7 +17,6 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
@@ -293,7 +292,7 @@ def forward_rows(
         plain = torch.compiler.set_stance("force_eager")
     math = sdpa_kernel(SDPBackend.MATH)  # the fused kernels have no second derivative
     with _FORWARD, fork, plain, torch.enable_grad(), math, trace or nullcontext():
-        output = raw_output(functional_call(model, values, args, kwargs))
+        output = raw_output(call(model, values, args, kwargs))
         rows = observable.rows(output)
     bad = int((~torch.isfinite(rows.detach())).sum())
     refused = {
@@ -311,6 +310,32 @@ def forward_rows(
         if holds:
             raise ValueError(reason)
     return rows, observable.samples(output if isinstance(observable, Outputs) else rows.detach())
+
+
+def call(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Run the model with `values` in the places of its parameters and buffers of these names.
+
+    What is tied stays tied, and the model is left as it was. `torch.func.functional_call` leaves
+    the values in a module that the model holds under two names.
+    """
+    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    placed = {id(named[name]): value for name, value in values.items() if name in named}
+    tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({k: placed[id(x)] for k, x in table.items() if id(x) in placed})
+        return model(*args, **(kwargs or {}))
+    finally:
+        for table, found in zip(tables, before, strict=True):
+            table.clear()
+            table.update(found)
 
 
 def copied(inputs: Inputs, observable: Observable) -> tuple[Any, Observable]:

@@ -33,7 +33,7 @@ from grsd.spectrum.operator.factors import (
 )
 from grsd.spectrum.operator.own_positions import OwnPositions, Share, refuse, total, unfold
 from grsd.spectrum.operator.precision import rounding, unmixed
-from grsd.spectrum.operator.rules import Convolution, Embedding, Linear
+from grsd.spectrum.operator.rules import MOVED_COST, Convolution, Embedding, Linear
 from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.programs.program import Program, Rows
 from grsd.spectrum.programs.record import record
@@ -42,9 +42,8 @@ from grsd.spectrum.programs.transpose import transpose
 
 BLOCK_BYTES = 2**28  # what the temporaries of a block product may take
 FOLD_LIMIT = 8192  # rows; a larger T × T matrix takes too much memory
-# What bytes cost, in FLOPs of a matrix product that take as long (a CPU, float32): `spread` and
-# `collect` of one number, and one number of a T × T matrix that multiplies a vector
-BORDER_COST, SHARE_COST = 128, 8
+# What bytes cost beside `MOVED_COST`: `spread` and `collect` of one number
+BORDER_COST = 128
 
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 
@@ -250,7 +249,7 @@ class Factored:
                 chosen[slot] = (shares, setup, saved)
         # The matrix itself multiplies a vector in every product.
         once = sum(setup for _, setup, _ in chosen.values())
-        each = sum(saved for *_, saved in chosen.values()) - SHARE_COST * self._size * size
+        each = sum(saved for *_, saved in chosen.values()) - MOVED_COST * self._size * size
         if not chosen or each <= 0 or once > each * self._products:
             return set()
         self.share = total(

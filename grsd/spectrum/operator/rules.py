@@ -42,6 +42,9 @@ from grsd.spectrum.operator.own_positions import Share
 from grsd.spectrum.operator.trace import reads
 from grsd.spectrum.programs.program import Rows
 
+# What moving a number costs, in FLOPs of a matrix product that take as long (a CPU, float32)
+MOVED_COST = 8
+
 Call = SimpleNamespace
 Uses = Sequence[Use] | None
 
@@ -85,7 +88,10 @@ class Linear(RowUse):
         key = (inputs, biases, at.delta.dtype, at.groups)
         made = 0 if at.grams.has(*key) else n * rows * fan_in
         gram, span = 2 * n * rows * at.width, 4 * n * fan_in * at.width
-        pays = made / (span - gram) if gram < span else None
+        # A is read twice, and Aᵀ δ is written and read; A Aᵀ is read once
+        moved = 2 * n * fan_in + 2 * at.groups * fan_in * at.width - n * rows
+        saved = span - gram + MOVED_COST * moved
+        pays = made / saved if saved > 0 else None
         if pays is not None and pays <= at.products:
             form = Form("(A Aᵀ + b 1 1ᵀ) δ", gram, n * rows * item, made, pays)
             return Gram(at.slot, at.grams.of(*key)), form

@@ -446,6 +446,25 @@ def test_a_form_is_taken_where_its_set_up_pays() -> None:
         NTK(model, x, Outputs(), products=0)
 
 
+@pytest.mark.parametrize(("rows", "form"), [(56, "(A Aᵀ"), (64, "(A Aᵀ"), (80, "A (Aᵀ δ)")])
+def test_of_two_forms_with_equal_operations_the_one_that_moves_less(rows: int, form: str) -> None:
+    """2 n² h and 4 n h h′ FLOPs are equal at n = 2h′; there A is read twice, and A Aᵀ, as large, once."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.read = nn.Linear(32, 32), nn.Linear(32, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(self.inner(x).tanh().cumsum(0))
+
+    torch.manual_seed(0)
+    M = check(Mixed().double(), torch.randn(rows, 32, dtype=torch.float64), Outputs())
+    (row,) = [row for row in M.plan().rows if row.layer.startswith("inner.weight")]
+    assert row.association.startswith(form)
+    assert row.flops == (2 * rows * rows * 32 if form == "(A Aᵀ" else 4 * rows * 32 * 32)
+
+
 def test_a_rule_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function that no rule knows leaves its parameter in the graph; a class with a reader takes it out of there."""
 

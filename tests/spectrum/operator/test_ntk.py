@@ -13,6 +13,7 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
+from grsd.dynamics.problem import Problem
 from grsd.renorm.diagnostics.blocks import Blocks
 from grsd.spectrum import NTK, ClassLogits, NTKBatches, NTKShards, Outputs, TokenLogProb
 from grsd.spectrum.observables import Observable
@@ -252,6 +253,36 @@ def test_model_is_left_as_found() -> None:
     )
     assert torch.equal(rng, torch.get_rng_state())
     assert model.training and not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_model_that_holds_one_module_twice_is_left_as_found() -> None:
+    """`torch.func.functional_call` puts what it was given into such a module for good."""
+    torch.manual_seed(0)
+    norm, frozen, inner = nn.BatchNorm1d(4), nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4)
+    layers = [nn.Linear(3, 4), norm, frozen, nn.Tanh(), inner, norm, frozen, inner, nn.Linear(4, 1)]
+    model = nn.Sequential(*layers).double().train()
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 1).double()
+    names = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {name: tensor.clone() for name, tensor in names.items()}
+    truth = dense(model, x, Outputs(y)) / 5
+    made: list[Callable[[], Any]] = [
+        lambda: NTK(model, x, Outputs(y), method="factored").to_dense(),
+        lambda: NTK(model, x, Outputs(y), method="graph").to_dense(),
+        lambda: NTK(model, x, Outputs(y)).jacobian(),
+        lambda: Blocks(model, x, Outputs(y), split="layers"),
+        lambda: Problem(copy.deepcopy(model).eval(), x, y.squeeze(1)).output(
+            Problem(model.eval(), x, y.squeeze(1)).theta
+        ),
+    ]
+    for k, make in enumerate(made):
+        found = make()
+        model.train()
+        if k < 2:
+            assert torch.linalg.norm(found - truth) < 1e-12 * torch.linalg.norm(truth)
+        after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert after.keys() == names.keys()
+        for name, tensor in names.items():
+            assert after[name] is tensor and torch.equal(tensor, before[name]), (k, name)
 
 
 def test_inputs_may_be_a_tuple_or_a_mapping() -> None:
