@@ -67,9 +67,9 @@ def lanczos(M: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = T
     Notes
     -----
     Cost: m products, 8 m² T further operations, m T numbers of memory. No step waits for the
-    device. Vectors and products are scaled by powers of two, so that T_m scales with M, and the
-    mass with the start, exactly. Source: 2512.10427, appendix B; "twice is enough": Parlett 1998,
-    section 6.9.
+    device, but a product of an `NTK` does, once, to see that its model is unchanged. Vectors and
+    products are scaled by powers of two, so that T_m scales with M, and the mass with the start,
+    exactly. Source: 2512.10427, appendix B; "twice is enough": Parlett 1998, section 6.9.
     """
     return krylov_space(M, start, steps, reorthogonalize)[0]
 
