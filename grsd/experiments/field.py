@@ -33,10 +33,12 @@ from grsd.spectrum.observables import raw_output
 
 METHODS = ("auto", "graph")
 ROUNDINGS = 16  # one after another on the way through a tiny model and back
-REMEDY = re.compile(
-    r"(?:^|[:;.] |, and )(?:[Uu]se|[Pp]ass|[Cc]all|[Mm]ake|[Tt]ake|[Ss]et|[Rr]un|[Ll]oad|[Ww]rite"
-    r"|[Dd]rop|[Cc]heck|[Tt]urn|[Rr]emove|[Gg]ive|[Mm]ove|[Rr]eplace|[Ww]rap|[Rr]estore|[Bb]uild)\b"
-)
+VERBS = (
+    "build call check convert drop give load make move pad pass remove replace restore run set "
+    "take turn use wrap write"
+).split()
+# an order to the reader, at the start of a sentence or of a part of one
+REMEDY = re.compile(rf"(?:^|[:;.,] (?:and |or )?)(?:{'|'.join(VERBS)})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

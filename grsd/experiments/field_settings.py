@@ -199,7 +199,10 @@ def _ignored(case: Case, row: tiny.Architecture) -> None:
 
 @_setting("frozen", "input embeddings frozen")
 def _frozen(case: Case, row: tiny.Architecture) -> None:
-    case.model.get_input_embeddings().requires_grad_(False)
+    try:
+        case.model.get_input_embeddings().requires_grad_(False)
+    except (AttributeError, NotImplementedError):
+        raise Absent("transformers names no input embeddings of it") from None
 
 
 class LowRank(nn.Module):
