@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.linalg import expm
 
 from grsd.dynamics.drift import edge_flux
 from grsd.dynamics.flow import integrate
@@ -20,13 +21,14 @@ from .chapter_code import definitions
 
 PROOF = definitions("renorm/proof.md", "printed_17", "corrected_17")
 COUPLINGS = definitions("renorm/couplings.md", "binned")
-COVARIANCE = definitions("renorm/covariance.md", "field_ratio")
+PAIRS = definitions("renorm/couplings.md", "generator")
 POWER = definitions(
     "renorm/power-law.md",
-    *("WeakBalance", "weak_balance", "look", "Spirals", "spiral", "Gain", "gain_network"),
-    *("gain_rate", "lower_root", "pair_energies", "spiral_velocity"),
+    *("field_ratio", "look", "Spirals", "spiral", "Gain", "gain_network", "gain_rate"),
+    *("lower_root", "pair_energies", "spiral_velocity", "side_by_side"),
 )
-binned, field_ratio, look = COUPLINGS.binned, COVARIANCE.field_ratio, POWER.look
+BALANCE = definitions("renorm/envelopes.md", "WeakBalance", "weak_balance")
+binned, field_ratio, look = COUPLINGS.binned, POWER.field_ratio, POWER.look
 
 
 # --- Equation (17) ------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ STEP = (lambda x: x / (x + 1), lambda x: 1 / (1 + x) ** 2)  # a soft edge at λ 
 
 def test_parallel_modes_drift_and_do_not_turn() -> None:
     problem = parallel_modes([1.0, 2.0], [0.1, 0.2])
-    balance = POWER.weak_balance(look(problem, problem.theta), *STEP)
+    balance = BALANCE.weak_balance(look(problem, problem.theta), *STEP)
     assert balance.rotation == pytest.approx(0, abs=1e-15) and balance.drift > 0.01
 
 
@@ -137,33 +139,33 @@ def test_the_spiral_turns_and_does_not_drift() -> None:
         assert np.isclose(abs(m.coupling[0, 1]), p * q, rtol=1e-10)
         e = problem.error(theta).numpy()
         assert np.isclose(np.sqrt((e**2).mean()), 2 * np.exp(-(p**2) * t), rtol=1e-9)
-        balance = POWER.weak_balance(m, *STEP)
+        balance = BALANCE.weak_balance(m, *STEP)
         assert abs(balance.rotation) > 0.1 * balance.energy and abs(balance.drift) < 1e-12
         # every energy decays like e^{−2p²t}, so the flux is known without any eigenvector
         left = balance.dissipation - 2 * p**2 * balance.energy
         assert np.isclose(balance.rotation, left, rtol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["one rate", "one flux"])
 def test_spirals_side_by_side_pass_energy_by_rotation_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scales, ratio, rate = np.geomspace(0.5, 5, 8), 2.0, 0.1
-    # the page's ratio and rate of rotation stand beside its functions, not among their arguments
-    page = POWER.spiral_velocity.__globals__
-    monkeypatch.setitem(page, "r_", ratio)
-    monkeypatch.setitem(page, "omega_", rate)
-    inward = np.sqrt(POWER.lower_root(scales))
-    problem = POWER.spiral(inward, rate / inward, ratio * scales**2 / inward**2)
+    """Two families: Ω is the same for every pair and F/E is not, or the other way round."""
+    scales, ratio, flux_per_energy = np.geomspace(0.5, 5, 8), 2.5, 0.01
+    monkeypatch.setitem(POWER.spiral_velocity.__globals__, "r_", ratio)  # the page's own is 2
+    half = flux_per_energy / 2
+    omega = np.full(8, 0.1) if kind == "one rate" else np.sqrt(half * ((ratio - 1) * scales - half))
+    problem = POWER.side_by_side(scales, omega)
     path = integrate(problem, [0.0, 0.05, 0.4], rtol=1e-11, atol=1e-14, estimate=False)
     expected = np.sort(np.concatenate([scales, ratio * scales]))
     for t, theta in zip(path.times, path.thetas, strict=True):
         m = look(problem, theta)
         np.testing.assert_allclose(m.eigenvalues, expected, rtol=1e-10)
         assert np.abs(m.rates).max() < 1e-12
-        turning = np.abs(m.coupling)[np.abs(m.coupling) > 1e-12]
-        # the same for every pair, and nothing else turns
-        np.testing.assert_allclose(turning, np.full(16, rate), rtol=1e-9)
-        energies = np.sort(np.concatenate(POWER.pair_energies(scales, t)))
+        turning = np.sort(np.abs(m.coupling)[np.abs(m.coupling) > 1e-12])
+        # the rate of every pair, and nothing else turns
+        np.testing.assert_allclose(turning, np.sort(np.repeat(omega, 2)), rtol=1e-9)
+        energies = np.sort(np.concatenate(POWER.pair_energies(scales, omega, t)))
         np.testing.assert_allclose(
             np.sort(0.5 * m.coefficients**2), energies, rtol=1e-6, atol=1e-12
         )
@@ -171,8 +173,31 @@ def test_spirals_side_by_side_pass_energy_by_rotation_alone(
             flux = edge_flux(m, [a], 8)
             step = lambda x, a=a: x**8 / (x**8 + a**8)  # noqa: E731
             slope = lambda x, a=a: 8 * x**7 * a**8 / (x**8 + a**8) ** 2  # noqa: E731
-            closed = POWER.spiral_velocity(scales, step, slope, t)
+            closed = POWER.spiral_velocity(scales, omega, step, slope, t)
             assert flux.kato[0] / flux.energy[0] == pytest.approx(closed, rel=1e-7)
+    passed = 2 * (POWER.lower_root(scales, omega) - scales)
+    if kind == "one flux":
+        np.testing.assert_allclose(passed, flux_per_energy, rtol=1e-12)
+    else:
+        assert passed.max() > 9 * passed.min()
+
+
+# --- Coherent pairs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 3.0), (2.0, 2.4)])
+def test_a_locked_pair_has_the_identity_and_noise_loosens_it(low: float, high: float) -> None:
+    """Ω² = f(gap − f) of the amplitudes' slow solution, found by an eigenvector and not by energies."""
+    omega = 0.1
+    values, vectors = np.linalg.eig(np.array([[-low, -omega], [omega, -high]]))
+    slow = vectors[:, np.argmax(values)]
+    f = omega * slow[1] / slow[0]
+    assert omega**2 == pytest.approx(f * (high - low - f), rel=1e-12)
+    # the closed system of energies agrees with it where there is no noise, up to e^{−gap t}
+    pair = expm(60 * PAIRS.generator(low, high, omega, 0.0)) @ np.array([0.5, 0.2, 0.1])
+    assert omega * pair[2] / (2 * pair[0]) == pytest.approx(f, rel=1e-6)
+    noisy = expm(6 * PAIRS.generator(low, high, omega, 500.0)) @ np.array([0.5, 0.2, 0.0])
+    assert omega * noisy[2] / (noisy[0] - noisy[1]) == pytest.approx(2 * omega**2 / 500, rel=0.02)
 
 
 # --- The gain model -----------------------------------------------------------------------------
