@@ -23,6 +23,7 @@ from grsd.dynamics.problem import Problem, kinks_of
 from grsd.renorm.diagnostics.splitting import Split, entrances, split_parameters
 from grsd.spectrum.observables import Observable, Outputs, TokenLogProb
 from grsd.spectrum.operator.base import Inputs, forward_rows, refuse_dropout
+from grsd.spectrum.operator.gradients import refuse_hooks
 
 __all__ = ["BlockKernel", "Blocks", "State"]
 
@@ -82,6 +83,7 @@ class Blocks:
         own = dict(model.named_parameters())
         if trainable is None:
             trainable = [name for name, p in own.items() if p.requires_grad]
+        refuse_hooks(model, {name: own[name] for name in trainable if name in own})
         self._trainable = list(trainable)
         if not self._trainable:
             raise ValueError("no parameter of the model requires a gradient, so J is empty")

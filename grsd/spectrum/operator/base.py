@@ -18,11 +18,26 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from grsd import checks
 from grsd.spectrum.observables import Observable, Outputs, raw_output
 from grsd.spectrum.operator.algebra import Symmetric
+from grsd.spectrum.operator.double_backward import MASKED
+from grsd.spectrum.operator.forward_pass import (
+    Guard,
+    as_written,
+    copy_of,
+    refuse_noise,
+    same_generators,
+    states,
+)
+from grsd.spectrum.operator.gradients import (
+    custom_functions,
+    refuse_hooks,
+    refuse_other_derivatives,
+)
 from grsd.spectrum.operator.precision import mixed, rounding, unmixed
 from grsd.spectrum.operator.trace import Trace
 from grsd.spectrum.operator.watch import Watch
@@ -34,6 +49,11 @@ Made = TypeVar("Made")
 
 # buffers are swapped for copies during a pass, which two threads must not do at once
 _FORWARD = threading.RLock()
+WHOLE = (
+    "Pass the model before it is sharded, with the full weights: "
+    "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True has "
+    "them, or full_tensor() of each; NTKShards shares the rows among processes"
+)
 DROPS: dict[type[nn.Module], str] = {
     nn.modules.dropout._DropoutNd: "p",
     nn.MultiheadAttention: "dropout",
@@ -141,6 +161,7 @@ class NTKBase(Symmetric):
         refuse_unfit(model, list(named.values()))
         refuse_dropout(model)
         self._model, self.normalize = model, normalize
+        refuse_hooks(model, named)
         self._names, self._parameters = list(named), list(named.values())
         self._dtypes, self._convolves = {p.dtype for p in self._parameters}, False
         # every pass runs under the autocast of this one
@@ -148,6 +169,7 @@ class NTKBase(Symmetric):
         # a frozen parameter that changes changes J as well; buffers are copied
         self._watch = Watch(model)
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._compared: set[str] = set()  # custom functions whose gradients are right
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -184,9 +206,20 @@ class NTKBase(Symmetric):
         chosen = {id(p) for p in self._parameters}
         named = self._model.named_parameters()
         constant = {name: p.detach() for name, p in named if id(p) not in chosen}
-        constant |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+        constant |= self._buffers
+        guard = trace or Guard()
         with self._mixed():
-            rows, self._samples = forward_rows(self._model, inputs, observable, trace, constant)
+            rows, self._samples = forward_rows(self._model, inputs, observable, guard, constant)
+            # Gradients that the model makes itself are compared with its function, once.
+            suspects = custom_functions(rows) | ({"a hook on grad_fn"} if guard.nodes else set())
+            if not suspects <= self._compared:
+
+                def rows_at(values: Sequence[Tensor]) -> Tensor:
+                    given = constant | dict(zip(self._names, values, strict=True))
+                    return forward_rows(self._model, inputs, observable, None, given)[0]
+
+                refuse_other_derivatives(suspects, rows_at, self._parameters)
+                self._compared |= suspects
         return rows
 
     def _traced(self, inputs: Inputs, observable: Observable) -> tuple[Tensor, Trace]:
@@ -216,6 +249,12 @@ class NTKBase(Symmetric):
                 "a new NTK"
             )
 
+    def _finite(self, product: Tensor, u: Tensor) -> Tensor:
+        """Return the product, which is finite if u is, or raise ValueError."""
+        if not bool(torch.isfinite(product).all()) and bool(torch.isfinite(u).all()):
+            raise ValueError(f"gradients are not finite although the outputs are. {MASKED}")
+        return product
+
 
 def refuse_dropout(model: nn.Module) -> None:
     """Raise ValueError when a module of the model drops at random."""
@@ -237,7 +276,18 @@ def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
         raise ValueError(
             "a torch.jit module cannot be taken apart: pass the module that it was made from"
         )
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError(f"FullyShardedDataParallel holds pieces of the parameters. {WHOLE}")
+    trained = set(map(id, parameters))
+    p: Any
     for name, p in model.named_parameters():
+        kind = type(p).__name__
+        if kind == "DTensor":  # fully_shard, tensor parallelism
+            raise ValueError(f"parameter {name!r} is a DTensor, in pieces. {WHOLE}")
+        if id(p) in trained and is_traceable_wrapper_subclass(p):
+            raise ValueError(
+                f"parameter {name!r} is a {kind}, which is no plain tensor: convert or freeze it"
+            )
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no shape yet: run the model once on a batch")
     if any(p.is_complex() for p in parameters):
@@ -264,7 +314,7 @@ def forward_rows(
     model: nn.Module,
     inputs: Inputs,
     observable: Observable,
-    trace: Trace | None = None,
+    guard: Guard | None = None,
     constant: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, int]:
     """Run the model once with its graph; return the rows and the number of samples.
@@ -277,23 +327,33 @@ def forward_rows(
             f"the observable is a {type(observable).__name__}, which does not say what the rows "
             "are: use Outputs(targets), ClassLogits(targets) or TokenLogProb(targets)"
         )
-    # The model gets copies of the buffers and the inputs, which it may write to.
-    values = dict(constant or {})
-    values |= {k: buffer.clone() for k, buffer in model.named_buffers() if k not in values}
+    constant = dict(constant or {})
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
     args: Any = (inputs,) if isinstance(inputs, Tensor) else inputs
     args = () if isinstance(inputs, Mapping) else args
-    args, kwargs = tree_map(_copied, args), tree_map(_copied, kwargs)
-    # It runs as it was written, without fused kernels, and leaves the random generator alone.
-    ready: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()) if ready else ())
+    guard = guard or Guard()
+    guard.protect([*model.parameters(), *constant.values()])
+
+    def run() -> Any:
+        # The model gets copies of the buffers and the inputs, which it may write to.
+        buffers = {k: constant.get(k, buffer).clone() for k, buffer in model.named_buffers()}
+        copies = tree_map(copy_of, args), tree_map(copy_of, kwargs)
+        return raw_output(call(model, constant | buffers, *copies))
+
+    # It runs as it was written, without fused kernels, and leaves the random generators alone.
     plain: Any = nullcontext()
     if "torch._dynamo" in sys.modules:  # what a compiled module does cannot be watched
         plain = torch.compiler.set_stance("force_eager")
     math = sdpa_kernel(SDPBackend.MATH)  # the fused kernels have no second derivative
-    with _FORWARD, fork, plain, torch.enable_grad(), math, trace or nullcontext():
-        output = raw_output(call(model, values, args, kwargs))
-        rows = observable.rows(output)
+    with _FORWARD, same_generators(), plain, torch.enable_grad(), math, as_written():
+        before = states()
+        with guard:
+            output = run()
+            rows = observable.rows(output)
+        drawn = [name for name, state in states().items() if state != before.get(name)]
+        drawn += ["torch.Generator"] if guard.generators else []
+        if drawn:
+            refuse_noise(drawn, model.training, rows, lambda: observable.rows(run()))
     bad = int((~torch.isfinite(rows.detach())).sum())
     refused = {
         f"the observable must give one number per row, shape (T,); it gave {tuple(rows.shape)}": (
@@ -304,7 +364,7 @@ def forward_rows(
         "the outputs carry no gradient: was the forward pass run under no_grad or detached?": (
             not rows.requires_grad
         ),
-        f"{bad} of {rows.numel()} outputs are not finite; check the checkpoint and the inputs": bad,
+        f"{bad} of {rows.numel()} outputs are not finite. {MASKED}": bad,
     }
     for reason, holds in refused.items():
         if holds:
@@ -342,10 +402,6 @@ def copied(inputs: Inputs, observable: Observable) -> tuple[Any, Observable]:
     """Return a batch whose tensors nobody else can change."""
     mine = copy.copy(observable)
     for name, value in getattr(observable, "__dict__", {}).items():
-        object.__setattr__(mine, name, _copied(value))
+        object.__setattr__(mine, name, copy_of(value))
     tree: Any = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    return tree_map(_copied, tree), mine
-
-
-def _copied(x: Any) -> Any:
-    return x.detach().clone() if isinstance(x, Tensor) else x
+    return tree_map(copy_of, tree), mine

@@ -66,8 +66,10 @@ class NTKBatches(NTKBase):
         try:
             flat, self._factored = self._recorded(inputs, self._observable, make)
         except Unrecordable as failure:
-            why = f"the backward pass of this model cannot be recorded ({failure})"
-            raise ValueError(why) from failure
+            raise ValueError(
+                f"the backward pass of this model cannot be recorded ({failure}); make one NTK for "
+                "each batch"
+            ) from failure
         self._count(self._factored)
         self.outputs: Tensor = flat.view(batches, -1)
         self.inner_weight: float = batches / self._samples if normalize == "mean" else 1.0
@@ -90,4 +92,5 @@ class NTKBatches(NTKBase):
         """Return M_g u_g for all g, (G, T), from u of shape (G, T)."""
         self._check(u, tuple(self.outputs.shape))
         self._watch.check()
-        return self._product(u.reshape(-1)).view(self.outputs.shape) * self.inner_weight
+        product = self._product(u.reshape(-1)).view(self.outputs.shape)
+        return self._finite(product * self.inner_weight, u)

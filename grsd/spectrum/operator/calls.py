@@ -1,7 +1,6 @@
 """Calls that the trace reads beside those of :mod:`grsd.spectrum.operator.rules`.
 
-A norm is a gain and a bias. Dropout is refused. A loss a row has no parameter, and becomes one
-operation.
+A norm is a gain and a bias. A loss a row has no parameter, and becomes one operation.
 """
 
 from __future__ import annotations
@@ -34,36 +33,6 @@ def _norm(call: SimpleNamespace) -> list[Use]:
     with torch.no_grad():
         plain = function(**given)
     return [Scale.of(call.weight, plain, spread), Shift.of(bias, None, spread)]
-
-
-@reads(
-    functional.scaled_dot_product_attention,
-    form=lambda query, key, value, attn_mask=None, dropout_p=0.0, *_, **__: ...,
-    always=True,
-)
-def _attention(call: SimpleNamespace) -> None:
-    _refuse_dropout(call.dropout_p)
-
-
-@reads(
-    functional.dropout,
-    functional.dropout1d,
-    functional.dropout2d,
-    functional.dropout3d,
-    functional.alpha_dropout,
-    functional.feature_alpha_dropout,
-    always=True,
-)
-def _dropout(call: SimpleNamespace) -> None:
-    _refuse_dropout(call.p if call.training else 0.0)
-
-
-def _refuse_dropout(p: float) -> None:
-    if p > 0:
-        raise ValueError(
-            f"dropout is active (p = {p}): each pass would see another network. "
-            "Call model.eval() first"
-        )
 
 
 @reads(functional.cross_entropy, always=True)

@@ -7,6 +7,7 @@ of a VJP with respect to its own input.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from grsd.spectrum.operator.precision import of_graph, unmixed
 
 Gradients = dict[int, Tensor]  # number of a parameter → one of its shape
 
+MASKED = (
+    "A row of attention that is masked as a whole (padding on the left) is NaN in eager attention: "
+    'load the model with attn_implementation="sdpa", or pad on the right. Else check the '
+    "checkpoint and the inputs, or use a wider dtype (model.double())"
+)
 CURES = {
     "embedding_bag": "Write nn.EmbeddingBag as nn.Embedding and a sum over its tokens",
     "cdist": "Write torch.cdist as the root of ((x[:, None] - y) ** 2).sum(-1)",
@@ -56,6 +62,8 @@ class Retained:
             ) from failure
         inner = float((u.double() * back.double()).sum())
         square = sum(float(x.double().square().sum()) for x in w.values())
+        if not isfinite(inner) or not isfinite(square):
+            raise ValueError(f"gradients are not finite although the outputs are. {MASKED}")
         # far more than rounding, even than that of a part in bf16, whose errors average
         rough = any(torch.finfo(x.dtype).bits < 32 for x in (rows, *w.values()))
         if not abs(inner - square) <= (0.2 if rough else 3e-3) * square:

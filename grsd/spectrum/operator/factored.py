@@ -17,6 +17,7 @@ from torch import Tensor
 
 import grsd.spectrum.operator.calls  # noqa: F401  (registers its readers)
 from grsd.spectrum.operator.base import PlanRow
+from grsd.spectrum.operator.double_backward import MASKED
 from grsd.spectrum.operator.factors import (
     Factor,
     FoldedTie,
@@ -336,8 +337,7 @@ class Factored:
         sums += [f.inputs.sum(-1) for f in self._factors if isinstance(f, Span)]
         if any(not bool(torch.isfinite(x).all()) for x in sums):
             raise ValueError(
-                "activations or their gradients are not finite although the outputs are: check "
-                "the checkpoint and the inputs, or use a wider dtype (model.double())"
+                f"activations or gradients are not finite although the outputs are. {MASKED}"
             )
 
     def _note(self, uses: Sequence[Use], form: Form) -> None:

@@ -74,10 +74,12 @@ class NTK(NTKBase):
     Raises
     ------
     ValueError
-        Active dropout, no trainable parameter, a complex one, non-finite outputs, targets that do
-        not fit, an output that does not depend on the parameters, layers whose inputs are
-        overwritten in place, an operation without a second derivative, gradients that are changed
-        on their way, or a model in a wrapper (`DataParallel`, `torch.jit`).
+        Active dropout or other noise, no trainable parameter, a complex one or one in pieces,
+        non-finite outputs or gradients, targets that do not fit, an output that does not depend on
+        the parameters, a forward pass that changes parameters or overwrites inputs of layers, an
+        operation without a second derivative, hooks on gradients (those that only log as well), an
+        autograd.Function whose gradients are no derivatives, or a model in a wrapper
+        (`DataParallel`, `torch.jit`).
     RuntimeError
         A product after the model was changed: see :mod:`grsd.spectrum.operator.watch` for how that
         is seen. Inputs, targets and buffers are copied, so that theirs may change.
@@ -87,9 +89,13 @@ class NTK(NTKBase):
     Cost of "factored": see :mod:`grsd.spectrum.operator.factored`. Cost of "graph": one forward and
     three backward passes to build, about 1.4 forward-plus-backward passes per product, and one such
     graph held. Attention is run with its mathematical backend: the fused ones have no second
-    derivative. A compiled module is run as it was written. The model and the state of the random
-    generator are left as they were found. Multiples, sums, M.T and u @ M: see
-    :mod:`grsd.spectrum.operator.algebra`. Source: 2512.10427, section 2.2.
+    derivative. A compiled module is run as it was written, and parts under `torch.utils.checkpoint`
+    without it. Checks at the door cost a walk over the graph; an autograd.Function, three forward
+    and four backward passes (:mod:`grsd.spectrum.operator.gradients`). Not seen: noise from a
+    counter or generator of the model's own that is none of torch, `random` or NumPy; and what the
+    forward pass detaches (straight-through estimates by `detach`) is constant in J, as it is for
+    autograd. The model and the random generators are left as they were found. Multiples, sums, M.T
+    and u @ M: see :mod:`grsd.spectrum.operator.algebra`. Source: 2512.10427, section 2.2.
     """
 
     def __init__(
@@ -196,15 +202,15 @@ class NTK(NTKBase):
             if self._factored is None:
                 return torch.stack([self @ column for column in u.unbind(1)], dim=1)
             self._watch.check()
-            return self._factored.block(u) * self.inner_weight
+            return self._finite(self._factored.block(u) * self.inner_weight, u)
         self._check(u, (self.shape[0],))
         if self._factored is None:
             graph = self._retain()
-            return graph.jvp(graph.vjp(u)) * self.inner_weight
+            return self._finite(graph.jvp(graph.vjp(u)) * self.inner_weight, u)
         self._watch.check()
         if self._product is None:
             self._product = replayed(self._factored, u)
-        return self._product(u) * self.inner_weight
+        return self._finite(self._product(u) * self.inner_weight, u)
 
     def layers(self) -> list[str]:
         """Return the names of the layers, in the order of the model: modules with used parameters.

@@ -107,6 +107,8 @@ class Linear(RowUse):
     @reads(functional.linear, form=lambda input, weight, bias=None: ...)
     @staticmethod
     def _linear(call: Call) -> Uses:
+        if call.weight.ndim != 2:
+            return None
         return Linear(call.weight, call.input), Shift.of(call.bias)
 
     @reads(torch.addmm, form=lambda input, mat1, mat2, *, beta=1, alpha=1: ...)

@@ -203,7 +203,8 @@ class NTKShards(NTKBase):
             self._processes.sum_up([total[k] for k in self._used])
         # Second sweep: J of the sum, micro-batch by micro-batch.
         changes = torch.cat([self._jvp(k, total) for k in range(len(pieces))])
-        return self._processes.gather(changes, self._counts) * self.inner_weight
+        product = self._processes.gather(changes, self._counts)
+        return self._finite(product * self.inner_weight, u)
 
     def __repr__(self) -> str:
         count = sum(self._parameters[k].numel() for k in self._used)

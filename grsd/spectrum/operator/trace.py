@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from grsd.spectrum.operator.factors import Use
+from grsd.spectrum.operator.forward_pass import Guard, transformed
 from grsd.spectrum.programs.record import Unrecordable
 
 Place = Tensor | GradientEdge
@@ -28,12 +27,6 @@ Place = Tensor | GradientEdge
 # the result of a call that has none; None where its parameters stay in the graph.
 Reader = Callable[[SimpleNamespace], Sequence[Use] | Tensor | None]
 
-IN_PLACE = frozenset(
-    name
-    for name in dir(Tensor)
-    if (name.endswith("_") and not name.startswith("_") and name != "requires_grad_")
-    or name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
-)
 DERIVATIVES = frozenset({torch.autograd.grad, Tensor.backward})
 READERS: dict[Any, tuple[Reader, Signature, bool]] = {}
 
@@ -54,12 +47,7 @@ def reads(
     return register
 
 
-def _transformed() -> bool:
-    """Say whether a call is inside a transformation of `torch.func` or has forward tangents."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-class Trace(TorchFunctionMode):
+class Trace(Guard):
     """Records the uses of `parameters` (trainable ones) in the calls that are made under it."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -71,19 +59,13 @@ class Trace(TorchFunctionMode):
         self._kept: list[tuple[Tensor, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # Refuse what would change or see the detached values.
-        if args and self.has(args[0]) and getattr(func, "__name__", "") in IN_PLACE:
-            raise ValueError(
-                f"the forward pass changes the parameter of shape {tuple(args[0].shape)} in place "
-                f"({func.__name__}): move that update out of the forward pass, or work on a copy"
-            )
-        if func in DERIVATIVES and kwargs.get("create_graph") and not _transformed():
+        args, kwargs = self.look(func, args, kwargs or {})
+        if func in DERIVATIVES and kwargs.get("create_graph") and not transformed():
             raise Unrecordable("the forward pass differentiates on its own, with create_graph=True")
         # Let calls pass that no reader watches, or knows in this form.
         reader, form, always = READERS.get(func, (None, None, False))
         watched = always or self._trainable((*args, *kwargs.values()))
-        if not reader or not form or not watched or not torch.is_grad_enabled() or _transformed():
+        if not reader or not form or not watched or not torch.is_grad_enabled() or transformed():
             return func(*args, **kwargs)
         try:
             bound = form.bind(*args, **kwargs)

@@ -519,7 +519,7 @@ def test_two_threads_on_one_model() -> None:
 
 
 class Noisy(nn.Module):
-    """Writes into its input and draws from the generator."""
+    """Writes into its input, and draws from the generator what it does not use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -527,11 +527,11 @@ class Noisy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x.mul_(2)
-        return self.layer(x + torch.rand(3))
+        return self.layer(x + 0 * torch.rand(3))
 
 
 def test_inputs_generator_and_model_are_left_as_found() -> None:
-    model, x = Noisy().double(), torch.ones(4, 3, dtype=torch.float64)
+    model, x = Noisy().double().eval(), torch.ones(4, 3, dtype=torch.float64)
     before, state = torch.get_rng_state(), copy.deepcopy(model.state_dict())
     M = NTK(model, x, Outputs(), method="factored")
     M @ torch.ones(8, dtype=torch.float64)
