@@ -475,3 +475,15 @@ def test_models_in_pieces_are_refused_by_name(kind: str, mesh: Any) -> None:
     for form in FORMS:
         with pytest.raises(ValueError, match=words):
             FORMS[form](model, draw(4, 3), Outputs())
+
+
+@every_form
+def test_a_module_at_two_places_keeps_its_parameters(form: str) -> None:
+    """Frozen parameters and buffers are replaced during a pass, and put back once."""
+    torch.manual_seed(0)
+    again = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).requires_grad_(False)
+    model = nn.Sequential(again, nn.Tanh(), again, nn.Linear(3, 2)).double().eval()
+    before = [id(x) for x in (*model.parameters(), *model.buffers())]
+    truth = dense(model, draw(4, 3), Outputs())
+    assert gap(form, truth, model, draw(4, 3), Outputs()) < EXACT
+    assert [id(x) for x in (*model.parameters(), *model.buffers())] == before
