@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from grsd.spectrum.operator.base import call, refuse_dropout
+from grsd.spectrum.operator.base import refuse_dropout
+from grsd.spectrum.operator.forward_pass import call
 
 __all__ = ["Problem", "Vector", "kinks_of"]
 

@@ -28,6 +28,7 @@ from grsd.spectrum.operator.double_backward import MASKED
 from grsd.spectrum.operator.forward_pass import (
     Guard,
     as_written,
+    call,
     copy_of,
     refuse_noise,
     same_generators,
@@ -370,32 +371,6 @@ def forward_rows(
         if holds:
             raise ValueError(reason)
     return rows, observable.samples(output if isinstance(observable, Outputs) else rows.detach())
-
-
-def call(
-    model: nn.Module,
-    values: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None = None,
-) -> Any:
-    """Run the model with `values` in the places of its parameters and buffers of these names.
-
-    What is tied stays tied, and the model is left as it was. `torch.func.functional_call` leaves
-    the values in a module that the model holds under two names.
-    """
-    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
-    placed = {id(named[name]): value for name, value in values.items() if name in named}
-    tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
-    before = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            table.update({k: placed[id(x)] for k, x in table.items() if id(x) in placed})
-        return model(*args, **(kwargs or {}))
-    finally:
-        for table, found in zip(tables, before, strict=True):
-            table.clear()
-            table.update(found)
 
 
 def copied(inputs: Inputs, observable: Observable) -> tuple[Any, Observable]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import Signature, signature
 from threading import get_ident
@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.nn import functional
@@ -141,6 +141,32 @@ class Guard(TorchFunctionMode):
                 "Call model.eval() first"
             )
         return args, kwargs
+
+
+def call(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Run the model with `values` in the places of its parameters and buffers of these names.
+
+    What is tied stays tied, and the model is left as it was. `torch.func.functional_call` leaves
+    the values in a module that the model holds under two names.
+    """
+    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    placed = {id(named[name]): value for name, value in values.items() if name in named}
+    tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({k: placed[id(x)] for k, x in table.items() if id(x) in placed})
+        return model(*args, **(kwargs or {}))
+    finally:
+        for table, found in zip(tables, before, strict=True):
+            table.clear()
+            table.update(found)
 
 
 @contextmanager
