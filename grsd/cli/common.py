@@ -139,15 +139,15 @@ class Lines:
         self.done, self.total, self.note, self.last = done, total, note, now
         if first:
             self.begun = now
-            self.say()
+            self.say(now)
 
     def tick(self) -> None:
         """Say a line when something was done, or nothing was said for long."""
-        if self.total and (self.new or self.clock() - self.said >= PATIENCE):
-            self.say()
-
-    def say(self) -> None:
         now = self.clock()
+        if self.total and (self.new or now - self.said >= PATIENCE):
+            self.say(now)
+
+    def say(self, now: float) -> None:
         left = ""
         if self.measured and self.done < self.total:
             each = self.spent / self.measured
