@@ -47,8 +47,7 @@ def newton_schulz(
     if dtype is None:
         exact = torch.float64 if G.dtype == torch.float64 else torch.float32
         dtype = torch.bfloat16 if G.is_cuda else exact
-    # wide matrices of Frobenius norm 1, hence of singular values at most 1, in one batch; what is
-    # of size 1e-30, where squares are no numbers, has been scaled by a power of two
+    # wide matrices of Frobenius norm 1, hence of singular values at most 1, in one batch
     X = G.to(dtype)
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
@@ -259,13 +258,9 @@ class Shampoo(_Matrix):
 
 def _inverse_fourth_root(S: Tensor, eps: float) -> Tensor:
     """Return (S + εI)^{-1/4}; eigenvalues at rounding count as absent when ε is smaller."""
-    try:
-        values, vectors = torch.linalg.eigh(S)
-    except RuntimeError as failure:
-        raise ValueError(
-            f"the average of G Gᵀ has no eigenvalues ({str(failure).splitlines()[0]}): gradients "
-            f"are not finite, or their squares are none in {S.dtype}; clip or scale them"
-        ) from failure
+    if not bool(torch.isfinite(S).all()):
+        raise ValueError(f"squares of gradients are not finite in {S.dtype}: clip or scale them")
+    values, vectors = torch.linalg.eigh(S)
     floor = values[..., -1:] * S.shape[-1] * torch.finfo(S.dtype).eps
     power = (values.clamp_min(0) + eps).clamp_min(torch.finfo(S.dtype).tiny) ** -0.25
     power = torch.where((values > floor) | (eps > floor), power, torch.zeros_like(power))
@@ -365,10 +360,9 @@ class Combined(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         if self.optimizers:
-            kinds = [type(o).__name__ for o in self.optimizers]
             raise ValueError(
-                f"which of {kinds} is to step this group? Give it to that one: "
-                "optimizers[k].add_param_group(group)"
+                f"which of {[type(o).__name__ for o in self.optimizers]} is to step this group? "
+                "Give it to that one: optimizers[k].add_param_group(group)"
             )
         super().add_param_group(param_group)
 

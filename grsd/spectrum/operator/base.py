@@ -279,6 +279,7 @@ def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
         )
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError(f"FullyShardedDataParallel holds pieces of the parameters. {WHOLE}")
+    # parameters that are in pieces, no tensors yet, or not real
     trained = set(map(id, parameters))
     p: Any
     for name, p in model.named_parameters():
@@ -296,6 +297,7 @@ def refuse_unfit(model: nn.Module, parameters: Sequence[Tensor]) -> None:
             "a trainable parameter is complex, so J is not real: keep its real and imaginary parts "
             "as one real parameter, (..., 2), and use torch.view_as_complex in forward"
         )
+    # tables that a pass rescales, or whose gradients are no derivatives
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
