@@ -8,20 +8,22 @@ spectral condition fixes one by one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grsd import checks, statistics
+from grsd.mup.contributions import Verification, tensor
 from grsd.mup.initial import Initial
-from grsd.mup.norms import DENSE, rms_norm, rms_operator_norm
-from grsd.mup.optimizers import backward, pieces
-from grsd.mup.planning import Entry, Plan, plan, unscaled
+from grsd.mup.norms import rms_norm
+from grsd.mup.optimizers import backward
+from grsd.mup.planning import Plan, plan, unscaled
+from grsd.mup.plans import entry_norms, geometric_means
 from grsd.mup.registry import row
 from grsd.mup.roles import bare_modules, bare_parameters, stack_of, tables
 from grsd.mup.rules import MATRICES, rule, update_norm, weight_norm
@@ -31,7 +33,7 @@ Factory = Callable[[int, int], nn.Module]
 Loss = Callable[[nn.Module], Tensor]
 Size = tuple[int, int]  # width, depth
 Label = tuple[int, int, int]  # width, depth, seed
-FLAT = 0.25  # |slope| up to which a check passes: what finite sizes leave of an exact 0
+FLAT = 0.25  # what finite sizes leave of an exact exponent: slopes inside ±FLAT of it pass
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class Run:
     seed: int
     features: tuple[float, ...]  #: (steps+1,), ‖h_L(t) − h_L(0)‖_R, root mean square over the batch
     losses: tuple[float, ...]  #: (steps+1,)
+    outputs: tuple[float, ...]  #: (steps+1,), the same as `features` of the model's output
     weights: dict[str, float]  #: role → α ‖W‖_R before training (RMS norm for biases)
     updates: dict[str, float]  #: role → α ‖ΔW‖_R of the first step
-    outputs: tuple[float, ...] = ()  #: (steps+1,), the same as `features` of the model's output
+    modules: dict[str, tuple[float, float]]  #: parameter → its two norms, α ‖W‖_R and α ‖ΔW‖_R
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,13 @@ class Slope:
     low: float
     high: float
     points: int
+
+    def against(self, wanted: float = 0.0) -> Literal["inside", "outside", "undecided"]:
+        """Say where the whole interval lies: inside ±FLAT of an exponent, outside, or neither."""
+        if self.low > wanted + FLAT or self.high < wanted - FLAT:
+            return "outside"
+        within = wanted - FLAT <= self.low and self.high <= wanted + FLAT
+        return "inside" if within else "undecided"
 
     def __str__(self) -> str:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
@@ -88,8 +98,9 @@ class Finding:
 class CoordCheck:
     """The runs, what was fitted, and what it means.
 
-    The verdict is "flat", "not flat", "diverged" when a run left the numbers, or "not fitted" when
-    no axis has two sizes.
+    The verdict is "flat" when the intervals of all slopes, of features and of the output, lie
+    inside ±FLAT; "not flat" when one lies outside; "undecided" otherwise, "diverged" when a run
+    left the numbers, and "not fitted" when no axis has two sizes.
     """
 
     runs: tuple[Run, ...]
@@ -97,21 +108,28 @@ class CoordCheck:
     parametrization: str
     slopes: dict[str, Slope]  #: axis → slope of ‖Δh_L‖_R after the last step, with two sizes
     first: dict[str, Slope]  #: the same after the first step
+    output_slopes: dict[str, Slope]  #: as `slopes`, of the model's output
     verdict: str
     findings: tuple[Finding, ...]  #: conditions that the measured norms break
-    output_slopes: dict[str, Slope]  #: as `slopes`, of the model's output; empty without `outputs`
+    #: what branches and heads of the largest sizes contribute, where μP is not flat
+    contributions: tuple[Verification, ...] = ()
 
     @property
     def diagnosis(self) -> str:
-        """The verdict in words: which layer, which norm, which condition."""
+        """The verdict in words: which layer, which norm, which condition, which contribution."""
         lines = [f"{self.optimizer}, {self.parametrization}: {self.verdict}"]
-        lines += [f"  change of features against {x}: {slope}" for x, slope in self.slopes.items()]
-        lines += [f"  {finding}" for finding in self.findings]
-        if self.verdict == "not flat" and not self.findings:
+        for what, slopes in (("features", self.slopes), ("the output", self.output_slopes)):
             lines += [
-                "  every norm of the first step is as the condition asks: what breaks comes",
-                "  after it (alignment, or later steps); compare `first` with `slopes`",
+                f"  change of {what} against {axis}: {slope}, {slope.against()}"
+                for axis, slope in slopes.items()
             ]
+        lines += [f"  {finding}" for finding in self.findings]
+        # what the blocks and the head add, measured
+        lines += dict.fromkeys(f"  {one}" for found in self.contributions for one in found.wrong)
+        if self.contributions and all(found.complete for found in self.contributions):
+            lines += ["  every block and the head contribute what the plan says at the start"]
+        if self.verdict == "undecided":
+            lines += ["  undecided: more sizes or seeds make the intervals narrower"]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -132,8 +150,9 @@ def coord_check(
     seeds: Sequence[int] = (0, 1, 2),
     parametrization: Literal["mup", "sp"] = "mup",
     k: int = 2,
+    branch_ends: Sequence[str] | None = None,
+    roles: Mapping[str, str] | None = None,
     make_plan: Callable[[nn.Module, nn.Module], Plan] | None = None,
-    outputs: Loss | None = None,
     **more: Any,
 ) -> CoordCheck:
     """Train models of several widths and depths for some steps, and fit exponents.
@@ -144,15 +163,15 @@ def coord_check(
     Parameters
     ----------
     factory : (width, depth) → model, with residual blocks in one `nn.ModuleList`, without dropout.
-    loss : model → scalar loss on a fixed batch.
+        Its output is a tensor, or has one as its logits or first.
+    loss : model → scalar loss on a fixed batch, from one call of the model.
     base : (width, depth) whose hyperparameters are given; it may be among the sizes.
-    optimizer, other, k : as `grsd.mup.planning`.
+    optimizer, other, k, branch_ends, roles : as `grsd.mup.planning`.
     lr, and `more` : base values, as `Plan.make_optimizer`.
     parametrization : "mup", or "sp": variance 1/fan-in for every matrix, one learning rate, and no
         multipliers.
-    make_plan : (model, base model) → Plan, in place of `grsd.mup.planning`: for roles of your own,
-        or a rule to be tested.
-    outputs : model → its output on the batch, samples in rows; by default not recorded.
+    make_plan : (model, base model) → Plan, in place of `grsd.mup.planning`: for a rule to be
+        tested.
     """
     checks.one_of("parametrization", parametrization, ("mup", "sp"))
     sizes = sizes_along(widths, depths, base)
@@ -165,19 +184,35 @@ def coord_check(
     start = factory(*base)
     refuse_dropout(start)
     who: dict[str, Any] = {"optimizer": optimizer, "other": other, "k": k}
-    runs = []
+    named: dict[str, Any] = {**who, "branch_ends": branch_ends, "roles": roles}
+
+    def prepared(size: Size, seed: int) -> tuple[nn.Module, Plan]:
+        model = factory(*size)
+        made = make_plan(model, start) if make_plan else plan(model, base=start, **named)
+        made = _standard(made) if parametrization == "sp" else made
+        made.initialize_(model, seed=seed)
+        return model, made
+
+    trained = []
     for size in sizes:
         for seed in seeds:
-            model = factory(*size)
-            made = make_plan(model, start) if make_plan else plan(model, base=start, **who)
-            if parametrization == "sp":
-                made = _standard(made)
             # weights, multipliers and rates by the plan
-            made.initialize_(model, seed=seed)
+            model, made = prepared(size, seed)
             made.attach(model)
             stepper = made.make_optimizer(model, lr=lr, **more)
-            runs.append(_run(model, made, stepper, loss, outputs, (*size, seed), steps))
-    return _judge(runs, base, parametrization, **who)
+            trained.append((_run(model, made, stepper, loss, (*size, seed), steps), made))
+    # matrices of another shape, such as one key head, have norms of their own
+    apart = {unnumbered(e.name) for _, made in trained for e in made if e.shaped}
+    runs = [_by_role(run, made, apart) for run, made in trained]
+    check = _judge(runs, base, parametrization, **who)
+    if check.verdict in ("flat", "not fitted") or not made.multipliers:
+        return check
+    # what does not pass is looked at: contributions at the largest width and at the largest depth
+    found = []
+    for size in dict.fromkeys((max(sizes), max(sizes, key=lambda one: one[1]))):
+        model, made = prepared(size, seeds[0])
+        found.append(made.verify(model, loss, base=start))
+    return replace(check, contributions=tuple(found))
 
 
 def sizes_along(widths: Iterable[int], depths: Iterable[int], base: Size) -> list[Size]:
@@ -197,42 +232,40 @@ def _standard(made: Plan) -> Plan:
 
 
 def _run(
-    model: nn.Module,
-    made: Plan,
-    optimizer: Optimizer,
-    loss: Loss,
-    outputs: Loss | None,
-    label: Label,
-    steps: int,
+    model: nn.Module, made: Plan, optimizer: Optimizer, loss: Loss, label: Label, steps: int
 ) -> Run:
     """Train, and watch what leaves the last block, and the model."""
-    seen: list[Tensor] = []
-
-    def watch(module: nn.Module, inputs: Any, out: Any) -> None:
-        seen.append((out[0] if isinstance(out, tuple) else out).detach().double())
-
+    seen: dict[str, Tensor] = {}
     # the last block of the residual stack, whose output are the features
     stack, depth = stack_of(model)
-    last, parameters = bare_modules(model)[f"{stack}.{depth - 1}"], bare_parameters(model)
+    parameters, watched = (
+        bare_parameters(model),
+        {"outputs": "", "features": f"{stack}.{depth - 1}"},
+    )
     before = {name: p.detach().clone() for name, p in parameters.items()}
     rows = tables(model)
-    weights = _by_role(made, before, rows, gaussian=True)
+    weights = _norms(made, before, rows, gaussian=True)
     updates: dict[str, float] = {}
-    features, values, losses = [], [], []
-    handle = last.register_forward_hook(watch)
+    start: dict[str, Tensor] = {}
+    changes: dict[str, list[float]] = {what: [] for what in watched}
+    losses = []
+
+    def watch(what: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, out: Any) -> None:
+            seen[what] = tensor(out).detach().double()
+
+        return hook
+
+    modules = bare_modules(model)
+    handles = [modules[name].register_forward_hook(watch(what)) for what, name in watched.items()]
     try:
         for step in range(steps + 1):
             # what the model does before the step
-            seen.clear()
             optimizer.zero_grad()
             now = loss(model)
-            h = seen[0]
-            f = None if outputs is None else outputs(model).detach().double()
-            if step == 0:
-                start, first = h, f
-            features.append(float(rms_norm(h - start).square().mean().sqrt()))
-            if f is not None and first is not None:
-                values.append(float(rms_norm(f - first).square().mean().sqrt()))
+            start = start or dict(seen)
+            for what, series in changes.items():
+                series.append(float(rms_norm(seen[what] - start[what]).square().mean().sqrt()))
             losses.append(float(now.detach()))
             if step < steps:
                 backward(now, optimizer)
@@ -240,51 +273,50 @@ def _run(
             # the first update, whose norms the condition fixes
             if step == 0:
                 change = {name: p.detach() - before[name] for name, p in parameters.items()}
-                updates = _by_role(made, change, rows)
+                updates = _norms(made, change, rows)
     finally:
-        handle.remove()
-    return Run(*label, tuple(features), tuple(losses), weights, updates, tuple(values))
+        for handle in handles:
+            handle.remove()
+    return Run(
+        *label,
+        features=tuple(changes["features"]),
+        outputs=tuple(changes["outputs"]),
+        losses=tuple(losses),
+        weights={},
+        updates={},
+        modules={name: (weights[name], updates[name]) for name in weights},
+    )
 
 
-def _by_role(
+def _norms(
     made: Plan, tensors: Mapping[str, Tensor], rows: set[str], gaussian: bool = False
 ) -> dict[str, float]:
-    """Return α times the typical norm of every role; of a table, that of its largest row."""
-    norms = []
+    """Return α times the typical norm of every parameter; of a table, that of its largest row."""
+    norms = {}
     for e in made:
-        x = tensors[e.name]
-        scale = e.multiplier
+        x, scale = tensors[e.name], e.multiplier
         if gaussian and x.ndim > 1 and e.role in ("input", "output") and e.name not in rows:
             fan_out, fan_in = (x.mT if e.transposed else x).flatten(1).shape
             scale /= 1 + math.sqrt(fan_in / fan_out if e.role == "input" else fan_out / fan_in)
-        norms += [(e.role, size * scale) for size in entry_norms(x, e, rows)]
-    return geometric_means(norms)
+        sizes = geometric_means([("", size) for size in entry_norms(x, e, rows)])
+        norms[e.name] = scale * sizes.get("", 0.0)
+    return norms
 
 
-def entry_norms(
-    x: Tensor, e: Entry, tabled: set[str], *, apart: bool = False, dense: int = DENSE
-) -> list[float]:
-    """Return ‖·‖_R of a vector, a table's largest row, a matrix or, `apart`, the fused ones.
-
-    NaN stands for what is not finite.
-    """
-    if not bool(torch.isfinite(x).all()):
-        return [math.nan]
-    if e.name in tabled:
-        return [float(rms_norm(x).max())]
-    if x.ndim < 2 or e.role not in MATRICES:
-        return [float(rms_norm(x.reshape(-1)))]
-    parts = pieces(x, e.layout if apart else {**e.layout, "split": 1})
-    return [rms_operator_norm(part.reshape(-1, part.shape[-1]), dense=dense) for part in parts]
+def _by_role(run: Run, made: Plan, apart: set[str]) -> Run:
+    """Return the run with its norms by role, without the matrices whose shapes grow otherwise."""
+    means = [
+        geometric_means(
+            [(e.role, run.modules[e.name][i]) for e in made if unnumbered(e.name) not in apart]
+        )
+        for i in (0, 1)
+    ]
+    return replace(run, weights=means[0], updates=means[1])
 
 
-def geometric_means(norms: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Return role → geometric mean of its norms, without zeros."""
-    logs: dict[str, list[float]] = {}
-    for role, size in norms:
-        if size > 0 or math.isnan(size):
-            logs.setdefault(role, []).append(math.log(size))
-    return {role: math.exp(float(np.mean(values))) for role, values in logs.items()}
+def unnumbered(name: str) -> str:
+    """Return a name with * for the number of its block, the same at every depth."""
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)
 
 
 def fit_slope(points: Sequence[tuple[float, float]]) -> Slope | None:
@@ -311,12 +343,21 @@ def _judge(
     runs: list[Run], base: Size, parametrization: str, optimizer: str, other: str, k: int
 ) -> CoordCheck:
     sizes = [(r.width, r.depth) for r in runs]
-    # the verdict, from the change of features
+    # the verdict, from the change of features and of the output
     slopes, first = (fit_along(sizes, [r.features[i] for r in runs], base) for i in (-1, 1))
+    outs = fit_along(sizes, [r.outputs[-1] for r in runs], base)
     broken = any(not math.isfinite(v) for r in runs for v in (*r.features, *r.losses))
-    flat = all(abs(s.value) <= FLAT for s in slopes.values())
+    placed = {slope.against() for slope in (*slopes.values(), *outs.values())}
     verdict = (
-        "diverged" if broken else "not fitted" if not slopes else "flat" if flat else "not flat"
+        "diverged"
+        if broken
+        else "not fitted"
+        if not slopes
+        else "not flat"
+        if "outside" in placed
+        else "undecided"
+        if "undecided" in placed
+        else "flat"
     )
 
     # the findings, from the norms of every role
@@ -333,14 +374,11 @@ def _judge(
             values = [by_role.get(role, math.nan) for by_role in norms]
             for axis, slope in fit_along(sizes, values, base).items():
                 wanted = float(size.n if axis == "width" else size.L)
-                # off by more than a check lets pass, and outside of the interval
-                off = abs(slope.value - wanted) > FLAT
-                if off and not slope.low <= wanted <= slope.high:
+                if slope.against(wanted) == "outside":
                     condition = _condition(role, quantity, k)
                     findings.append(Finding(role, quantity, axis, slope, wanted, condition))
-    outs = fit_along(sizes, [r.outputs[-1] for r in runs], base) if runs[0].outputs else {}
     return CoordCheck(
-        tuple(runs), optimizer, parametrization, slopes, first, verdict, tuple(findings), outs
+        tuple(runs), optimizer, parametrization, slopes, first, outs, verdict, tuple(findings)
     )
 
 

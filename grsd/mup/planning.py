@@ -115,6 +115,7 @@ def plan(
         splits = fusing if role == "hidden" else {}
         split, there = (split_of(name, splits, c) for c in (config, base_config))
         rates: tuple[float, ...] = ()
+        growth = []
         if role == "hidden":
             # fused parts may grow by ratios of their own: one key head beside n queries
             growth = layout.growth(name, p, q, r_n, split, there)
@@ -144,6 +145,7 @@ def plan(
                 else initial(layout.owner(name), q, {**stored, "split": there}, base is not None),
                 block=layout.block(name),
                 rates=rates,
+                shaped=any(abs(power - 1) > 0.1 for one in growth for power in one),
                 **stored,
             )
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,10 +22,11 @@ from grsd.mup import contributions
 from grsd.mup.contributions import Multiply, Verification, multiplying
 from grsd.mup.families import Split
 from grsd.mup.initial import Initial
+from grsd.mup.norms import DENSE, rms_norm, rms_operator_norm
 from grsd.mup.optimizers import pieces
 from grsd.mup.registry import INITIAL, assemble, row
 from grsd.mup.roles import Multiplier, bare_modules, bare_parameters
-from grsd.mup.rules import ROLES, Rule, Scale
+from grsd.mup.rules import MATRICES, ROLES, Rule, Scale
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Entry:
     transposed: bool = False  #: stored (n_in, n_out)
     batched: bool = False  #: several matrices, one for each index of the first axis
     rates: tuple[float, ...] = ()  #: factors on η of fused parts that grow by ratios of their own
+    shaped: bool = False  #: a hidden matrix whose sides do not grow like r_n, both
     clip: float | None = None
     block: int | None = None  #: the residual block that holds it; None outside the stack
 
@@ -316,6 +318,32 @@ def _folded(e: Entry, factor: float) -> Entry:
         weight_decay=e.weight_decay / power,
         eps=None if e.eps is None else e.eps / factor,
     )
+
+
+def entry_norms(
+    x: Tensor, e: Entry, tabled: set[str], *, apart: bool = False, dense: int = DENSE
+) -> list[float]:
+    """Return ‖·‖_R of a vector, a table's largest row, a matrix or, `apart`, the fused ones.
+
+    NaN stands for what is not finite.
+    """
+    if not bool(torch.isfinite(x).all()):
+        return [math.nan]
+    if e.name in tabled:
+        return [float(rms_norm(x).max())]
+    if x.ndim < 2 or e.role not in MATRICES:
+        return [float(rms_norm(x.reshape(-1)))]
+    parts = pieces(x, e.layout if apart else {**e.layout, "split": 1})
+    return [rms_operator_norm(part.reshape(-1, part.shape[-1]), dense=dense) for part in parts]
+
+
+def geometric_means(norms: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Return role → geometric mean of its norms, without zeros."""
+    logs: dict[str, list[float]] = {}
+    for role, size in norms:
+        if size > 0 or math.isnan(size):
+            logs.setdefault(role, []).append(math.log(size))
+    return {role: math.exp(math.fsum(values) / len(values)) for role, values in logs.items()}
 
 
 _ROWS = (  # of a table, in the order of a rule's fields

@@ -6,16 +6,19 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from grsd import mup
 from grsd.mup import Plan, coord_check
-from grsd.mup.coordcheck import CoordCheck, fit_slope
+from grsd.mup.coordcheck import CoordCheck, Run, Slope, fit_slope
+from grsd.mup.coordcheck import _judge as judge
 
 from .test_planning import Residual, gpt2
 
+ENDS = ("first", "branch_end")
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(32, 5, generator=GENERATOR), torch.randn(32, 3, generator=GENERATOR)
 
@@ -49,14 +52,108 @@ def test_mup_is_flat_and_sp_is_not(optimizer: str, lr: float) -> None:
     assert "C1.2 is broken: the initial norm of hidden goes like depth^" in bad.diagnosis
 
 
-def test_outputs_are_fitted_where_they_are_asked_for() -> None:
-    sizes: dict[str, Any] = {"depths": (4,), "outputs": lambda model: model(X)}
+def test_the_output_counts() -> None:
+    sizes: dict[str, Any] = {"depths": (4,)}
     good = check("adamw", 2**-8, **sizes)
-    assert abs(good.output_slopes["width"].value) < 0.25 and len(good.runs[0].outputs) == 6
+    assert good.output_slopes["width"].against() == "inside" and len(good.runs[0].outputs) == 6
     # standard parametrization: the head adds up n aligned terms, at the same rate
     bad = check("adamw", 2**-8, parametrization="sp", **sizes)
     assert bad.output_slopes["width"].low > 0.25
-    assert check("adamw", 2**-8, depths=(4,)).output_slopes == {}
+
+    # a head whose rate is off moves nothing but the output: features are flat, the check is not
+    def wrong(model: nn.Module, base: nn.Module) -> Plan:
+        right = mup.plan(model, base=base, optimizer="adamw")
+        rates = ((e, e.lr * right.r_n if e.role == "output" else e.lr) for e in right)
+        return replace(right, entries=tuple(replace(e, lr=lr) for e, lr in rates))
+
+    one = check("adamw", 2**-8, make_plan=wrong, depths=(), steps=1)
+    assert one.slopes["width"].against() == "inside"
+    assert one.output_slopes["width"].against() == "outside" and one.verdict == "not flat"
+    # recorded from the loss's own pass: by hand, after one step
+    run = good.runs[0]
+    assert run.outputs[0] == 0.0 and run.outputs[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "place"),
+    [
+        (-0.1, 0.2, "inside"),
+        (0.3, 0.9, "outside"),
+        (-1.9, -0.3, "outside"),
+        (-1.82, 0.89, "undecided"),
+        (-math.inf, math.inf, "undecided"),
+        (0.2, 0.3, "undecided"),
+    ],
+)
+def test_a_slope_is_judged_by_its_whole_interval(low: float, high: float, place: str) -> None:
+    middle = 0.18 if math.isinf(low) else (low + high) / 2
+    assert Slope(middle, low, high, 3).against() == place
+    assert Slope(middle + 1, low + 1, high + 1, 3).against(1.0) == place
+
+
+def test_two_points_decide_nothing() -> None:
+    found = check("adamw", 2**-8, widths=(64, 128), depths=(), seeds=(0,), steps=1)
+    assert found.verdict == "undecided" and "more sizes or seeds" in found.diagnosis
+    assert found.contributions and found.contributions[0].complete
+
+
+def test_the_diagnosis_of_a_missed_end_comes_from_the_contributions() -> None:
+    class Inside(nn.Module):
+        def __init__(self, block: nn.Module, width: int) -> None:
+            super().__init__()
+            self.block, self.other = block, nn.Linear(width, width)
+
+        def forward(self, h: Tensor) -> Tensor:
+            h = self.block(h)
+            return h + self.other(torch.relu(h))
+
+    def missed(width: int, depth: int) -> nn.Module:
+        model = Residual(width, depth)
+        model.blocks = nn.ModuleList(Inside(block, width) for block in model.blocks)
+        return model
+
+    settings: dict[str, Any] = {"widths": (), "depths": (4, 8, 16), "base": (32, 4)}
+    settings |= {"optimizer": "adamw", "lr": 2**-8, "seeds": (0, 1)}
+    found = coord_check(missed, loss, **settings)
+    assert found.verdict == "not flat" and found.findings == ()
+    assert "name all ends of its branches in branch_ends" in found.diagnosis
+    assert "every norm" not in found.diagnosis
+    # said to the check, it is flat
+    named = coord_check(missed, loss, branch_ends=["*.branch_end", "*.other"], **settings)
+    assert named.verdict == "flat" and named.contributions == ()
+
+
+def test_runs_record_every_parameter() -> None:
+    found = check("adamw", 2**-8, widths=(64, 128), depths=(), seeds=(0,), steps=1)
+    run = found.runs[0]
+    torch.manual_seed(0)
+    assert set(run.modules) == {name for name, _ in Residual(64, 4).named_parameters()}
+    hidden = [run.modules[f"blocks.{i}.{part}.weight"] for i in range(4) for part in ENDS]
+    for i, by_role in enumerate((run.weights, run.updates)):
+        mean = math.exp(sum(math.log(norms[i]) for norms in hidden) / len(hidden))
+        assert by_role["hidden"] == pytest.approx(mean, rel=1e-12)
+    # AdamW's first update is a sign of size η: of rank one nearly, ‖·‖_R ≤ η n
+    assert all(norms[1] <= 2**-8 * 64 * (1 + 1e-4) for norms in hidden)
+
+
+def test_intervals_cover_planted_slopes() -> None:
+    """Four hundred sets of runs with a planted slope, one seed's scatter for each width."""
+    generator = np.random.default_rng(0)
+    sizes = [(width, 4, seed) for width in (64, 128, 256) for seed in range(3)]
+    inside = {"features": 0, "outputs": 0}
+    for _ in range(400):
+        runs = []
+        for width, depth, seed in sizes:
+            noise = 0.2 * generator.standard_normal(2)
+            change, out = (width**0.4 * 2 ** noise[0], width**-0.3 * 2 ** noise[1])
+            runs.append(Run(width, depth, seed, (0.0, change), (1.0, 1.0), (0.0, out), {}, {}, {}))
+        found = judge(runs, (64, 4), "mup", optimizer="adamw", other="adamw", k=2)
+        inside["features"] += found.slopes["width"].low <= 0.4 <= found.slopes["width"].high
+        inside["outputs"] += (
+            found.output_slopes["width"].low <= -0.3 <= found.output_slopes["width"].high
+        )
+    for count in inside.values():
+        assert 0.9 <= count / 400 <= 0.98
 
 
 @pytest.mark.parametrize(
