@@ -31,6 +31,7 @@ NAMES = (
     "drift",
     "field",
     "mup-coords",
+    "mup-families",
     "mup-norms",
     "products",
     "shift",

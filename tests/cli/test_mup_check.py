@@ -19,7 +19,7 @@ TINY = {
     "depths": "2,4",
     "base": "32,2",
     "steps": 2,
-    "seeds": 1,
+    "seeds": 4,
     "batch-size": 2,
     "length": 16,
 }

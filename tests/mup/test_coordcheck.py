@@ -33,7 +33,7 @@ def check(optimizer: str, lr: float, **more: Any) -> CoordCheck:
         "widths": (64, 128, 256),
         "depths": (4, 8, 16),
         "base": (64, 4),
-        "seeds": (0, 1),
+        "seeds": range(6),
     }
     return coord_check(Residual, loss, optimizer=optimizer, lr=lr, **{**settings, **more})
 
@@ -42,7 +42,8 @@ def check(optimizer: str, lr: float, **more: Any) -> CoordCheck:
     ("optimizer", "lr"), [("adamw", 2**-8), ("muon_kimi", 2**-6), ("sgd", 0.1)]
 )
 def test_mup_is_flat_and_sp_is_not(optimizer: str, lr: float) -> None:
-    good = check(optimizer, lr)
+    more = {"seeds": range(10)} if optimizer == "sgd" else {}  # its runs scatter more
+    good = check(optimizer, lr, **more)
     assert good.verdict == "flat" and good.findings == ()
     bad = check(optimizer, lr, parametrization="sp")
     assert bad.verdict in ("not flat", "diverged") and bad.first["depth"].value > 1
@@ -113,7 +114,7 @@ def test_the_diagnosis_of_a_missed_end_comes_from_the_contributions() -> None:
         return model
 
     settings: dict[str, Any] = {"widths": (), "depths": (4, 8, 16), "base": (32, 4)}
-    settings |= {"optimizer": "adamw", "lr": 2**-8, "seeds": (0, 1)}
+    settings |= {"optimizer": "adamw", "lr": 2**-8, "seeds": range(6)}
     found = coord_check(missed, loss, **settings)
     assert found.verdict == "not flat" and found.findings == ()
     assert "name all ends of its branches in branch_ends" in found.diagnosis

@@ -34,8 +34,8 @@ SMALL |= {"image_size": 8, "patch_size": 4, "state_size": 16, "rotary_dim": 8, "
 OWN: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"num_key_value_heads": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "mamba": {"intermediate_size": 128},
-    "mamba2": {"num_heads": 8, "chunk_size": 16},
+    "mamba": {"intermediate_size": 128, "initializer_range": 0.02},
+    "mamba2": {"num_heads": 8, "chunk_size": 16, "initializer_range": 0.02},
 }
 # what grows with the width, where a configuration has it
 GROWING: tuple[str, ...] = (
