@@ -8,6 +8,7 @@ their place.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,11 @@ class Parameters:
 
     optimizers: tuple[str, ...] = ("adamw",)
     rates: tuple[float, ...] = (2.0**-7,)
-    widths: tuple[int, ...] = (32, 64, 128)
-    depths: tuple[int, ...] = (2, 4, 8)
-    seeds: int = 4
+    widths: tuple[int, ...] = (32, 128)
+    depths: tuple[int, ...] = (2, 8)
+    seeds: int = 3
     steps: int = 3
-    batch_size: int = 4
+    batch_size: int = 2
     length: int = 16
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ def measure(piece: Piece) -> Data:
     widths, depths = piece["widths"], piece["depths"]
     # contributions, at the largest width and at the largest depth
     base = factory(widths[0], depths[0])
-    rows = []
+    rows: list[Any] = []
     for width, depth in ((widths[-1], depths[0]), (widths[-1], depths[-1])):
         model = factory(width, depth)
         made = plan(model, base=base, optimizer=optimizer)
@@ -92,11 +93,16 @@ def measure(piece: Piece) -> Data:
         "verdict": check.verdict,
         "findings": [str(f) for f in check.findings],
         "slopes": {
-            f"{what}, {axis}": [round(v, 3) for v in (s.value, s.low, s.high)]
+            f"{what}, {axis}": [_finite(v) for v in (s.value, s.low, s.high)]
             for what, by_axis in slopes.items()
             for axis, s in by_axis.items()
         },
     }
+
+
+def _finite(value: float) -> float | None:
+    """Return a number as a result can hold it; two points have no interval."""
+    return round(value, 3) if math.isfinite(value) else None
 
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
@@ -119,7 +125,7 @@ def table(result: Data) -> Rows:
             continue
         slopes: dict[str, Any] = one["slopes"]
         shown = [
-            f"{v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]"
+            "–" if None in v else f"{v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]"
             for v in (slopes["features, width"], slopes["features, depth"])
         ]
         right = f"{100 * one['departure']:.1f} %"

@@ -2,11 +2,12 @@
 follow.
 
 ``norms`` measures, ``rules`` holds the exponents as data and derives them a second time,
-``planning`` applies them to a model, ``optimizers`` has what no library has in the paper's form,
-``audit`` measures the exponents of one step, ``schedules`` keep the ratios of the rates,
-``coordcheck`` looks whether it worked and says what did not, ``sweeps`` trains over a grid and
-``optima`` reads off what transfers, and ``alignment`` measures how tight the bounds behind the
-rules are.
+``planning`` applies them to a model (``families``: what names of transformers say; ``initial``: how
+weights are drawn again), ``contributions`` measures whether a plan is complete, ``optimizers`` has
+what no library has in the paper's form, ``audit`` measures the exponents of one step, ``schedules``
+keep the ratios of the rates, ``coordcheck`` looks whether it worked and says what did not,
+``sweeps`` trains over a grid and ``optima`` reads off what transfers, and ``alignment`` measures
+how tight the bounds behind the rules are.
 """
 
 from grsd.mup import alignment, norms, optima, optimizers, rules, schedules, sweeps

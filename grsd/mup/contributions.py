@@ -159,7 +159,7 @@ def measure(
             rows.append(Contribution(m.module, "gives", m.factor, ratio, HEAD))
         # what enters the stack and the head, beside the base model
         seen.streams, seen.ends = {}, {}
-        if base is not None:
+        if base is not None and r_n != 1:
             seen.run({m.module: m.factor for m in multipliers})
             alike = heads if stack_of(base)[1] == depth else []
             rows += _sizes(seen.read, base, batch, blocks[0], alike, r_n)

@@ -118,7 +118,14 @@ FAMILIES: dict[str, Family] = {
     "mamba2": Family(
         ("*.mixer",), {"*.mixer.in_proj.weight": _mamba2}, _MAMBA, kept=("*.A_log", "*.dt_bias")
     ),
-    "bert": Family(("*.output.dense",), roles={"*.predictions.transform.dense.weight": "hidden"}),
+    "bert": Family(
+        ("*.output.dense",),
+        roles={
+            "*.predictions.transform.dense.weight": "hidden",
+            "*.predictions.bias": "output_bias",
+            "*.predictions.decoder.bias": "output_bias",
+        },
+    ),
     "vit": Family(
         ("*.attention.o_proj", "*.mlp.fc2"),
         roles={"*.cls_token": "input", "*.position_embeddings": "input"},

@@ -244,7 +244,7 @@ def stack_of(model: nn.Module) -> tuple[str, int]:
     A list is an nn.ModuleList, or an nn.Sequential of modules of one class that have parts.
     """
     named = bare_modules(model).items()
-    lists = [(name, m) for name, m in named if _is_list(m)]
+    lists = [(name, m) for name, m in named if name and _is_list(m)]
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList of residual blocks; put the blocks into "

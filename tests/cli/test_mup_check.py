@@ -19,7 +19,7 @@ TINY = {
     "depths": "2,4",
     "base": "32,2",
     "steps": 2,
-    "seeds": 4,
+    "seeds": 2,
     "batch-size": 2,
     "length": 16,
 }
@@ -42,10 +42,12 @@ def refusal(result: Result) -> str:
 
 
 def test_mup_is_flat_and_prints_plan_sizes_and_slopes() -> None:
-    found = check("gpt_neox")
+    # two depths that are far apart: an interval that is narrow enough to decide
+    found = check("gpt_neox", depths="2,8", seeds=6)
     assert found.exit_code == 0, found.output
     for words in (
-        "width ratio r_n = 4, depth ratio r_L = 2, k ≥ 2",
+        "width ratio r_n = 4, depth ratio r_L = 4, k ≥ 2",
+        "contributions, measured: adds 0.25 to 0.25 (wanted 0.25); gives 0.25 to 0.25",
         "block multiplier α",
         "change of features, step 1",
         "muon_kimi, mup: flat",
@@ -53,11 +55,11 @@ def test_mup_is_flat_and_prints_plan_sizes_and_slopes() -> None:
     ):
         assert words in found.stdout
     rows = [line.split()[:2] for line in found.stdout.splitlines() if line[:1].isdigit()]
-    assert rows == [["32", "2"], ["32", "4"], ["64", "2"], ["128", "2"]]  # the base once
+    assert rows == [["32", "2"], ["32", "8"], ["64", "2"], ["128", "2"]]  # the base once
 
 
 def test_the_control_is_not_flat_and_names_conditions() -> None:
-    found = check("gpt_neox", "--sp")
+    found = check("gpt_neox", "--sp", seeds=2)
     assert found.exit_code == 1, found.output
     assert "muon_kimi, sp: not flat" in found.stdout and "block multiplier" not in found.stdout
     # two powers that hold at any size: Kimi's factor √n on the hidden matrices, and AdamW's n on the head
@@ -102,9 +104,10 @@ def test_json_holds_what_the_library_finds() -> None:
 
 
 def test_json_of_a_slope_without_an_interval_and_of_a_run_that_diverged() -> None:
-    flat = json.loads(check("gpt2", "--json").stdout)
+    flat = json.loads(check("gpt2", "--json", seeds=1).stdout)
     value, low, high = flat["slopes"]["depth"]  # two depths, one seed: a line through two points
-    assert flat["verdict"] == "flat" and abs(value) < 0.25 and low is None and high is None
+    assert flat["verdict"] == "undecided" and abs(value) < 0.25 and low is None and high is None
+    assert all(row["right"] for row in flat["contributions"]) and flat["contributions"]
     assert flat["slopes"]["width"][1] is not None
     lost = check("gpt_neox", "--sp", "--json", optimizer="sgd", lr=1e30, depths=2)
     assert lost.exit_code == 1 and json.loads(lost.stdout)["verdict"] == "diverged"
@@ -162,8 +165,20 @@ def test_a_model_that_is_not_there_is_refused() -> None:
         )
 
 
+def test_what_is_said_of_a_model_reaches_the_plan() -> None:
+    missed = check("gpt2", branch_ends="*.attn.c_proj", seeds=1, depths=2, widths="32,64")
+    assert missed.exit_code == 1 and "gives 0.5" in missed.stdout
+    assert "roles has the pattern 'nothing.*'" in refusal(check("gpt2", roles="nothing.*=input"))
+    assert "'wte' is not of the form PATTERN=ROLE" in refusal(check("gpt2", roles="wte"))
+
+
 def test_help_has_examples_and_exit_codes() -> None:
     shown = CliRunner().invoke(main, ["mup-check", "--help"])
     assert shown.exit_code == 0
-    for words in ("--json", "Examples:", "Exit code 1 when the check is not flat", "--sp"):
+    for words in (
+        "--json",
+        "Examples:",
+        "Exit code 0 when the check is flat and the plan complete",
+        "--sp",
+    ):
         assert words in shown.stdout

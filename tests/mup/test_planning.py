@@ -252,6 +252,24 @@ def test_the_table_shows_the_multiplier_of_a_tied_head() -> None:
     assert "tied" not in mup.plan(untied, base=base, optimizer="adamw").table()
 
 
+class InSequence(Residual):
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__(width, depth)
+        self.blocks = nn.Sequential(*self.blocks)  # type: ignore[assignment]
+
+
+def test_blocks_in_a_sequential_are_a_stack_and_layers_in_one_are_not() -> None:
+    model, base = InSequence(32, 6), InSequence(16, 2)
+    made = mup.plan(model, base=base, optimizer="adamw")
+    wanted = mup.plan(Residual(32, 6), base=Residual(16, 2), optimizer="adamw")
+    assert made.r_L == 3.0 and made.multipliers == wanted.multipliers
+    assert [(e.name, e.role, e.lr) for e in made] == [(e.name, e.role, e.lr) for e in wanted]
+    assert made.verify(model, torch.randn(4, 5)).complete
+    layers = nn.Sequential(nn.Linear(5, 16), nn.Linear(16, 3))
+    with pytest.raises(ValueError, match="put the blocks into one"):
+        mup.plan(layers, base=layers, optimizer="adamw")
+
+
 class Lopsided(Residual):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__(width, depth)
