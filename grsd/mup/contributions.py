@@ -20,6 +20,7 @@ from grsd.mup.norms import rms_norm
 from grsd.mup.roles import Multiplier, bare_modules, stack_of
 
 TOLERANCE = 0.1  # of a contribution, relative to the wanted one
+PAST = 1e-3  # share of what a block adds that may pass no multiplier: rounding in float32
 PROBE = 0.25  # root mean square of what an end gives in a probe; the stream's is 1
 
 
@@ -139,8 +140,11 @@ def measure(
         none = {m.module: 0.0 for m in inside}
         scaled, bare = seen.run({m.module: m.factor for m in inside}), seen.run(none)
         for name in filter(ends.get, blocks):
-            ratio = _ratio(scaled, whole, seen.streams, name)
-            rows.append(Contribution(name, "adds", ends[name][0].factor, ratio, MISSED))
+            ratio, past = (_ratio(x, whole, seen.streams, name) for x in (scaled, bare))
+            # a branch that passes no multiplier is wrong, however little it adds at the start
+            allowed = 0.0 if past > PAST and ends[name][0].factor != 1 else TOLERANCE
+            alpha = ends[name][0].factor
+            rows.append(Contribution(name, "adds", alpha, ratio, MISSED, allowed))
         # every end alone, with noise in its place, far above the ε of a norm that follows
         noise = torch.Generator().manual_seed(0)
         for name, x in seen.ends.items():
