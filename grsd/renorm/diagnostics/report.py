@@ -160,6 +160,7 @@ class Report:
 def _column(instant: Instant, bands: list[int]) -> list[str]:
     """The cells of one time, in the order of the table's rows."""
     cells: list[str] = []
+    # D1 to D4: sums of the blocks' motions, coherence, sizes, invariance
     if (band := instant.bandedness) is None:
         cells += [MISSING] * (2 * len(bands) + 1)
     else:
@@ -184,6 +185,7 @@ def _column(instant: Instant, bands: list[int]) -> list[str]:
     else:
         cells.append(_number(shift.slope, shift.slope_error))
         cells.append(f"{_number(shift.rms)} (floor {_number(shift.floor)})")
+    # D5 to D7: of the eigenvalues' speeds
     if (rough := instant.roughness) is None or (law := instant.separability) is None:
         return [*cells, *[MISSING] * 4]
     noise = f"noise ± {_number(rough.null_error)}"
