@@ -73,6 +73,7 @@ def measure(piece: Piece) -> Data:
         made.initialize_(model, seed=0)
         rows += made.verify(model, loss, base=base).rows
     departures = [abs(r.measured / r.wanted - 1) for r in rows if r.what != "reads"]
+    # and how the features' change goes with the sizes when all of them are trained
     check = coord_check(
         factory,
         loss,
