@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -458,6 +459,20 @@ def test_outputs_that_are_not_over_the_vocabulary_are_refused() -> None:
         hub.check_causal(model, "planted")
     model.forward = lambda input_ids, use_cache: input_ids
     with pytest.raises(ValueError, match="does not run on token ids alone"):
+        hub.check_causal(model, "planted")
+
+
+@pytest.mark.parametrize("kind", ["a generator of its own", "a counter of calls"])
+def test_a_model_that_is_another_at_every_call_is_refused(kind: str) -> None:
+    model = _llama()
+    hub.check_causal(model, "null")
+    own, calls = np.random.default_rng(0), iter(range(100))
+
+    def shaken(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + 1e-3 * (own.random() if "generator" in kind else next(calls)))
+
+    model.model.layers[0].mlp.register_forward_hook(shaken)
+    with pytest.raises(ValueError, match="two passes of planted over the same 16 tokens"):
         hub.check_causal(model, "planted")
 
 
