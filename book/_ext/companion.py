@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
+import companion_field
 import companion_fresh
 import companion_names
 import companion_reader
@@ -223,6 +224,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-resolved", spell_status)
     app.connect("doctree-resolved", fit)
     app.connect("doctree-resolved", check_images)
+    companion_field.setup(app)
     companion_fresh.setup(app)
     companion_names.setup(app)
     companion_reader.setup(app)
