@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import grsd
 from grsd import checks
 from grsd.experiments.engine import Data, Experiment, Piece, Rows, rounded
 from grsd.experiments.field_settings import SETTINGS, Absent, Case, prepare
@@ -194,7 +193,7 @@ def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
 def refusal(error: Exception) -> Data:
     """Return "refused" for a sentence of this package with a remedy, else "raw"."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(last.filename).is_relative_to(Path(grsd.__file__).parent)
+    ours = Path(last.filename).is_relative_to(Path(__file__).parents[1])
     fit = ours and isinstance(error, (ValueError, RuntimeError)) and REMEDY.search(str(error))
     where = f"{Path(last.filename).name}:{last.name}"
     reason = str(error) if fit else f"{_said(error)} ({where})"

@@ -121,7 +121,7 @@ def test_a_folder_with_a_configuration_is_a_model(tmp_path: Path) -> None:
         str(tmp_path), widths=" 16, 32,", depths=2, base="16,2", optimizer="adamw", lr=0.002
     )
     assert found.exit_code in (0, 1)
-    assert found.stderr == "mup-check: 0 of 6 (forward passes of 2 runs)\n"
+    assert found.stderr == "mup-check: 0 of 12 (forward passes of 4 runs)\n"
     assert [line.split()[:2] for line in found.stdout.splitlines() if line[:1].isdigit()] == [
         ["16", "2"],
         ["32", "2"],

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import Signature, signature
+from inspect import Signature, getclosurevars, isfunction, signature
 from threading import get_ident
 from typing import Any, cast
 
@@ -100,7 +100,7 @@ class Guard(TorchFunctionMode):
                 f"the forward pass changes the parameter of shape {tuple(changed.shape)} in place "
                 f"({name}): move that update out of the forward pass, or work on a copy"
             )
-        if func in HOOKS:
+        if func in HOOKS and not _only_looks(args[1:]):
             raise ValueError(
                 f"the forward pass registers a hook ({name}) on a tensor of shape "
                 f"{tuple(first.shape)}: it may change gradients on their way, so that they give no "
@@ -268,3 +268,10 @@ def copy_of(x: Any) -> Any:
         return x
     with _Detaching():
         return copy.deepcopy(x)
+
+
+def _only_looks(hooks: Sequence[Any]) -> bool:
+    """Say whether a hook is one of torch's `ModuleTracker`: `FlopCounterMode` registers them."""
+    closures = [getclosurevars(hook).nonlocals for hook in hooks if isfunction(hook)]
+    inside = [getattr(c.get("fn"), "__module__", "") for c in closures]
+    return inside == ["torch.utils.module_tracker"]

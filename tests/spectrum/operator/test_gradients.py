@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_full_backward_hook
 from torch.nn.utils import parametrizations, parametrize, skip_init
+from torch.utils.flop_counter import FlopCounterMode
 
 from grsd.spectrum import NTK, Outputs
 from tests.cases import dense
@@ -112,6 +113,16 @@ def test_hooks_of_the_forward_pass_are_refused(forward: Any, words: str, form: s
     with pytest.raises(ValueError, match=words):
         FORMS[form](model, draw(4, 3), Outputs())
     assert not model.a.weight._backward_hooks  # type: ignore[union-attr]
+
+
+@every_form
+def test_operations_may_be_counted(form: str) -> None:
+    """`FlopCounterMode` hangs hooks on activations, to know in which module a pass is; they only look."""
+    model, x = network(), draw(4, 3)
+    truth = dense(model, x, Outputs())
+    with FlopCounterMode(display=False) as counter:
+        assert gap(form, truth, model, x, Outputs()) < EXACT
+    assert counter.get_total_flops() > 0
 
 
 class Scaled(torch.autograd.Function):
