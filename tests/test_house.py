@@ -133,7 +133,7 @@ def test_a_planted_disagreement_is_found(requirement: str, fault: str) -> None:
     [
         "numpy>=2",
         "numpy",
-        "--index-url somewhere",
+        "--index" + "-url somewhere",
         "--extra-index" + "-url x",
         "-r other.txt",
         "-e .",

@@ -20,6 +20,19 @@ from grsd import checks
 ITERATIONS = 8  # of the power method; a norm to some percent is enough for the size of rounding
 
 
+def check_vector(name: str, M: Any, u: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless u has this shape, and the type and device of M."""
+    if tuple(u.shape) != shape:
+        raise ValueError(
+            f"{name} is {tuple(M.shape)}: it multiplies vectors of shape {shape}, got "
+            f"{tuple(u.shape)}"
+        )
+    if u.dtype != M.dtype or u.device != M.device:
+        raise ValueError(
+            f"{name} is {M.dtype} on {M.device}, the vector is {u.dtype} on {u.device}"
+        )
+
+
 class Symmetric:
     """What every symmetric operator can do: M.T, u @ M, 2*M, M/2, −M, M + N, `to_dense`, `scipy`.
 
@@ -97,15 +110,7 @@ class Symmetric:
         )
 
     def _check(self, u: Tensor, shape: tuple[int, ...]) -> None:
-        if tuple(u.shape) != shape:
-            raise ValueError(
-                f"M is {tuple(self.shape)}: it multiplies vectors of shape {shape}, got "
-                f"{tuple(u.shape)}"
-            )
-        if u.dtype != self.dtype or u.device != self.device:
-            raise ValueError(
-                f"M is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}"
-            )
+        check_vector("M", self, u, shape)
 
 
 class Sum(Symmetric):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grsd.spectrum.operator.algebra import check_vector
 from grsd.spectrum.operator.base import Plan, PlanRow
 from grsd.spectrum.operator.double_backward import Retained
 from grsd.spectrum.operator.factored import FOLD_LIMIT, Entrances, Factored, Placed, shares_of
@@ -131,15 +132,7 @@ class CrossKernel:
 
     def __matmul__(self, u: Tensor) -> Tensor:
         """Return C u, (T′,) or (T′, k), for u of shape (T,) or (T, k). Cost: a product a column."""
-        if u.ndim not in (1, 2) or u.shape[0] != self.shape[1]:
-            raise ValueError(
-                f"C is {self.shape}: it multiplies vectors of shape ({self.shape[1]},), got "
-                f"{tuple(u.shape)}"
-            )
-        if u.dtype != self.dtype or u.device != self.device:
-            raise ValueError(
-                f"C is {self.dtype} on {self.device}, the vector is {u.dtype} on {u.device}"
-            )
+        check_vector("C", self, u, (self.shape[1], *u.shape[1:2]))
         if u.ndim == 2:
             columns = [self @ column for column in u.unbind(1)]
             return torch.stack(columns, 1) if columns else u.new_empty(self.shape[0], 0)

@@ -216,3 +216,12 @@ def test_numbers_that_are_none_are_no_change(dtype: torch.dtype) -> None:
     net.gaps.data[3] += 1
     with pytest.raises(RuntimeError, match="'gaps'"):
         M @ torch.ones(3, dtype=dtype)
+
+
+def test_a_pass_that_is_run_again_may_round_apart_and_no_more() -> None:
+    """A traced pass of a state-space model takes other kernels than a plain one."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    M = NTK(model, torch.randn(5, 3, dtype=torch.float64), Outputs())
+    M._same_outputs(M.outputs * (1 + 4 * M.eps), M.outputs)
+    with pytest.raises(RuntimeError, match="its outputs are others"):
+        M._same_outputs(M.outputs * (1 + 1e3 * M.eps), M.outputs)
