@@ -71,7 +71,7 @@ _AUDIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+'/()-]*")  # C54, L1.3, T1+, III/C2
 
 @dataclass(frozen=True)
 class Claim:
-    """One entry of the ledger."""
+    """One entry of the ledger; mathematics in its texts is TeX between dollars."""
 
     id: str  #: "<paper>.<slug>", never reused for another statement
     paper: str  #: a key of `PAPERS`
@@ -88,6 +88,11 @@ class Claim:
     def __post_init__(self) -> None:
         if fault := next(self._faults(), None):
             raise ValueError(f"claim {self.id!r}: {fault}")
+
+    @property
+    def name(self) -> str:
+        """What the claim is called in a list: the words of its id."""
+        return self.id.partition(".")[2].replace("-", " ")
 
     def _faults(self) -> Iterator[str]:
         """What is wrong, in words, first things first; a rule may rely on those above it."""
@@ -213,17 +218,20 @@ def find(claim_id: str) -> Claim:
 def bullets(*ids: str) -> str:
     """Claims as a Markdown list: verdict, place, chapter, statement, and what holds instead."""
 
-    def plain(text: str) -> str:
-        return text.replace("_", r"\_").replace("[", r"\[")
+    def escaped(text: str) -> str:
+        """Brackets and lines that Markdown would read; what stands between dollars is TeX."""
+        parts = text.split("$")
+        parts[::2] = [part.replace("_", r"\_").replace("[", r"\[") for part in parts[::2]]
+        return "$".join(parts)
 
     lines = []
     for claim in map(find, ids):
         verdict, more = VERDICTS[claim.verdict], claim.assumption or claim.corrected
         lead = "Needs" if claim.assumption else "Note" if claim.verdict == "holds" else "Instead"
         name = claim.chapter.rpartition("/")[2]
-        line = f"- {verdict.symbol} **{verdict.word}** · {plain(claim.locator)}"
+        line = f"- {verdict.symbol} **{verdict.word}** · {escaped(claim.locator)}"
         line += f" · [{name}](../{claim.chapter}.md)" if claim.chapter else ""
-        line += f". {plain(claim.statement)}" + (f" *{lead}:* {plain(more)}" if more else "")
+        line += f". {escaped(claim.statement)}" + (f" *{lead}:* {escaped(more)}" if more else "")
         lines.append(line)
     return "\n".join(lines)
 

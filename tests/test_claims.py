@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.mathtext import MathTextParser
 
 from grsd import claims
 from grsd.claims import VERDICTS, Claim, evidence, find, load, missing, record
@@ -56,16 +59,49 @@ def test_the_four_empirical_facts_stand_apart() -> None:
         assert any(f"§7.6 {roman};" in claim.locator for claim in facts), roman
 
 
-def test_the_ledger_carries_no_markup_that_the_claims_page_would_misread() -> None:
+def texts(claim: Claim) -> list[str]:
+    return [
+        claim.locator,
+        claim.statement,
+        claim.corrected,
+        claim.assumption,
+        claim.measured,
+        claim.bound,
+    ]
+
+
+def unset(text: str) -> list[str]:
+    """Mathematics outside dollars: signs of Unicode that are only read as formulas, carets, indices."""
+    prose = re.sub(r"\$[^$]*\$|`[^`]*`|μP|\(Δ2\)", " ", unicodedata.normalize("NFD", text))
+    words = re.sub(r"[A-Za-z]{2,}_[a-z]+_[a-z]+", " ", prose)  # match_rms_adamw
+    return re.findall(
+        r"[α-ωΑ-Ω∂∇∫√∏∞‖⟨⟩≤≥≪≫∝→±½²³₀-₉⁰-⁹∗ᵀ\u0300-\u036f]|[\^_*]|\b[\d.]+e-\d", words
+    )
+
+
+def test_the_mathematics_of_the_ledger_is_tex_that_parses() -> None:
+    parser = MathTextParser("path")
+    formulas = {
+        formula for c in load() for text in texts(c) for formula in re.findall(r"\$([^$]*)\$", text)
+    }
+    assert len(formulas) > 500
+    for formula in formulas:
+        # what mathtext spells otherwise
+        known = formula.replace(r"\tfrac12", r"\frac{1}{2}")
+        parser.parse("$" + re.sub(r"\\(le|ge)(?![a-z])", r"\\\1q ", known) + "$")
+
+
+def test_no_mathematics_stands_outside_dollars() -> None:
     for claim in load():
-        for text in (
-            claim.statement,
-            claim.corrected,
-            claim.assumption,
-            claim.measured,
-            claim.bound,
-        ):
-            assert text.count("$") % 2 == 0 and "*" not in text, claim.id
+        for text in texts(claim):
+            assert text.count("$") % 2 == 0, claim.id
+            assert unset(text) == [], f"{claim.id}: {text}"
+
+
+@pytest.mark.parametrize("text", ["λ_max", "t^2", "J∗", "below 1e-12", "a_b", "M ≥ 0", "ṡ", "x²"])
+def test_mathematics_outside_dollars_is_found(text: str) -> None:
+    assert unset(f"Before {text} after")
+    assert unset("$" + text + "$ of μP in `match_rms`, match_rms_adamw, within 3 %, −0.5") == []
 
 
 def test_verdicts_are_those_of_the_book_and_tell_apart_by_symbol_and_word() -> None:
@@ -268,7 +304,7 @@ def test_bullets_say_verdict_place_and_what_holds_instead() -> None:
     found = claims.find("origin.loss-exponent")
     assert claims.VERDICTS[found.verdict].word in first and found.corrected.split()[0] in first
     assert f"(../{found.chapter}.md)" in first and "Needs" in second
-    shown = claims.bullets("renorm.step-two")  # V[ε](s) is no link, x_u no emphasis
-    assert r"V\[ε" in shown and "V[ε" not in shown
+    shown = claims.bullets("renorm.step-two")  # outside of dollars a bracket would begin a link
+    assert r"V[\varepsilon]" in shown and r"\[" not in shown
     with pytest.raises(ValueError, match="no claim"):
         claims.bullets("origin.nothing")

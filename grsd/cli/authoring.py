@@ -17,14 +17,14 @@ ENTRY = """
   paper: grsd
   locator: {title}, section "Check"
   statement: >-
-    The Gauss quadrature of m Lanczos steps has the first 2m moments of the start vector's spectral
-    measure.
+    The Gauss quadrature of $m$ Lanczos steps has the first $2m$ moments of the start vector's
+    spectral measure.
   verdict: holds
   chapter: {room}/{page}
   measured: >-
-    relative gap of the first 2m moments of a planted measure, and of the next one, which nothing
+    relative gap of the first $2m$ moments of a planted measure, and of the next one, which nothing
     promises
-  bound: below 1e-12; above 1e-11
+  bound: below $10^{-12}$; above $10^{-11}$
 """
 
 

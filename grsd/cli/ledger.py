@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import textwrap
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -12,18 +13,24 @@ from pathlib import Path
 import click
 
 from grsd import results as stored
+from grsd.claims import VERDICTS, Claim
 from grsd.cli import common
 from grsd.cli.common import emit, json_option, main, table
+from grsd.cli.plain import plain
 
 
 @main.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
 @click.option("--paper", help="origin, renorm, mup, or grsd for this book's own.")
 @click.option("--verdict", help="holds, corrected, refuted, not-discriminating, ...")
 @click.option("--missing", is_flag=True, help="Only claims whose evidence no run has recorded yet.")
 @json_option
-def claims(paper: str | None, verdict: str | None, missing: bool, as_json: bool) -> None:
-    """List the ledger: what the papers state, the verdict, and whether this machine has the
-    evidence."""
+def claims(
+    ids: tuple[str, ...], paper: str | None, verdict: str | None, missing: bool, as_json: bool
+) -> None:
+    """List the ledger, or show the claims of these IDs in full.
+
+    What the papers state, the verdict, and whether this machine has the evidence."""
     from grsd import claims as ledger
     from grsd.checks import one_of
 
@@ -32,11 +39,18 @@ def claims(paper: str | None, verdict: str | None, missing: bool, as_json: bool)
     if verdict is not None:
         one_of("verdict", verdict, ledger.VERDICTS)
     listed = ledger.missing() if missing else ledger.load()
+    if ids:
+        wanted = [ledger.find(id).id for id in ids]  # an unknown one is refused, with near ones
+        listed = [claim for claim in listed if claim.id in wanted]
     chosen = [c for c in listed if paper in (None, c.paper) and verdict in (None, c.verdict)]
     recorded = {claim.id: ledger.evidence(claim.id) for claim in chosen}
     if as_json:
         found = {id: asdict(one) if one else None for id, one in recorded.items()}
         emit({"claims": [{**asdict(claim), "evidence": found[claim.id]} for claim in chosen]})
+        return
+    if ids:
+        for claim in chosen:
+            click.echo(_card(claim) + "\n")
         return
     rows = []
     for claim in chosen:
@@ -46,6 +60,25 @@ def claims(paper: str | None, verdict: str | None, missing: bool, as_json: bool)
         rows.append([f"{word.symbol} {word.word}", claim.id, *where, evidence])
     table(["verdict", "claim", "where", "chapter", "evidence"], rows)
     click.echo(f"{len(chosen)} claims")
+
+
+def _card(claim: Claim) -> str:
+    """A claim in full, its formulas as Unicode."""
+    verdict = VERDICTS[claim.verdict]
+    lines = [f"{verdict.symbol} {verdict.word} · {claim.id} · {plain(claim.locator)}"]
+    texts = {
+        "stated": claim.statement,
+        "instead": claim.corrected,
+        "why" if claim.verdict == "untested" else "needs": claim.assumption,
+        "measured": claim.measured,
+        "bound": claim.bound,
+        "chapter": claim.chapter,
+    }
+    for name, text in texts.items():
+        if text:
+            lead = f"  {name + ':':<10}"
+            lines += textwrap.wrap(plain(text), 96, initial_indent=lead, subsequent_indent=" " * 12)
+    return "\n".join(lines)
 
 
 @main.group(cls=click.Group)

@@ -330,6 +330,9 @@ def test_claims_are_listed_and_filtered() -> None:
     assert some and {c["verdict"] for c in some} == {verdict}
     assert f"{len(every)} claims" in _grsd("claims").stdout
     assert len(_json(_grsd("claims", "--missing", "--json"))["claims"]) <= len(every)
+    card = _grsd("claims", "origin.loss-exponent").stdout
+    assert "L ∝ t^(−(1+c₀)(p+1))" in card and "corrected" in card and "$" not in card
+    assert "origin.loss-exponent" in _refused(_grsd("claims", "origin.loss-exponnt"))
 
 
 BAD: list[tuple[list[str], str]] = [
