@@ -31,6 +31,7 @@ NAMES = (
     "drift",
     "field",
     "figures-3-6",
+    "gpt2-coords",
     "mup-coords",
     "mup-families",
     "mup-norms",
