@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import companion_field
 import companion_fresh
 import companion_names
+import companion_page
 import companion_reader
 import companion_views
 from docutils import nodes
@@ -151,7 +152,7 @@ def fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         ledger = claims.load()
         if node["kind"] == "box":
             chosen = [claim for name in node["ids_wanted"] for claim in ledger if claim.id == name]
-            node.replace_self(companion_views.box(chosen, link))
+            node.replace_self(companion_views.box(chosen, link, app.builder.format == "html"))
         elif node["kind"] == "scoreboard":
             named = node.get("paper")
             chosen = [
@@ -214,6 +215,11 @@ def _warn(message: str, location: str | tuple[str, int | None], subtype: str) ->
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register directives, checks, and the two neighbours' hooks."""
     app.add_node(ClaimView)
+    for node, visit, depart in (
+        (companion_views.Fold, companion_views.visit_fold, companion_views.depart_fold),
+        (companion_views.FoldHead, companion_views.visit_head, companion_views.depart_head),
+    ):
+        app.add_node(node, html=(visit, depart))
     app.add_directive("claims", ClaimsDirective)
     app.add_directive("scoreboard", ScoreboardDirective)
     app.add_directive("claim-box", ClaimBoxDirective)
@@ -227,6 +233,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     companion_field.setup(app)
     companion_fresh.setup(app)
     companion_names.setup(app)
+    companion_page.setup(app)
     companion_reader.setup(app)
     return {
         "version": "1",

@@ -49,8 +49,17 @@ class Linker:
             else nodes.literal(name, name)
         )
 
-    def claim(self, claim_id: str) -> nodes.Node:
-        text = nodes.literal(claim_id, claim_id)
+    def check(self, claim: claims.Claim) -> nodes.Node:
+        """To the cell that records the claim, not to the top of its chapter."""
+        target, name = docname(claim), nodes.Text("the check")
+        return (
+            self._to(target, check_anchor(claim.id), name)
+            if target in self.found
+            else self.chapter(claim)
+        )
+
+    def claim(self, claim_id: str, child: nodes.Node | None = None) -> nodes.Node:
+        text = child or nodes.literal(claim_id, claim_id)
         return self._to(self.claims_page, anchor(claim_id), text) if self.claims_page else text
 
     def _to(self, target: str, fragment: str, child: nodes.Node) -> nodes.reference:
@@ -65,6 +74,36 @@ def docname(claim: claims.Claim) -> str:
 def anchor(claim_id: str) -> str:
     """HTML id of a claim's card on the claims page."""
     return f"claim-{nodes.make_id(claim_id)}"
+
+
+def check_anchor(claim_id: str) -> str:
+    """HTML id of the cell that records a claim in its chapter."""
+    return f"check-{nodes.make_id(claim_id)}"
+
+
+class Fold(nodes.General, nodes.Element):
+    """What a click opens: a `FoldHead` and what stands below it; `data` becomes attributes of the tag."""
+
+
+class FoldHead(nodes.General, nodes.TextElement):
+    """The line of a `Fold` that is always seen."""
+
+
+def visit_fold(self: Any, node: Fold) -> None:
+    data = {f"data-{name}": value for name, value in node.get("data", {}).items()}
+    self.body.append(self.starttag(node, "details", **data))
+
+
+def depart_fold(self: Any, _node: Fold) -> None:
+    self.body.append("</details>\n")
+
+
+def visit_head(self: Any, node: FoldHead) -> None:
+    self.body.append(self.starttag(node, "summary", ""))
+
+
+def depart_head(self: Any, _node: FoldHead) -> None:
+    self.body.append("</summary>\n")
 
 
 def inline(text: str) -> list[nodes.Node]:
@@ -150,63 +189,74 @@ def _settled(claim: claims.Claim) -> list[nodes.Node]:
     return [_named(name, text) for name, text in fields if text]
 
 
-def card(claim: claims.Claim, link: Linker) -> nodes.container:
-    """One claim in full: statement, verdict, what holds instead, evidence, where it is settled."""
-    where = f"{arxiv(claim.paper)}, {claim.locator}"
-    out = nodes.container(ids=[anchor(claim.id)], classes=["claim-card"])
-    out += _line(
-        badge(claim.verdict),
-        nodes.Text(" "),
-        nodes.literal("", claim.id),
-        nodes.Text(f" · {where}"),
-        classes=["claim-head"],
-    )
+def _tail(claim: claims.Claim, *links: nodes.Node) -> nodes.paragraph:
+    """The last line of a card: its id, where to go on, rows of the prior audit."""
+    parts: list[nodes.Node | str] = [nodes.literal("", claim.id)]
+    for link in links:
+        parts += [nodes.Text(" · "), link]
+    if claim.audit:
+        parts.append(nodes.Text(" · prior audit " + ", ".join(claim.audit)))
+    return _line(*parts, classes=["claim-tail"])
+
+
+def _head(claim: claims.Claim, *cells: Sequence[nodes.Node]) -> FoldHead:
+    """Verdict and short name, then what the list adds."""
+    out = FoldHead("", "", badge(claim.verdict), nodes.Text(" "))
+    out += nodes.inline("", claim.name, classes=["claim-name"])
+    for cell in cells:
+        out += nodes.Text(" ")
+        out += nodes.inline("", "", *cell, classes=["claim-where"])
+    return out
+
+
+def card(claim: claims.Claim, link: Linker) -> Fold:
+    """One claim: a line, and on a click statement, what holds instead, evidence, where it is settled."""
+    page = claim.chapter.rpartition("/")[2]
+    data = {"paper": claim.paper, "verdict": claim.verdict, "chapter": claim.chapter}
+    out = Fold(ids=[anchor(claim.id)], classes=["claim-card"], data=data)
+    out += _head(claim, inline(claim.locator), [nodes.Text(page)])
     out += _named("Stated", claim.statement)
     out.extend(_settled(claim))
     out.extend(_evidence(claim) if claim.verdict != "untested" else [])
-    tail: list[nodes.Node | str] = [nodes.strong("", "Chapter:"), nodes.Text(" ")]
-    tail.append(link.chapter(claim) if claim.chapter else nodes.Text("none yet"))
-    if claim.audit:
-        tail.append(nodes.Text(" · prior audit " + ", ".join(claim.audit)))
-    out += _line(*tail, classes=["claim-tail"])
+    links = [link.check(claim)] if claim.verdict != "untested" else []
+    links += [link.chapter(claim)] if claim.chapter else [nodes.Text("no chapter yet")]
+    out += _tail(claim, *links)
     return out
 
 
 def page(chosen: Sequence[claims.Claim], link: Linker) -> list[nodes.Node]:
-    """Cards in the order of the ledger, under a one-line count."""
+    """Cards in the order of the ledger, under a one-line count; a script adds the filters."""
     if not chosen:
         return [_line("No claim of this part has been checked yet.")]
-    counts = nodes.paragraph("", f"{len(chosen)} claims: ")
+    counts = nodes.paragraph("", f"{len(chosen)} claims: ", classes=["claim-counts"])
     present = [verdict for verdict in claims.VERDICTS if any(c.verdict == verdict for c in chosen)]
     for position, verdict in enumerate(present):
         counts += nodes.Text(", " if position else "")
         counts += badge(verdict)
         counts += nodes.Text(f" {sum(c.verdict == verdict for c in chosen)}")
     counts += nodes.Text(".")
-    return [counts, *(card(claim, link) for claim in chosen)]
+    table = nodes.container(classes=["claim-table"])
+    table.extend(card(claim, link) for claim in chosen)
+    return [counts, table]
 
 
-LONG = 6  # claims; about a screen
-
-
-def box(chosen: Sequence[claims.Claim], link: Linker) -> nodes.admonition:
-    """The opening of a chapter: what it settles, and how; a long list scrolls, so that the question stays in sight."""
-    out = nodes.admonition(
-        classes=["claim-box", "claim-box-long"] if len(chosen) > LONG else ["claim-box"]
-    )
+def box(chosen: Sequence[claims.Claim], link: Linker, folded: bool = True) -> nodes.admonition:
+    """What a chapter settles: a line a claim, its card folded; all of it open where nothing can fold."""
+    out = nodes.admonition(classes=["claim-box"])
     out += nodes.title("", "Claims settled in this chapter")
     for claim in chosen:
-        where = nodes.Text(f" · {arxiv(claim.paper)}, {claim.locator}")
-        entry = nodes.container(classes=["claim-entry"])
-        entry += _line(
-            badge(claim.verdict),
-            nodes.Text(" "),
-            link.claim(claim.id),
-            where,
-            classes=["claim-head"],
-        )
+        where = [nodes.Text(f"{arxiv(claim.paper)}, "), *inline(claim.locator)]
+        entry: nodes.Element
+        if folded:
+            entry = Fold(classes=["claim-entry"])
+            entry += _head(claim, where)
+        else:
+            entry = nodes.container(classes=["claim-entry"])
+            entry += _line(badge(claim.verdict), f" **{claim.name}** · ", *where)
         entry += _named("Stated", claim.statement)
         entry.extend(_settled(claim))
+        more = link.claim(claim.id, nodes.Text("the numbers"))
+        entry += _tail(claim, more, *([link.check(claim)] if claim.verdict != "untested" else []))
         out += entry
     return out
 

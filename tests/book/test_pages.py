@@ -74,6 +74,7 @@ def faults(text: str, wanted: list[str]) -> list[str]:
     boxed = box.group(1).split() if box else []
     if sorted(boxed) != sorted(wanted):
         found.append(f"claim box: {sorted(set(boxed) ^ set(wanted))} differ from the ledger")
+    found += opening_faults(text)
     if not code or not normal(code[0].source).startswith(normal("\n".join(BOOTSTRAP))):
         found.append(
             "bootstrap: the first code cell does not open with the four lines of every chapter"
@@ -116,6 +117,21 @@ def faults(text: str, wanted: list[str]) -> list[str]:
     return found
 
 
+def opening_faults(text: str) -> list[str]:
+    """A chapter opens with words, then the picture that answers it if it draws one, then its claims."""
+    opening = (
+        text.partition("\n# ")[2].partition("\n")[2].partition("```{code-cell}")[0].lstrip("\n")
+    )
+    found = [] if opening[:1].strip(":`") else ["opening: the question does not come first"]
+    drawn = re.findall(r"^    name: (fig-[\w-]+)$", text, re.M)
+    answers = re.findall(r"^```\{answer\} (\S+)\n```$", opening, re.M)
+    if len(answers) != bool(drawn) or not set(answers) <= set(drawn):
+        found.append(f"opening: its answer is {answers}; the page draws {drawn}")
+    if answers and not 0 < opening.find("{answer}") < opening.find("{claim-box}"):
+        found.append("opening: the answer stands behind the claims")
+    return found
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_chapter_has_every_part(chapter: str) -> None:
     assert faults((ROOT / chapter).read_text(), ledger_ids(chapter)) == []
@@ -126,6 +142,11 @@ kernelspec: {{display_name: Python 3, language: python, name: python3}}
 ---
 
 # A chapter
+
+What is asked?
+
+```{{answer}} fig-small
+```
 
 ```{{claim-box}} origin.kl-identity
 ```
@@ -144,6 +165,14 @@ start()
 ```{{code-cell}} ipython3
 assert gap < bound
 found = claims.record("origin.kl-identity", measured=gap, bound=bound)
+```
+
+```{{code-cell}} ipython3
+---
+mystnb:
+  figure:
+    name: fig-small
+---
 ```
 
 ## What would change this verdict
@@ -170,11 +199,15 @@ def test_a_complete_chapter_has_no_fault() -> None:
     [
         ("{claim-box} origin.kl-identity", "{claim-box} origin.kl-half-square", "claim box"),
         ("{claim-box} origin.kl-identity", "{note}", "claim box"),
+        ("What is asked?\n", "", "opening: the question"),
+        ("{answer} fig-small", "{answer} fig-other", "opening: its answer"),
+        ("```{answer} fig-small\n```\n", "", "opening: its answer"),
+        ("name: fig-small", "tags: []", "opening: its answer"),
         ('REPOSITORY = ""', 'REPOSITORY = "git+https://example.org/x"', "bootstrap"),
         (":tags: [hide-cell]\n", "", "bootstrap"),
         ("start()\n", "", "bootstrap"),
         ("assert gap < bound\n", "assert gap < bound\n" * 30, "cells: one has 31 lines"),
-        ("## Summary", "```{code-cell} ipython3\n1\n```\n" * 15 + "## Summary", "cells: 16"),
+        ("## Summary", "```{code-cell} ipython3\n1\n```\n" * 14 + "## Summary", "cells: 16"),
         ("start()\n", "start()\nimport numpy as np\n", "bootstrap"),
         ("assert gap < bound\n", "", "check: no visible assertion"),
         (
