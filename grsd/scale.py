@@ -1,7 +1,7 @@
-"""How large an experiment is, and where the package keeps what it must keep.
+"""How large an experiment is, where it runs, and where the package keeps what it must keep.
 
-The only module that reads the environment: `GRSD_SCALE`, `GRSD_CACHE` and `GRSD_EVIDENCE`.
-A scale changes sizes and nothing else; no code path may depend on it.
+The only module that reads the environment: `GRSD_SCALE`, `GRSD_DEVICE`, `GRSD_CACHE` and
+`GRSD_EVIDENCE`. A scale changes sizes and nothing else; no code path may depend on it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,28 @@ def scale() -> Scale:
 def pick(*, cpu: T, gpu: T) -> T:
     """The value for the current scale: a size, a count or a width, never a choice of method."""
     return cpu if scale() == "cpu" else gpu
+
+
+def device() -> str:
+    """Where large work runs: what `GRSD_DEVICE` names, else "cuda" when there is one, else "cpu".
+
+    ValueError for a name that torch does not know and for a device that this machine lacks. Small
+    float64 theory does not ask: it stays on the CPU, where float64 is fast.
+    """
+    import torch  # here: `grsd doctor` must run without it
+
+    value = os.environ.get("GRSD_DEVICE", "").strip().lower()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not value:
+        return "cuda" if gpus else "cpu"
+    try:
+        named = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"GRSD_DEVICE is {value!r}; set it to 'cpu' or 'cuda'") from error
+    if named.type == "cuda" and (named.index or 0) >= gpus:
+        have = ", ".join(["cpu", *(f"cuda:{i}" for i in range(gpus))])
+        raise ValueError(f"GRSD_DEVICE is {value!r}, but this machine has {have}")
+    return value
 
 
 def _folder(variable: str) -> Path | None:

@@ -24,9 +24,17 @@ from sphinx_tojupyter.writers.jupyter import JupyterWriter
 from sphinx_tojupyter.writers.translate_all import JupyterTranslator
 
 PUBLISHED = "gh-pages"  # the branch that publish.yml writes: pages at its root, notebooks under `notebooks/`
-BOOTSTRAP = (
-    'REPOSITORY = ""'  # first statement of a chapter's setup cell; filled in by `publishable`
-)
+SETUP = "from grsd.chapter import"  # how the first cell of a chapter begins
+BOOTSTRAP = """\
+# Installs the package of this notebook's edition where it is missing; touches neither torch nor numpy.
+import importlib.util, subprocess, sys
+if importlib.util.find_spec("grsd") is None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "{address}"]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"pip could not install grsd: {{done.stderr or done.stdout}}")
+
+"""
 
 _GITHUB = re.compile(
     r"^(?:(?:https?|ssh|git)://(?:[^/@]*@)?github\.com(?::\d+)?/|(?:[^/@]+@)?github\.com:|)"
@@ -144,10 +152,10 @@ def publishable(notebook: Any, address: str) -> Any:
         if cell.cell_type == "code":
             cell.metadata.pop("hide-output", None)
             cell.outputs, cell.execution_count = [], None
-            if cell.source.startswith(BOOTSTRAP):
+            if cell.source.startswith(SETUP):
                 cell.metadata.update(cellView="form", jupyter={"source_hidden": True})
                 if address:
-                    cell.source = cell.source.replace(BOOTSTRAP, f'REPOSITORY = "{address}"', 1)
+                    cell.source = BOOTSTRAP.format(address=address) + cell.source
     return notebook
 
 

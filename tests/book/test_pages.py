@@ -28,45 +28,28 @@ NAMES = [name for name in LISTED if name.startswith("book/names/")]  # the refer
 CHAPTERS = [
     name for name in LISTED if len(Path(name).parts) > 2 and name not in NAMES
 ]  # book/<room>/<page>.md
-BOOTSTRAP = [
-    'REPOSITORY = ""  # a published copy of this notebook carries its own repository here',
-    "import importlib.util, subprocess, sys",
-    'if REPOSITORY and importlib.util.find_spec("grsd") is None:',
-    '    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", REPOSITORY], check=True)',
-]
-
 
 SHOWN, LONGEST = 15, 30  # code cells that are not folded, and lines in one
-
-
-def normal(code: str) -> str:
-    """Code without comments, blank lines and the line breaks of a formatter."""
-    return (
-        re.sub(r"\s+", "", re.sub(r"#[^\n]*", "", code))
-        .replace(",)", ")")
-        .replace("import", ",")
-        .replace(",,", ",")
-    )
 
 
 def ledger_ids(chapter: str) -> list[str]:
     return [claim.id for claim in claims.load() if f"book/{claim.chapter}.md" == chapter]
 
 
-def set_up(source: str) -> bool:
-    """Whether the bootstrap is followed by one import line of grsd.chapter and `start`; warnings may be silenced."""
-    rest = ast.parse(source).body[3:]
-    names = [ast.unparse(node) for node in rest]
-    return (
-        len(rest) in (2, 4)
-        and names[0].startswith("from grsd.chapter import ")
-        and names[1].startswith("start(")
-        and all("warnings" in name for name in names[2:])
-    )
+def set_up(source: str, page: str) -> str:
+    """What is wrong with a first cell: one import line of grsd.chapter, `start` with the page's name; warnings may be silenced."""
+    body = ast.parse(source).body
+    names = [ast.unparse(node) for node in body]
+    if not names or not names[0].startswith("from grsd.chapter import "):
+        return "the first code cell does not open with: from grsd.chapter import …, start"
+    if len(names) < 2 or not names[1].startswith(f"start('{page}'"):
+        return f'behind the import stands start("{page}", …)'
+    silenced = len(body) in (2, 4) and all("warnings" in name for name in names[2:])
+    return "" if silenced else "behind start() nothing else is set up"
 
 
-def faults(text: str, wanted: list[str]) -> list[str]:
-    """What a chapter lacks: claim box, bootstrap, records, assertions, closing sections, exercise with a folded solution."""
+def faults(text: str, wanted: list[str], page: str) -> list[str]:
+    """What a chapter lacks: claim box, first cell, records, assertions, closing sections, exercise with a folded solution."""
     notebook = jupytext.reads(text, fmt="md:myst")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     found: list[str] = []
@@ -75,14 +58,10 @@ def faults(text: str, wanted: list[str]) -> list[str]:
     if sorted(boxed) != sorted(wanted):
         found.append(f"claim box: {sorted(set(boxed) ^ set(wanted))} differ from the ledger")
     found += opening_faults(text)
-    if not code or not normal(code[0].source).startswith(normal("\n".join(BOOTSTRAP))):
-        found.append(
-            "bootstrap: the first code cell does not open with the four lines of every chapter"
-        )
-    elif "hide-cell" not in code[0].metadata.get("tags", []):
-        found.append("bootstrap: the first code cell is not hidden")
-    elif not set_up(code[0].source):
-        found.append("bootstrap: behind it stand one import from grsd.chapter and start(), no more")
+    if not code or "hide-cell" not in code[0].metadata.get("tags", []):
+        found.append("first cell: it is not hidden")
+    elif fault := set_up(code[0].source, page):
+        found.append(f"first cell: {fault}")
     source = "\n".join(cell.source for cell in code)
     visible = [
         cell.source
@@ -134,40 +113,39 @@ def opening_faults(text: str) -> list[str]:
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_chapter_has_every_part(chapter: str) -> None:
-    assert faults((ROOT / chapter).read_text(), ledger_ids(chapter)) == []
+    page = Path(chapter).relative_to("book").with_suffix("").as_posix()
+    assert faults((ROOT / chapter).read_text(), ledger_ids(chapter), page) == []
 
 
-GOOD = f"""---
-kernelspec: {{display_name: Python 3, language: python, name: python3}}
+GOOD = """---
+kernelspec: {display_name: Python 3, language: python, name: python3}
 ---
 
 # A chapter
 
 What is asked?
 
-```{{answer}} fig-small
+```{answer} fig-small
 ```
 
-```{{claim-box}} origin.kl-identity
+```{claim-box} origin.kl-identity
 ```
 
-```{{code-cell}} ipython3
+```{code-cell} ipython3
 :tags: [hide-cell]
 
-{chr(10).join(BOOTSTRAP)}
-
 from grsd.chapter import claims, start
-start()
+start("room/page", threads=1)
 ```
 
 ## Check
 
-```{{code-cell}} ipython3
+```{code-cell} ipython3
 assert gap < bound
 found = claims.record("origin.kl-identity", measured=gap, bound=bound)
 ```
 
-```{{code-cell}} ipython3
+```{code-cell} ipython3
 ---
 mystnb:
   figure:
@@ -177,11 +155,11 @@ mystnb:
 
 ## What would change this verdict
 
-```{{exercise}} A task
+```{exercise} A task
 :label: ex-a
 ```
 
-```{{solution}} ex-a
+```{solution} ex-a
 :label: sol-a
 :class: dropdown
 ```
@@ -191,7 +169,7 @@ mystnb:
 
 
 def test_a_complete_chapter_has_no_fault() -> None:
-    assert faults(GOOD, ["origin.kl-identity"]) == []
+    assert faults(GOOD, ["origin.kl-identity"], "room/page") == []
 
 
 @pytest.mark.parametrize(
@@ -203,12 +181,13 @@ def test_a_complete_chapter_has_no_fault() -> None:
         ("{answer} fig-small", "{answer} fig-other", "opening: its answer"),
         ("```{answer} fig-small\n```\n", "", "opening: its answer"),
         ("name: fig-small", "tags: []", "opening: its answer"),
-        ('REPOSITORY = ""', 'REPOSITORY = "git+https://example.org/x"', "bootstrap"),
-        (":tags: [hide-cell]\n", "", "bootstrap"),
-        ("start()\n", "", "bootstrap"),
+        ("from grsd.chapter import", "import", "first cell: the first code cell does not open"),
+        (":tags: [hide-cell]\n", "", "first cell: it is not hidden"),
+        ('start("room/page", threads=1)\n', "", "first cell: behind the import"),
+        ('start("room/page"', 'start("room/other"', "first cell: behind the import"),
         ("assert gap < bound\n", "assert gap < bound\n" * 30, "cells: one has 31 lines"),
         ("## Summary", "```{code-cell} ipython3\n1\n```\n" * 14 + "## Summary", "cells: 16"),
-        ("start()\n", "start()\nimport numpy as np\n", "bootstrap"),
+        ("threads=1)\n", "threads=1)\nimport numpy as np\n", "first cell: behind start()"),
         ("assert gap < bound\n", "", "check: no visible assertion"),
         (
             'found = claims.record("origin.kl-identity", measured=gap, bound=bound)\n',
@@ -225,7 +204,7 @@ def test_a_complete_chapter_has_no_fault() -> None:
 )
 def test_each_missing_part_is_a_fault(old: str, new: str, complaint: str) -> None:
     assert old in GOOD
-    found = faults(GOOD.replace(old, new), ["origin.kl-identity"])
+    found = faults(GOOD.replace(old, new), ["origin.kl-identity"], "room/page")
     assert any(complaint in fault for fault in found) if complaint else found == []
 
 
