@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 
 import mpmath as mp
 import numpy as np
@@ -136,6 +138,38 @@ def test_sampled_moments_agree_and_a_wrong_width_is_seen() -> None:
     assert draws.mass.sum() == pytest.approx(1, abs=1e-12)
     with pytest.raises(ValueError, match="number of samples is 1"):
         increments.moments(torch.ones(1))
+
+
+@pytest.mark.parametrize(("n", "epsilon"), [(2, 0.9), (9, 0.5), (64, 0.3)])
+def test_the_law_of_a_step_is_the_integral_of_its_density(n: int, epsilon: float) -> None:
+    kappa, order = mp.mpf(n) / mp.mpf(epsilon) ** 2, mp.mpf(n) / 2 - 1
+
+    def density(x: mp.mpf) -> mp.mpf:  # of non-central χ², by its Bessel function
+        return (
+            mp.exp(-(mp.sqrt(x) - mp.sqrt(kappa)) ** 2 / 2) * mp.exp(-mp.sqrt(x * kappa))
+            * (x / kappa) ** (order / 2) * mp.besseli(order, mp.sqrt(kappa * x)) / 2
+        )  # fmt: skip
+
+    mean, variance = Increments(n, epsilon).exact
+    delta = mean + math.sqrt(variance) * np.array([-3.0, -1.0, 0.3, 2.5])
+    with mp.workdps(25):
+        ends = [mp.mpf(0), *(kappa * mp.exp(2 * mp.mpf(one)) for one in delta)]
+        wanted = np.cumsum([float(mp.quad(density, pair)) for pair in itertools.pairwise(ends)])
+    assert np.abs(Increments(n, epsilon).cdf(delta) - wanted).max() < 1e-13
+
+
+def test_ten_thousand_layers_overflow_nothing() -> None:
+    # SciPy 1.16.3's ncx2.cdf raises OverflowError on these edges, which reach 375 standard deviations of one step
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        law = Increments(64, 0.3).total(10_000)
+        far = Increments(2, 0.9).cdf(np.array([-1e4, -50.0, 0.0, 50.0, 1e4]))
+    assert law.mass.sum() == pytest.approx(1, abs=1e-12)
+    one = Increments(64, 0.3).total(1)  # `edgeworth` has the skewness to leading order in ε only
+    skewness = float(one.mass @ (one.edges - (one.edges[1] - one.edges[0]) / 2) ** 3) / one.sigma**3
+    edgeworth = abs(skewness) / (6 * math.sqrt(2 * math.pi * 10_000))
+    assert law.kolmogorov == pytest.approx(edgeworth, rel=0.01)  # to 1/√L
+    assert far[[0, 1, 3, 4]].tolist() == [0, 0, 1, 1] and 0 < far[2] < 1
 
 
 def test_antisymmetric_layers_have_no_variance_at_second_order() -> None:
