@@ -2,11 +2,13 @@
 
 A result is one JSON file. `save` writes it whole or not at all; `load` and `available` read the
 results that ship with the package (`grsd/data/results`) or those of any other folder. How a result
-is made again is its own `command`, which `grsd results recompute` runs.
+is made again is its own `command`, which `grsd results recompute` runs. What ships comes from a
+committed tree (`save` refuses anything else), and `manifest` lists it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -30,6 +32,8 @@ ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
 PROVENANCE_KEYS = frozenset(
     {"command", "parameters", "seeds", "revision", "versions", "hardware", "scale", "date"}
 )
+MANIFEST = "manifest.json"  # in grsd/data: what `manifest` says of the results that ship
+CHANGED = "+changes"  # behind the revision of a checkout that was edited
 PACKAGES = ("torch", "numpy", "scipy", "transformers", "tokenizers", "safetensors")
 
 
@@ -113,7 +117,10 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> Path:
 
 
 def revision() -> str:
-    """Git revision of the package's checkout, with "+changes" if it was edited; else "unknown"."""
+    """Git revision of the package's checkout, with "+changes" if it was edited; else "unknown".
+
+    Stored results are no part of what makes one: a new one leaves the revision as it is.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return "unknown"
@@ -124,8 +131,9 @@ def revision() -> str:
         return done.stdout.strip()
 
     try:
-        edited = git("status", "--porcelain", "--", "grsd")
-        return git("rev-parse", "HEAD") + ("+changes" if edited else "")
+        ours = ("grsd", ":!grsd/data/results", f":!grsd/data/{MANIFEST}")
+        edited = git("status", "--porcelain", "--", *ours)
+        return git("rev-parse", "HEAD") + (CHANGED if edited else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -189,7 +197,14 @@ def packaged_dir() -> Path:
 
 
 def save(result: Result, folder: str | os.PathLike[str]) -> Path:
-    """Write `result` as `<folder>/<id>.json`, whole or not at all; an older one is replaced."""
+    """Write `result` as `<folder>/<id>.json`, whole or not at all; an older one is replaced.
+
+    A result that would ship with the package is refused when its tree was edited.
+    """
+    edited = str(result.provenance["revision"]).endswith(CHANGED)
+    if edited and Path(folder).resolve() == packaged_dir().resolve():
+        made = f"{result.id!r} was made at {result.provenance['revision']!r}"
+        raise ValueError(f"{made}, an edited tree; commit, run it again, and store that")
     text = dumps(asdict(result), where=f"result {result.id}")
     return atomic_write(Path(folder) / f"{result.id}.json", text)
 
@@ -198,6 +213,20 @@ def available(folder: str | os.PathLike[str] | None = None) -> list[str]:
     """Sorted ids of the results in `folder`, by default those that ship with the package."""
     place = packaged_dir() if folder is None else Path(folder)
     return sorted(path.stem for path in place.glob("*.json") if not path.name.startswith("."))
+
+
+def manifest() -> dict[str, dict[str, Any]]:
+    """What ships: id -> SHA-256 of the file, command, revision, seconds (None: not timed).
+
+    Kept beside the results in `MANIFEST`, which `grsd results manifest` writes.
+    """
+    listed = {}
+    for name in available():
+        origin = load(name).provenance
+        raw = (packaged_dir() / f"{name}.json").read_bytes()
+        listed[name] = {"sha256": hashlib.sha256(raw).hexdigest(), "command": origin["command"]}
+        listed[name] |= {"revision": origin["revision"], "seconds": origin.get("seconds")}
+    return listed
 
 
 def load(name: str, folder: str | os.PathLike[str] | None = None) -> Result:

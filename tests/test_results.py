@@ -132,6 +132,10 @@ def test_the_revision_tells_a_clean_checkout_from_a_changed_one(
     git("add", "-A")
     git("commit", "-qm", "x")
     assert results.revision() == git("rev-parse", "HEAD")
+    stored = package / "data" / "results" / "new.json"
+    stored.parent.mkdir(parents=True)
+    stored.write_text("{}")
+    assert results.revision() == git("rev-parse", "HEAD"), "a new result changes no code"
     module.write_text("changed = 1\n")
     assert results.revision() == git("rev-parse", "HEAD") + "+changes"
 
@@ -163,6 +167,39 @@ def test_a_damaged_file_is_refused(damage, message: str, tmp_path: Path) -> None
 def test_packaged_results_can_all_be_read() -> None:
     for name in available():
         assert load(name).id == name
+
+
+# Made before `save` refused it; each goes when it is made again. No new one may come.
+EDITED = """
+benchmarks-cpu mup-coords mup-coords-hidden mup-norms mup-peer newton-schulz products-ginibre
+shift-block-first shift-block-first-06 shift-block-late shift-block-middle shift-fixed-03
+shift-fixed-03-large shift-fixed-03-larger shift-fixed-03-trained shift-fixed-03-two
+shift-fixed-06 shift-fixed-06-large shift-fixed-06-larger shift-plain shift-plain-trained
+shift-sqrt shift-sqrt-trained transfer-depth transfer-depth-adamw transfer-depth-bare
+transfer-width transfer-width-adamw
+""".split()
+
+
+def test_what_ships_was_made_from_a_committed_tree() -> None:
+    edited = [n for n in available() if load(n).provenance["revision"].endswith(results.CHANGED)]
+    assert edited == EDITED
+
+
+def test_the_manifest_lists_what_ships() -> None:
+    kept = json.loads((results.packaged_dir().parent / results.MANIFEST).read_text())
+    assert kept == results.manifest(), "run: grsd results manifest"
+
+
+def test_a_result_of_an_edited_tree_is_not_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "revision", lambda: "abc" + results.CHANGED)
+    (tmp_path / "shipped").mkdir()
+    monkeypatch.setattr(results, "packaged_dir", lambda: tmp_path / "shipped")
+    save(made({"x": 1}), tmp_path)  # anywhere else it is kept
+    with pytest.raises(ValueError, match=r"'abc\+changes', an edited tree; commit"):
+        save(made({"x": 1}), tmp_path / "shipped" / ".." / "shipped")
+    assert list((tmp_path / "shipped").iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(

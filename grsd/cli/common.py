@@ -18,7 +18,7 @@ import click
 
 from grsd import __version__
 from grsd import results as stored
-from grsd.scale import cache_dir
+from grsd.scale import cache_dir, device
 
 FAILURES = (ValueError, TypeError, RuntimeError, OSError, MemoryError, ArithmeticError, ImportError)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -26,6 +26,7 @@ Progress = Callable[[int, int, str], None]  # (done, in all, what)
 RESUMED = ("shells", "suite", "protocol", "experiment")  # these keep what they have finished
 TICK = 30.0  # seconds between lines of progress, while something gets done
 PATIENCE = 120.0  # the same, while nothing does
+DRAFT = object()  # the context's object of a command whose result another one reads and deletes
 FOUND = 0.05  # seconds; a piece that took less was found, and says nothing of the others
 
 
@@ -207,11 +208,7 @@ def losses(update: Progress) -> Callable[[int, int, float], None]:
 
 
 def device_of(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return device() if name == "auto" else name
 
 
 def output_file(output: str | None) -> Path | None:
@@ -227,7 +224,8 @@ def keep(target: Path | None, make: Callable[[str], stored.Result]) -> None:
     """Store the result that is made of the id it gets; without a file to write, do nothing."""
     if target is not None:
         stored.save(make(target.stem), target.absolute().parent)
-        say(f"wrote {target}")
+        if click.get_current_context().find_root().obj is not DRAFT:
+            say(f"wrote {target}")
 
 
 def check_png(png: str | None) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import textwrap
+import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,10 @@ from grsd.claims import VERDICTS, Claim
 from grsd.cli import common
 from grsd.cli.common import emit, json_option, main, table
 from grsd.cli.plain import plain
+
+MADE_BY = ("shells", "protocol", "experiment")  # commands that `recompute` can run
+QUICK = 60  # seconds
+SAME = 1e-4  # ten units of the last of five digits
 
 
 @main.command()
@@ -83,24 +88,30 @@ def _card(claim: Claim) -> str:
 
 @main.group(cls=click.Group)
 def results() -> None:
-    """Stored results: list them, show one, compute one again."""
+    """Stored results: list them, show one, compute one again, or all that are quick."""
 
 
 @results.command("list")
 @json_option
 def list_results(as_json: bool) -> None:
-    """List the results that ship with the package."""
+    """List the results that ship with the package, and how long each took."""
     every = [stored.load(name) for name in stored.available()]
     if as_json:
         keys = ("command", "date")
         emit({"results": [{"id": r.id, **{k: r.provenance[k] for k in keys}} for r in every]})
         return
-    table(["result", "date", "command"], [[r.id, r.provenance["date"], _command(r)] for r in every])
+    rows = [[r.id, r.provenance["date"], _seconds(r), _command(r)] for r in every]
+    table(["result", "date", "took", "command"], rows)
 
 
 def _command(result: stored.Result) -> str:
     words = result.provenance["command"]
     return " ".join(words if words[:1] == ["make"] else ["grsd", *words])
+
+
+def _seconds(result: stored.Result) -> str:
+    seconds = result.provenance.get("seconds")
+    return "not timed" if seconds is None else common.duration(seconds)
 
 
 @results.command("show")
@@ -114,8 +125,36 @@ def show(id: str, as_json: bool) -> None:
         return
     origin = result.provenance
     click.echo(f"{result.id}: {_command(result)}")
-    click.echo(f"made {origin['date']} at revision {origin['revision']}")
+    click.echo(f"made {origin['date']} at revision {origin['revision']}; took {_seconds(result)}")
     click.echo(json.dumps(result.data, indent=1, ensure_ascii=False))
+
+
+@results.command("manifest")
+def write_manifest() -> None:
+    """Write the manifest of the results that ship: SHA-256, command, revision and duration."""
+    path = stored.packaged_dir().parent / stored.MANIFEST
+    stored.atomic_write(path, stored.dumps(stored.manifest()))
+    click.echo(f"{stored.MANIFEST}: {len(stored.manifest())} results")
+
+
+def _again(old: stored.Result) -> tuple[stored.Result, float | None]:
+    """Run a result's own command from nothing: the new result, timed, and how far it differs."""
+    argv = list(old.provenance["command"])
+    if not argv or argv[0] not in MADE_BY:
+        by = f"not by grsd {', '.join(MADE_BY)}; run that by hand"
+        raise ValueError(f"result {old.id!r} is made by {argv!r}, {by}")
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / f"{old.id}.json"
+        again = [*argv, "--no-resume", "--output", str(draft)]
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+            main.main(again, prog_name="grsd", standalone_mode=False, obj=common.DRAFT)
+        if not draft.is_file():  # the failure was reported by the command itself
+            click.get_current_context().exit(2)
+        new = stored.load(old.id, folder)
+    origin = new.provenance | {"seconds": round(time.perf_counter() - begun, 1)}
+    difference = stored.largest_difference(old.data, new.data)
+    return stored.Result(old.id, new.data, origin), difference
 
 
 @results.command("recompute")
@@ -124,26 +163,37 @@ def show(id: str, as_json: bool) -> None:
 @json_option
 def recompute(id: str, output: str | None, as_json: bool) -> None:
     """Run the command of result ID again and say how far the numbers differ."""
-    old = stored.load(id)
-    argv = list(old.provenance["command"])
-    if not argv or argv[0] not in ("shells", "protocol", "experiment"):
-        by = "not by grsd shells, protocol or experiment; run that by hand"
-        raise ValueError(f"result {id!r} is made by {argv!r}, {by}")
     target = common.output_file(output)
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / f"{old.id}.json"
-        again = [*argv, "--no-resume", "--output", str(draft)]
-        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
-            main.main(again, prog_name="grsd", standalone_mode=False)
-        if not draft.is_file():  # the failure was reported by the command itself
-            click.get_current_context().exit(2)
-        new = stored.load(old.id, folder)
-    difference = stored.largest_difference(old.data, new.data)
+    new, difference = _again(stored.load(id))
     common.keep(target, lambda name: stored.Result(name, new.data, new.provenance))
     if as_json:
-        said = {"id": id, "command": argv, "largest_relative_difference": difference}
-        emit({**said, "data": new.data})
+        said = {"id": id, "command": new.provenance["command"]}
+        emit({**said, "largest_relative_difference": difference, "data": new.data})
     elif difference is None:
         click.echo(f"{id}: recomputed, but its shape differs from what is stored")
     else:
-        click.echo(f"{id}: recomputed; the largest relative difference is {difference:.2g}")
+        took = f"in {_seconds(new)}; the largest relative difference is {difference:.2g}"
+        click.echo(f"{id}: recomputed {took}")
+
+
+@results.command("verify")
+@click.option("--quick", is_flag=True, help=f"Only those that took under {QUICK} s.")
+def verify(quick: bool) -> None:
+    """Compute every stored result again and compare; exit code 1 if one differs.
+
+    Stored numbers have five digits; a difference above ten units of the last one counts.
+    """
+    bad = 0
+    for old in (stored.load(name) for name in stored.available()):
+        seconds = old.provenance.get("seconds")
+        late = quick and (seconds is None or seconds >= QUICK)
+        if late or old.provenance["command"][0] not in MADE_BY:
+            click.echo(f"{old.id}: skipped, made by `{_command(old)}`, {_seconds(old)}")
+            continue
+        new, difference = _again(old)
+        same = difference is not None and difference <= SAME
+        bad += not same
+        what = "another shape" if difference is None else f"difference {difference:.2g}"
+        click.echo(f"{old.id}: {'same' if same else 'DIFFERS'}, {what}, {_seconds(new)}")
+    if bad:
+        click.get_current_context().exit(1)

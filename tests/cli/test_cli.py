@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -164,6 +165,7 @@ def test_output_can_be_recomputed(
     made = _grsd(*_shells(place, "--output", str(folder / "tiny-shells.json")))
     assert made.exit_code == 0, made.stderr
     monkeypatch.setattr(results, "packaged_dir", lambda: folder)
+    monkeypatch.setattr(results, "revision", lambda: "a" * 40)
     assert [r["id"] for r in _json(_grsd("results", "list", "--json"))["results"]] == [
         "tiny-shells"
     ]
@@ -173,6 +175,17 @@ def test_output_can_be_recomputed(
     again = _grsd("results", "recompute", "tiny-shells", "--output", str(tmp_path / "again.json"))
     assert again.exit_code == 0 and "the largest relative difference is 0" in again.stdout
     assert results.load("again", tmp_path).data == results.load("tiny-shells", folder).data
+    # no file is named but the one that stays, whose run was timed
+    assert [line for line in again.stderr.splitlines() if "wrote" in line] == [
+        f"wrote {tmp_path / 'again.json'}"
+    ]
+    assert "not timed" in _grsd("results", "list").stdout
+    timed = results.load("again", tmp_path).provenance
+    assert timed["seconds"] > 0
+    results.save(results.Result("tiny-shells", results.load("again", tmp_path).data, timed), folder)
+    assert "not timed" not in _grsd("results", "show", "tiny-shells").stdout
+    same = _grsd("results", "verify", "--quick")
+    assert same.exit_code == 0 and "tiny-shells: same, difference 0" in same.stdout
 
     stored = results.load("tiny-shells", folder)  # a planted error must be seen
     stored.data["profiles"][0]["energies"] = [
@@ -182,6 +195,17 @@ def test_output_can_be_recomputed(
     # the largest energy of the list moved by 0.1 of what it was, so by 0.1/1.1 of the larger of the two
     found = _json(_grsd("results", "recompute", "tiny-shells", "--json"))
     assert found["largest_relative_difference"] == pytest.approx(0.1 / 1.1)
+    other = _grsd("results", "verify", "--quick")
+    assert other.exit_code == 1 and "tiny-shells: DIFFERS, difference 0.091" in other.stdout
+    stored.provenance["seconds"] = 3600.0
+    results.save(stored, folder)
+    assert "skipped" in _grsd("results", "verify", "--quick").stdout
+
+    written = _grsd("results", "manifest")
+    assert written.exit_code == 0
+    listed = json.loads((tmp_path / results.MANIFEST).read_text())["tiny-shells"]
+    digest = hashlib.sha256((folder / "tiny-shells.json").read_bytes()).hexdigest()
+    assert listed["sha256"] == digest and listed["seconds"] == 3600.0
 
 
 def _conditions(place: Path, *more: str) -> list[str]:
