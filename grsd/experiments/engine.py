@@ -37,6 +37,7 @@ NAMES = (
     "mup-norms",
     "products",
     "shift",
+    "soap-epsilon",
     "tour",
     "transfer",
     "twins",

@@ -150,11 +150,14 @@ def measure(piece: Piece) -> Data:
             before, h, found = weights(), features(), observe(model, losses, layers.values())
             with torch.no_grad():
                 stream = model.stream(x)
-                z = {where: model.blocks[at].first(stream[at]) for where, at in looked.items()}
+                z = {
+                    where: model.blocks[at].first(stream[at])  # type: ignore[operator]
+                    for where, at in looked.items()
+                }
         # one step of gradient descent
         optimizer.zero_grad()
         loss = losses(model).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if seen:
             reads.append(

@@ -81,7 +81,11 @@ def measure(piece: Piece) -> Data:
     )
     made = unscaled(made) if piece["scheme"] == "sp" else made
     roles = ("input", "hidden", "output")
-    made.initialize_(model, seed=piece["seed"], std=dict.fromkeys(roles, piece["std"]))
+    made.initialize_(
+        model,
+        seed=piece["seed"],
+        std=dict.fromkeys(roles, piece["std"]),  # type: ignore[arg-type]
+    )
     made.attach(model)
     optimizer = made.make_optimizer(model, lr=piece["rate"], eps=1e-16, **_options())
     loss = help_text.next_byte(piece["batch"], piece["length"])
@@ -99,7 +103,7 @@ def measure(piece: Piece) -> Data:
         now = loss(model)
         losses.append(float(now.detach()))
         if t < piece["steps"]:
-            now.backward()
+            now.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
