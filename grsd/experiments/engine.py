@@ -36,6 +36,7 @@ NAMES = (
     "mup-families",
     "mup-norms",
     "products",
+    "published",
     "shift",
     "soap-epsilon",
     "tour",
