@@ -3,7 +3,7 @@
 
 // --- The transport equation: loss at time s = t/t0 for eps0 = u^p on [lo, hi], by the midpoint rule in log u.
 
-const LO = 1e-6, HI = 10, CELLS = 400, T0 = 1;
+const LO = 1e-12, HI = 10, CELLS = 800, T0 = 1;
 
 function clock(s, c0) {
   const a = 1 + c0;

@@ -12,6 +12,7 @@ reference pages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
@@ -37,6 +38,8 @@ IMAGE_SUFFIXES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
 STATUS = {"✅": "✓ ran", "❌": "✗ failed"}
 WORDS = 24  # characters; an interval with its value is shorter
 FEW_LINES = 4
+_ONE = r"[-−+±]?\d[\d,]*(?:\.\d+)?(?:e[-−+]?\d+)?"  # 3, -0.5, 1.2e-15
+NUMBER = re.compile(rf"(?:{_ONE}|nan|–|-)(?: ?[%×])?(?: ?± ?{_ONE}| ?\[ ?{_ONE}, ?{_ONE}\])?")
 SHORTEST_ALT = (
     10  # characters; "a figure" or a file name says nothing to a reader who cannot see it
 )
@@ -175,7 +178,9 @@ def spell_status(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 
 def fit(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Let sentences in a table's cells, and a few long printed lines, break; numbers and printed tables stay whole."""
+    """Let sentences in a table's cells, and a few long printed lines, break; set numbers as numbers, to the right."""
+    if app.builder.format != "html":
+        return
     for output in doctree.findall(
         lambda node: "cell_output" in getattr(node, "attributes", {}).get("classes", [])
     ):
@@ -185,6 +190,39 @@ def fit(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         for block in output.findall(nodes.literal_block):
             if len(block.astext().splitlines()) <= FEW_LINES:
                 block["classes"].append("long-lines")
+    for table in doctree.findall(nodes.table):
+        align(table)
+
+
+def align(table: nodes.table) -> None:
+    """Numbers to the right with true minus signs and powers of ten, and the heading of such a column with them."""
+    rows = [list(row.findall(nodes.entry)) for row in table.findall(nodes.row)]
+    body = (
+        [row for row in rows if not isinstance(row[0].parent.parent, nodes.thead)] if rows else []
+    )
+    for row in body:
+        for cell in row:
+            if NUMBER.fullmatch(cell.astext().strip()):
+                cell["classes"].append("number")
+                for text in list(cell.findall(nodes.Text)):
+                    text.parent.replace(text, signed(str(text)))
+    for head in rows[: len(rows) - len(body)]:
+        for column, cell in enumerate(head):
+            mine = [row[column]["classes"] for row in body if len(row) == len(head)]
+            if 2 * sum("number" in classes for classes in mine) > len(mine):
+                cell["classes"].append("number")
+
+
+def signed(text: str) -> list[nodes.Node]:
+    """``-1.2e-15`` as −1.2·10 with a raised −15; any other number with its minus sign alone."""
+    out: list[nodes.Node] = []
+    end = 0
+    for found in re.finditer(r"e([-−+]?)0*(\d+)", text):
+        out.append(nodes.Text(text[end : found.start()].replace("-", "−") + "·10"))
+        power = ("−" if found[1] in ("-", "−") else "") + found[2]
+        out.append(nodes.superscript("", power))
+        end = found.end()
+    return [*out, nodes.Text(text[end:].replace("-", "−"))] if end < len(text) or not out else out
 
 
 def _in_room(claim: claims.Claim, room: str | None) -> bool:

@@ -88,7 +88,7 @@ def entries(cff: Mapping[str, Any], address: str) -> list[str]:
 def _entry(kind: str, key: str, record: Mapping[str, Any], when: Any) -> dict[str, str]:
     names = [a.get("name") or f"{a['family-names']}, {a['given-names']}" for a in record["authors"]]
     quoted = [f"{{{name}}}" if "," not in name else name for name in names]
-    title = re.sub("μ", r"{$\mu$}", record["title"])
+    title = record["title"].replace("μ", r"{$\mu$}")
     out = {"@": f"{kind}{{{key}", "author": " and ".join(quoted), "title": f"{{{title}}}"}
     out["year"] = str(getattr(when, "year", when))
     return out | ({"date": when.isoformat()} if hasattr(when, "isoformat") else {})
@@ -137,9 +137,12 @@ def anchor_checks(doctree: nodes.document) -> None:
         naming = [
             k for k, text in enumerate(source) if re.search(rf"[\"']{re.escape(name)}[\"']", text)
         ]
-        recording = [k for k in naming if name in RECORDED.findall(source[k])]
+        recording = [k for k in naming if "record(" in source[k]]
+        directly = [k for k in recording if name in RECORDED.findall(source[k])]
         if naming:
-            cells[(recording or naming)[-1]]["ids"].append(companion_views.check_anchor(name))
+            cells[(directly or recording or naming)[-1]]["ids"].append(
+                companion_views.check_anchor(name)
+            )
 
 
 def _source(cell: nodes.container) -> str:
