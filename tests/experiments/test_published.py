@@ -76,7 +76,7 @@ def test_a_piece_is_the_measure_of_the_dense_jacobian(piece: dict[str, Any]) -> 
 
 def test_the_variants_change_what_they_say(piece: dict[str, Any]) -> None:
     text, *others = (
-        published.measure({**piece, "variant": variant, "steps": 0})
+        published.measure({**piece, "variant": variant, "lanczos": 0, "delta": 0})
         for variant in ("published", "twin", "shuffled", "rounded")
     )
     vocabulary = opened.load(piece["model"]).vocab_size
@@ -113,7 +113,8 @@ def test_pieces_name_weights_and_text(piece: dict[str, Any], tmp_path: Path) -> 
     listed = EXPERIMENT.pieces(asked)
     assert listed[0]["text"] != piece["text"] and listed[0]["weights"] == piece["weights"]
     assert [p["variant"] for p in listed[:4]] == list(published.VARIANTS)
-    assert all(p["variant"] in published.VARIANTS[:2] for p in listed if p["size"] > 1)
+    assert all(p["variant"] in published.VARIANTS[:2] for p in listed[4:])
+    assert [bool(p["lanczos"]) for p in listed] == [True] + [False] * (len(listed) - 1)
 
 
 def test_a_run_reduces_to_groups(piece: dict[str, Any]) -> None:
