@@ -295,7 +295,7 @@ class Plan:
 
 def unscaled(made: Plan) -> Plan:
     """Return the plan of standard parametrization: the base's variance and rate at every size."""
-    entries = tuple(replace(e, **numbers(e.rule, 1.0, 1.0)) for e in made)
+    entries = tuple(replace(e, rates=(), **numbers(e.rule, 1.0, 1.0)) for e in made)
     return replace(made, entries=entries, multipliers=())
 
 
