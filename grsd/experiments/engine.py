@@ -28,6 +28,7 @@ from grsd.scale import cache_dir, pick
 
 # "some-name" is the module some_name.py of this folder
 NAMES = (
+    "dilation",
     "drift",
     "field",
     "figures-3-6",
@@ -37,6 +38,7 @@ NAMES = (
     "mup-norms",
     "products",
     "published",
+    "scheduled",
     "shift",
     "soap-epsilon",
     "tour",
