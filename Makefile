@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env book notebooks test unit field lint format bench bench-gpu suite lock clean distclean
+.PHONY: help env book notebooks colab site wheel test unit field lint format bench bench-gpu suite lock clean distclean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -16,6 +16,7 @@ VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 BUILD := _build/$(SCALE)
+MEASURED := grsd/data/results
 BASED := $(STAMPS)/$(subst =,-,$(TORCH))
 
 export PATH := $(BIN):$(PATH)
@@ -35,6 +36,8 @@ help:
 	@echo "make bench-gpu  the same of the larger shapes, on a CUDA device"
 	@echo "make suite      the checkpoints and spectra that the chapters show (cached)"
 	@echo "make notebooks  the chapters as notebooks for readers, in $(BUILD)/_build/jupyter"
+	@echo "make colab      the readers' notebooks, each run from its first cell in an environment like Colab's"
+	@echo "make wheel      sdist and wheel, in dist"
 	@echo "make lock       resolve the dependencies again and write requirements.txt"
 	@echo "make clean      remove what was built; distclean also removes .venv and .cache"
 
@@ -83,6 +86,35 @@ notebooks: suite
 	jupyter-book build . --path-output $(BUILD) --builder custom --custom-builder jupyter -W -n --keep-going
 	@echo "The notebooks: $(CURDIR)/$(BUILD)/_build/jupyter"
 
+# --- Colab, and what is released --------------------------------------------------------------------------
+# The packages that Colab had on a day (tools/colab-packages.txt, with the date) under its Python where there is one;
+# ONLY=mup runs the notebooks whose name holds that word. The times of a whole run are stored.
+
+COLAB := $(CURDIR)/.venv-colab
+COLAB_PYTHON ?= $(firstword $(shell for p in python3.13 $(PYTHON); do $$p -c 0 2> /dev/null && echo $$p; done))
+ONLY ?=
+
+$(COLAB)/ready: tools/colab-packages.txt
+	$(COLAB_PYTHON) tools/colab.py environment $(COLAB)
+	@touch $@
+
+# What is published: the pages, and the notebooks that their buttons open. Needs `make book notebooks`.
+SITE ?= _build/site
+site:
+	rm -rf $(SITE) && mkdir -p $(SITE)/notebooks
+	cp -r $(BUILD)/_build/html/. $(SITE)
+	cd $(BUILD)/_build/jupyter && find . -name '*.ipynb' -exec cp --parents {} $(abspath $(SITE))/notebooks \;
+
+wheel: $(STAMPS)/package
+	rm -rf dist build
+	python -c "from setuptools.build_meta import build_sdist, build_wheel; build_sdist('dist'); build_wheel('dist')"
+	rm -rf build
+	@ls dist
+
+colab: $(COLAB)/ready wheel
+	python tools/colab.py notebooks _build/colab
+	$(COLAB)/bin/python tools/colab.py run _build/colab/jupyter dist/grsd-*.whl $(MEASURED)/chapter-times.json $(ONLY)
+
 # --- Checks ----------------------------------------------------------------------------------------------
 
 lint: $(STAMPS)/package
@@ -116,7 +148,6 @@ test: lint suite $(NOTEBOOKS)
 # The libraries to compare with lie in a folder of their own, without their dependencies, so that none can change torch.
 OTHERS := $(VENV)/others
 BENCH := PYTHONPATH=$(OTHERS) python benchmarks
-MEASURED := grsd/data/results
 BENCH_SHAPES ?= h256 70m h1024
 
 $(STAMPS)/others: benchmarks/requirements.txt $(STAMPS)/package
@@ -142,8 +173,8 @@ format: $(STAMPS)/package
 	ruff check --fix .
 
 clean:
-	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf _build dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find grsd tests book -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(CURDIR)/.cache
+	rm -rf $(VENV) $(COLAB) $(CURDIR)/.cache

@@ -91,6 +91,7 @@ def make_notebooks(folder: Path) -> None:
         builder="jupyter",
         confoverrides={
             "external_toc_path": str(ROOT / "_toc.yml"),
+            "latex_individualpages": False,
             "nb_execution_mode": "off",
             "suppress_warnings": ["companion.evidence"],  # nothing was run
         },
@@ -145,7 +146,16 @@ def run_one(path: Path, wheel: Path) -> list[str]:
 
 
 def run_all(folder: Path, wheel: Path, output: Path | None, only: str = "") -> int:
-    """Run every notebook below a folder; return how many have faults. All times go to `output`."""
+    """Run every notebook below a folder, or those whose name holds `only`; how many have faults.
+
+    The seconds of a run of all of them are stored, where the tree is committed.
+    """
+    sys.path.insert(0, str(ROOT))  # this checkout, which knows its revision
+    from grsd import results
+
+    edited = results.revision().endswith(results.CHANGED)
+    if edited:
+        print("this tree is edited: the times of this run will not be stored")
     seconds: dict[str, float] = {}
     bad = 0
     paths = sorted(path for path in folder.rglob("*.ipynb") if only in str(path))
@@ -159,9 +169,7 @@ def run_all(folder: Path, wheel: Path, output: Path | None, only: str = "") -> i
         for line in said:
             print("    " + line.replace("\n", "\n    "), flush=True)
     print(f"{len(paths) - bad} of {len(paths)} notebooks passed without an error or a warning")
-    if output is not None and not bad and not only:
-        from grsd import results  # installed by the first cell of the last notebook
-
+    if output is not None and not (bad or only or edited):
         made = results.provenance(["make", "colab"], {"packages": PACKAGES.name})
         results.save(results.Result(output.stem, {"seconds": seconds}, made), output.parent)
     return bad
