@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 
 from grsd import results as stored
 from grsd.cli import common
 from grsd.cli.common import emit, main, table
+from grsd.scale import device
 
 PROTOCOL_EXAMPLES = """\b
 Examples:
   grsd protocol mini
   grsd protocol pythia-shapes --output pythia-shapes.json
+  grsd protocol pythia --small
 """
 EXPERIMENT_EXAMPLES = (
     "\b\nExamples:\n  grsd experiment\n  grsd experiment drift --option target=wave "
@@ -24,12 +26,13 @@ OPTION = "A parameter, as NAME=VALUE; several values between commas."
 
 @main.command(epilog=PROTOCOL_EXAMPLES)
 @click.argument("name")
+@click.option("--small", is_flag=True, help="The small form of a protocol that has one (pythia).")
 @common.resume_option("batches")
 @common.file_option("--output", "Store the cells as a result (.json), with provenance.")
 @common.json_option
-def protocol(name: str, resume: bool, output: str | None, as_json: bool) -> None:
-    """Train and measure what a chapter shows: `mini` (minutes on two cores) or `pythia-shapes` (a
-    GPU, half an hour).
+def protocol(name: str, small: bool, resume: bool, output: str | None, as_json: bool) -> None:
+    """Train and measure what a chapter shows: `mini` (minutes on two cores), `pythia-shapes` (a
+    GPU, half an hour), or `pythia`: the paper's own checkpoints, from the hub.
 
     Every net, checkpoint, batch size and null model of the protocol becomes one averaged profile.
     What was measured before is read from the cache, so a run that was stopped goes on where it was.
@@ -37,7 +40,10 @@ def protocol(name: str, resume: bool, output: str | None, as_json: bool) -> None
     from grsd.checks import one_of
     from grsd.experiments import protocol as protocols
 
+    name = f"{name}-small" if small else name
     asked = protocols.PROTOCOLS[one_of("protocol", name, protocols.PROTOCOLS)]
+    if asked.published:
+        asked = replace(asked, device=device())
     target = common.output_file(output)
     with common.bar("training") as update:
         protocols.train(asked, progress=common.losses(update))

@@ -35,7 +35,8 @@ class Protocol:
 
     Attributes
     ----------
-    models : names in `suites.MINI`, by size; each is measured untrained and at its last checkpoint
+    models : names in `suites.MINI`, by size; each is measured untrained and at its last checkpoint.
+        Of a published suite (`training_steps` is 0) names on the hub, which come as they are
     followed : those that are followed over `revisions` from three start vectors; at the end with
         random signs and with shuffled targets too
     batches, batch_size, length, steps : as in `run.RunSpec`; the paper has 50 batches of 4 × 128
@@ -56,6 +57,8 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.published:
+            return
         for model in (*self.models, *self.followed):
             one_of("model", model, suites.MINI)
         steps = {f"step{s}" for s in suites.checkpoint_steps(self.training_steps)}
@@ -65,8 +68,16 @@ class Protocol:
             raise ValueError(f"revisions {absent} are no checkpoints of {count} steps")
 
     @property
+    def published(self) -> bool:
+        return self.training_steps == 0
+
+    @property
     def last(self) -> str:
         return self.revisions[-1]
+
+    def corpus(self, model: str) -> str:
+        """The text of a model: its own, of a published one the text that this package carries."""
+        return "embedded" if self.published else suites.MINI[model].corpus
 
     def runs(self) -> Iterator[RunSpec]:
         """Every run of the protocol, in the order in which it is made."""
@@ -74,7 +85,7 @@ class Protocol:
         same = {name: getattr(self, name) for name in shared}
         base = RunSpec(self.models[0], (self.last,), **same)
         for model in self.models:
-            here = replace(base, model=model, corpus=suites.MINI[model].corpus)
+            here = replace(base, model=model, corpus=self.corpus(model))
             if model not in self.followed:
                 yield replace(here, revisions=self.revisions[:1], starts=("error",))
                 yield replace(here, starts=("error", "ones"))
@@ -113,8 +124,29 @@ PYTHIA = Protocol(
     sweep=(1, 2, 8, 16),
     device="cuda",
 )
+# The paper's own checkpoints (its figures 1 to 3) with the controls; step 0 is the untrained null.
+PUBLISHED = Protocol(
+    name="pythia",
+    models=("EleutherAI/pythia-70m", "EleutherAI/pythia-410m"),
+    followed=("EleutherAI/pythia-70m", "EleutherAI/pythia-410m"),
+    training_steps=0,
+    revisions=tuple(f"step{s}" for s in (0, 1000, 2000, 4000, 8000)),
+    batches=50,
+    batch_size=4,
+    length=128,
+    steps=100,
+    sweep=(1, 2, 8, 16),
+)
+SMALL = replace(
+    PUBLISHED,
+    name="pythia-small",
+    models=PUBLISHED.models[:1],
+    followed=PUBLISHED.models[:1],
+    batches=16,
+    sweep=(),
+)
 
-PROTOCOLS = {p.name: p for p in (MINI, PYTHIA)}
+PROTOCOLS = {p.name: p for p in (MINI, PYTHIA, PUBLISHED, SMALL)}
 
 
 @dataclass(frozen=True)
@@ -160,7 +192,7 @@ def train(
     protocol: Protocol, *, cache: Path | str | None = None, progress: suites.Progress | None = None
 ) -> None:
     """Train the protocol's models, each with its own recipe, unless they are there already."""
-    for model in protocol.models:
+    for model in () if protocol.published else protocol.models:
         corpus = suites.of_suite(model, cache=cache)
         steps, device = protocol.training_steps, protocol.device
         suites.train(model, corpus, steps=steps, device=device, cache=cache, progress=progress)
@@ -183,8 +215,12 @@ def measure(
     done, total = 0, sum(spec.batches * len(spec.revisions) for spec in specs)
     # to open a model or a text takes seconds
     models = {name: open_model(name, cache=cache) for name in protocol.models}
-    by_text = {suites.MINI[name].corpus: name for name in protocol.models}
-    texts = {text: suites.of_suite(name, cache=cache) for text, name in by_text.items()}
+    by_text = {protocol.corpus(name): name for name in protocol.models}
+    texts = (
+        {}  # each with the tokenizer of its model
+        if protocol.published
+        else {text: suites.of_suite(name, cache=cache) for text, name in by_text.items()}
+    )
     for spec in specs:
 
         def advance(_: int, __: int, what: str, model: str = spec.model) -> None:
@@ -193,7 +229,7 @@ def measure(
             if progress is not None:
                 progress(done, total, f"{model} {what}")
 
-        how: dict[str, Any] = {"model": models[spec.model], "corpus": texts[spec.corpus]}
+        how: dict[str, Any] = {"model": models[spec.model], "corpus": texts.get(spec.corpus)}
         result = shell_run(spec, resume=resume, progress=advance, cache=cache, **how)
         for revision in result.revisions:
             for start in spec.starts:
@@ -239,9 +275,9 @@ def _cell(result: RunResult, revision: str, start: str, profiles: list[ShellProf
 
 
 def curves(protocol: Protocol, *, cache: Path | str | None = None) -> dict[str, Any]:
-    """Return for every model its parameter count, corpus, recipe and held-out losses."""
+    """Return for every model trained here its parameters, corpus, recipe and held-out losses."""
     records = {}
-    for model in protocol.models:
+    for model in () if protocol.published else protocol.models:
         corpus, steps = suites.of_suite(model, cache=cache), protocol.training_steps
         record = suites.locate(model, corpus, steps=steps, cache=cache).training()
         records[model] = {k: record[k] for k in ("parameters", "corpus", "recipe", "heldout")}
