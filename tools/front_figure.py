@@ -1,4 +1,4 @@
-"""Draw the front page's figure from the stored result `protocol-mini`: book/_assets/profile.png.
+"""Draw the front page's figure from the stored result `protocol-mini`: book/_assets/profile.svg.
 
     grsd protocol mini --output grsd/data/results/protocol-mini.json    # measure it again
     python tools/front_figure.py
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from grsd import figures, results
 from grsd.experiments.protocol import MINI, Cell, pick
 
-TARGET = Path(__file__).parents[1] / "book" / "_assets" / "profile.png"
+TARGET = Path(__file__).parents[1] / "book" / "_assets" / "profile.svg"
 
 
 def main() -> None:
@@ -72,7 +72,8 @@ def main() -> None:
         f"GPT-NeoX, 1.3 M parameters, trained on Python's standard library; measured {date}",
         fontsize=9,
     )
-    figure.savefig(TARGET, metadata={"Software": None})
+    plt.rcParams["svg.hashsalt"] = "grsd"  # the same picture is the same file
+    figure.savefig(TARGET, metadata={"Date": None})
 
 
 if __name__ == "__main__":

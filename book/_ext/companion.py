@@ -38,6 +38,7 @@ IMAGE_SUFFIXES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"}
 STATUS = {"✅": "✓ ran", "❌": "✗ failed"}
 WORDS = 24  # characters; an interval with its value is shorter
 FEW_LINES = 4
+WIDEST = 104  # columns of a printed table that fit beside both sidebars
 _ONE = r"[-−+±]?\d[\d,]*(?:\.\d+)?(?:e[-−+]?\d+)?"  # 3, -0.5, 1.2e-15
 NUMBER = re.compile(rf"(?:{_ONE}|nan|–|-)(?: ?[%×])?(?: ?± ?{_ONE}| ?\[ ?{_ONE}, ?{_ONE}\])?")
 SHORTEST_ALT = (
@@ -188,10 +189,61 @@ def fit(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             if len(cell.astext()) > WORDS:
                 cell["classes"].append("words")
         for block in output.findall(nodes.literal_block):
-            if len(block.astext().splitlines()) <= FEW_LINES:
+            lines = block.astext().splitlines()
+            if len(lines) <= FEW_LINES or max(map(len, lines)) > WIDEST:
                 block["classes"].append("long-lines")
     for table in doctree.findall(nodes.table):
         align(table)
+
+
+def caption(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Number the tables that cells print, and set the emphasised line below one, or else its section's title, as caption."""
+    if app.builder.format != "html":
+        return
+    chapter = app.env.toc_secnumbers.get(docname, {}).get("", ())
+    printed = [t for t in doctree.findall(nodes.table) if _output(t) and not _titled(t)]
+    for k, table in enumerate(printed, 1):
+        number = ".".join(map(str, (*chapter, k)))
+        table["ids"].append(f"table-{k}")
+        said = _said(table) or [nodes.Text(_topic(table))]
+        label = nodes.inline("", f"Table {number} ", classes=["caption-number"])
+        table.insert(0, nodes.title("", "", label, *said))
+
+
+def _output(node: nodes.Node) -> nodes.Element | None:
+    """The cell whose output a node is part of."""
+    inside = False
+    while node is not None:
+        classes = getattr(node, "attributes", {}).get("classes", [])
+        inside |= "cell_output" in classes
+        if inside and "cell" in classes:
+            return node  # type: ignore[return-value]
+        node = node.parent
+    return None
+
+
+def _titled(table: nodes.table) -> bool:
+    return isinstance(table.children[0], nodes.title)
+
+
+def _said(table: nodes.table) -> list[nodes.Node]:
+    """What an emphasised paragraph below a table's cell says; the paragraph goes."""
+    cell = _output(table)
+    assert cell is not None
+    below = cell.next_node(descend=False, siblings=True)
+    if isinstance(below, nodes.paragraph) and isinstance(below.children[0], nodes.emphasis):
+        found = list(below.children[0].children)
+        rest = below.children[1:]
+        below.parent.remove(below)
+        return [*found, *rest]
+    return []
+
+
+def _topic(node: nodes.Node) -> str:
+    """Title of the section, without the word that says that it computes."""
+    while not isinstance(node, nodes.section):
+        node = node.parent
+    return re.sub(r"^Live: (.)", lambda m: m[1].upper(), node.children[0].astext())
 
 
 def align(table: nodes.table) -> None:
@@ -267,6 +319,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-resolved", fill)
     app.connect("doctree-resolved", spell_status)
     app.connect("doctree-resolved", fit)
+    app.connect("doctree-resolved", caption)
     app.connect("doctree-resolved", check_images)
     companion_field.setup(app)
     companion_fresh.setup(app)

@@ -74,6 +74,7 @@ def before(app: Sphinx, config: Config) -> None:
     os.environ.setdefault("GRSD_EVIDENCE", str(home / "evidence"))
     shutil.rmtree(app.doctreedir, ignore_errors=True)
     Path(app.doctreedir).mkdir(parents=True)
+    draw_both(home / "ipython")
     try:
         old = dict(json.loads((home / STAMPS).read_text()))
     except (OSError, ValueError):
@@ -87,6 +88,15 @@ def before(app: Sphinx, config: Config) -> None:
             (claims.evidence_dir() / f"{claim.id}.json").unlink(missing_ok=True)
     forget(Path(config.nb_execution_cache_path or home / ".jupyter_cache"), root, kept)
     (home / STAMPS).write_text(json.dumps(new, indent=1))
+
+
+def draw_both(folder: Path) -> None:
+    """Let kernels draw figures as SVG and PNG; `companion_page` keeps the SVG where it is small."""
+    profile = folder / "profile_default"
+    profile.mkdir(parents=True, exist_ok=True)
+    formats = 'c.InlineBackend.figure_formats = {"png", "svg"}\n'
+    (profile / "ipython_kernel_config.py").write_text(formats)
+    os.environ["IPYTHONDIR"] = str(folder)
 
 
 def recorded(claim: claims.Claim) -> bool:

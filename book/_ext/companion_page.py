@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 WORDS = 220  # a minute, for prose
 FORMULA = 12  # seconds for a displayed formula
 CODE = 3  # seconds for a line of code that is shown
+SMALL = 150_000  # bytes of a drawing; compressed about a fifth
 BEFORE = 3  # pages named as read before
 RECORDED = re.compile(r"record\w*\(\s*[\"']([a-z]+\.[a-z0-9-]+)[\"']")
 
@@ -121,6 +122,7 @@ def read(app: Sphinx, doctree: nodes.document) -> None:
     """Count a page, and give the cells that record a claim an anchor."""
     env = app.env
     anchor_checks(doctree)
+    keep_small_drawings(app, doctree)
     here = env.docname
     named: Counter[str] = Counter()
     for xref in doctree.findall(addnodes.pending_xref):
@@ -143,6 +145,21 @@ def anchor_checks(doctree: nodes.document) -> None:
             cells[(directly or recording or naming)[-1]]["ids"].append(
                 companion_views.check_anchor(name)
             )
+
+
+def keep_small_drawings(app: Sphinx, doctree: nodes.document) -> None:
+    """Of a figure in two formats drop the SVG where it is large, as thousands of points are."""
+    for bundle in list(doctree.findall(nodes.container)):
+        if bundle.get("nb_element") != "mime_bundle":
+            continue
+        for choice in list(bundle.children):
+            if choice.get("mime_type") == "image/svg+xml" and len(bundle.children) > 1:
+                files = [
+                    Path(app.srcdir) / str(i["uri"]).lstrip("/")
+                    for i in choice.findall(nodes.image)
+                ]
+                if any(f.is_file() and f.stat().st_size > SMALL for f in files):
+                    bundle.remove(choice)
 
 
 def _source(cell: nodes.container) -> str:

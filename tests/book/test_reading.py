@@ -173,6 +173,45 @@ def test_numbers_of_every_kind_are_known(text: str) -> None:
     assert not companion.NUMBER.fullmatch(f"{text} nats of it")
 
 
+def test_search_shows_formulas_as_text() -> None:
+    raw = r"Speed \\(v = c_0\\lambda/t\\), \\[\\tfrac12 \\|e\\|^2 \\le \\log t\\] and $\\mathrm{tr} M$."
+    shown = in_node("page.js", f'm.untex("{raw}")')
+    squeezed = str.maketrans("", "", " ")
+    wanted = "Speed v = c_0λ/t, ½‖e‖^2 ≤ log t and tr M."
+    assert shown.translate(squeezed) == wanted.translate(squeezed)
+
+
+CAPTIONED = """## Live: what is measured
+
+```{code-cell} ipython3
+from grsd.figures import Table
+Table(["what", "gap"], [["a", -0.5]])
+```
+
+*The gap of $a$.*
+
+```{code-cell} ipython3
+Table(["what", "gap"], [["b", -0.5]])
+```
+
+It is negative.
+"""
+
+
+def test_printed_tables_have_a_number_and_a_caption(book: Book) -> None:
+    book.write(f"book/{CHAPTER}.md", chapter(extra=CAPTIONED))
+    status, log = book.build()
+    assert status == 0, log
+    page = BeautifulSoup(book.html(f"book/{CHAPTER}"), "html.parser")
+    found = [" ".join(tag.get_text(" ").split()) for tag in page.find_all("caption")]
+    assert [text.strip(" #") for text in found] == [
+        "Table 1 The gap of \\(a\\) .",
+        "Table 2 What is measured",
+    ]
+    text = page.get_text(" ")
+    assert text.count("The gap of") == 1 and "It is negative." in text and "−0.5" in text
+
+
 def test_a_claim_leads_to_the_cell_that_records_it(book: Book) -> None:
     named = f'```{{code-cell}} ipython3\nprint("{IDS[0]} is only named here" and "{IDS[0]}")\n```\n'
     book.write(f"book/{CHAPTER}.md", chapter(extra=named))
@@ -227,6 +266,13 @@ plt.show()
     assert answer is not None and figure is not None
     assert answer.find("img")["src"] == figure.find("img")["src"]
     assert "A line that rises." in answer.get_text() and "Where this is drawn" in answer.get_text()
-    book.write(f"book/{CHAPTER}.md", chapter(extra=drawn.replace("} fig-drawn", "} fig-other")))
+    assert figure.find("img")["src"].endswith(".svg")
+    crowded = drawn.replace("[1, 2]", "list(range(2)) * 9000, 'o'")
+    other = drawn.replace("} fig-drawn", "} fig-other")
+    book.write(f"book/{CHAPTER}.md", chapter(extra=crowded))
+    status, log = book.build()
+    page = BeautifulSoup(book.html(f"book/{CHAPTER}"), "html.parser")
+    assert page.find("figure").find("img")["src"].endswith(".png"), log  # type: ignore[union-attr]
+    book.write(f"book/{CHAPTER}.md", chapter(extra=other))
     status, log = book.build()
     assert status != 0 and "no figure 'fig-other'" in log
