@@ -3,9 +3,10 @@
 One piece is one model on one batch of text. M is formed densely (T products in float32) and
 diagonalised in float64, so that every start vector has its exact measure, with no Lanczos between.
 A model is measured as it is published; as its untrained *twin*, of the same configuration; with
-*shuffled* targets; or *rounded* once more, by noise as large as the rounding of 4-bit blocks. On
-one sequence, δ on the operator K of the logits is followed by Lanczos: which eigenvalues lower the
-loss at this instant.
+*shuffled* targets; or *rounded* once more, by noise as large as the rounding of 4-bit blocks.
+Lanczos from δ on the operator K of the logits says which eigenvalues lower the loss at this
+instant. The logits are centred for it: what shifts all of a token's logits alike changes no
+probability, but has by far the largest eigenvalues, whose rounding would hide those of δ.
 
 Chosen before the models were looked at: the start vectors, the shells (one octave), and per profile
 the count of peaks, the median and the slope below the peak shell, as for the nets of this book.
@@ -203,9 +204,23 @@ def _exact(M: NTK, generator: torch.Generator) -> Data:
     }
 
 
+class Centred(nn.Module):
+    """A language model whose logits have mean zero at every token: the same probabilities."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """Return logits, (B, L, V)."""
+        logits = self.net(**inputs).logits
+        centred: Tensor = logits - logits.mean(-1, keepdim=True)
+        return centred
+
+
 def _logits(net: nn.Module, inputs: dict[str, Any], y: Tensor, steps: int) -> Data:
-    """Lanczos from δ on K, the operator of all logits, and what gradients alone say of it."""
-    K = NTK(net, inputs, ClassLogits(y))
+    """Lanczos from δ on K, the operator of centred logits, and ‖∇L‖² = ⟨δ, K δ⟩ by itself."""
+    K = NTK(Centred(net), inputs, ClassLogits(y))
     delta = K.error
     logits = net(**inputs).logits.flatten(0, 1)
     loss = nn.functional.cross_entropy(logits, y.flatten())

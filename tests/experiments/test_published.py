@@ -31,11 +31,14 @@ def piece(suite: Suite, tmp_path: Path) -> dict[str, Any]:
     return EXPERIMENT.pieces(asked)[0]
 
 
+def tokens(piece: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    corpus = corpora.open_corpus(piece["path"], opened.load(piece["model"]).tokenizer)
+    return next(iter(corpus.batches(1, piece["size"], LENGTH, 0, "all")))
+
+
 def dense(piece: dict[str, Any], net: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """M by one backward pass a row in float64, and e."""
-    loaded = opened.load(piece["model"])
-    corpus = corpora.open_corpus(piece["path"], loaded.tokenizer)
-    x, y = next(iter(corpus.batches(1, piece["size"], LENGTH, 0, "all")))
+    x, y = tokens(piece)
     logits = net(input_ids=x, use_cache=False).logits.flatten(0, 1)
     rows = -cross_entropy(logits, y.flatten(), reduction="none")
     weights = list(net.parameters())
@@ -46,6 +49,27 @@ def dense(piece: dict[str, Any], net: torch.nn.Module) -> tuple[torch.Tensor, to
         ]
     )
     return (jacobian @ jacobian.T).detach() / len(rows), -rows.detach()
+
+
+def change_along_the_gradient(piece: dict[str, Any]) -> float:
+    """‖P J g‖² per token by central differences in float64; P takes out the mean of a token."""
+    net = opened.load(piece["model"], dtype=torch.float64).model
+    x, y = tokens(piece)
+    weights = list(net.parameters())
+
+    def logits() -> torch.Tensor:
+        return net(input_ids=x, use_cache=False).logits.flatten(0, 1)
+
+    gradient = torch.autograd.grad(cross_entropy(logits(), y.flatten()), weights)
+    step, ends = 1e-5, []  # errors h² of the third derivative and eps/h: both below 1e-8
+    with torch.no_grad():
+        for sign in (1, -2):  # to +h, then to −h
+            for weight, g in zip(weights, gradient, strict=True):
+                weight.add_(g, alpha=sign * step)
+            ends.append(logits())
+    change = (ends[0] - ends[1]) / (2 * step)
+    change = change - change.mean(-1, keepdim=True)
+    return float(change.square().sum() / y.numel())
 
 
 def test_a_piece_is_the_measure_of_the_dense_jacobian(piece: dict[str, Any]) -> None:
@@ -66,6 +90,11 @@ def test_a_piece_is_the_measure_of_the_dense_jacobian(piece: dict[str, Any]) -> 
     assert data["rate"] == pytest.approx(float(M.sum() / len(e)), rel=1e-4)
     assert data["gradient"] == pytest.approx(data["rate"], rel=1e-4)
     assert delta.mass * delta.alphas[0] == pytest.approx(data["gradient"], rel=1e-4)
+
+    # δ on centred logits: the second moment is the length of their change along the gradient
+    assert delta.mass * (delta.alphas[0] ** 2 + delta.betas[0] ** 2) == pytest.approx(
+        change_along_the_gradient(piece), rel=1e-4
+    )
 
     # the bounds of eight Lanczos steps hold what is exact
     rough = Tridiagonal.from_json(data["lanczos"]).measure().shells(SHELLS)
