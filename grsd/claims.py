@@ -22,7 +22,7 @@ import yaml
 
 from grsd import __version__, checks
 from grsd.results import atomic_write, dumps
-from grsd.scale import evidence_dir, scale
+from grsd.scale import evidence_dir, scale, site
 
 
 class Verdict(NamedTuple):
@@ -215,6 +215,12 @@ def find(claim_id: str) -> Claim:
     raise ValueError(f"the ledger has no claim {claim_id!r}{hint}")
 
 
+def link(chapter: str, text: str = "") -> str:
+    """A Markdown link to a chapter: within the book, or to its published page from a notebook."""
+    name = text or chapter.rpartition("/")[2]
+    return f"[{name}]({site()}/book/{chapter}.html)" if site() else f"[{name}](../{chapter}.md)"
+
+
 def bullets(*ids: str) -> str:
     """Claims as a Markdown list: verdict, place, chapter, statement, and what holds instead."""
 
@@ -228,9 +234,8 @@ def bullets(*ids: str) -> str:
     for claim in map(find, ids):
         verdict, more = VERDICTS[claim.verdict], claim.assumption or claim.corrected
         lead = "Needs" if claim.assumption else "Note" if claim.verdict == "holds" else "Instead"
-        name = claim.chapter.rpartition("/")[2]
         line = f"- {verdict.symbol} **{verdict.word}** · {escaped(claim.locator)}"
-        line += f" · [{name}](../{claim.chapter}.md)" if claim.chapter else ""
+        line += f" · {link(claim.chapter)}" if claim.chapter else ""
         line += f". {escaped(claim.statement)}" + (f" *{lead}:* {escaped(more)}" if more else "")
         lines.append(line)
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """How large an experiment is, where it runs, and where the package keeps what it must keep.
 
-The only module that reads the environment: `GRSD_SCALE`, `GRSD_DEVICE`, `GRSD_CACHE` and
-`GRSD_EVIDENCE`. A scale changes sizes and nothing else; no code path may depend on it.
+The only module that reads the environment: `GRSD_SCALE`, `GRSD_DEVICE`, `GRSD_CACHE`,
+`GRSD_EVIDENCE` and `GRSD_SITE`. A scale changes sizes and nothing else; no code path may depend on
+it.
 """
 
 from __future__ import annotations
@@ -69,3 +70,8 @@ def cache_dir(given: Path | str | None = None) -> Path:
 def evidence_dir() -> Path:
     """Folder where claims record their evidence: `GRSD_EVIDENCE`, else a folder in the cache."""
     return _folder("GRSD_EVIDENCE") or cache_dir() / "evidence"
+
+
+def site() -> str:
+    """Address of the published book that a notebook belongs to (`GRSD_SITE`); empty in a build."""
+    return os.environ.get("GRSD_SITE", "").strip().rstrip("/")

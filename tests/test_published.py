@@ -14,7 +14,7 @@ from types import ModuleType
 import jupytext
 import pytest
 
-from grsd import REQUIRED, chapter
+from grsd import REQUIRED, chapter, claims, results
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted(
@@ -52,11 +52,15 @@ def start_call(source: str) -> dict[str, object]:
 
 
 def missing(source: str, listed: dict[str, str]) -> set[str]:
-    """Modules that code imports and that neither Colab's list, its first cell nor Python has."""
+    """Modules that code imports and that neither Colab (`google.colab` is itself), its first cell nor Python has."""
     tree = list(ast.walk(ast.parse(source)))
     names = [alias.name for n in tree if isinstance(n, ast.Import) for alias in n.names]
     names += [str(n.module) for n in tree if isinstance(n, ast.ImportFrom) and not n.level]
-    tops = {name.partition(".")[0] for name in names} - {"grsd"} - set(sys.stdlib_module_names)
+    tops = (
+        {name.partition(".")[0] for name in names}
+        - {"grsd", "google"}
+        - set(sys.stdlib_module_names)
+    )
     installed = set(start_call(source).get("needs", ()))  # type: ignore[call-overload]
     return {top for top in tops - installed if NAMED.get(top, top).lower() not in listed}
 
@@ -96,6 +100,37 @@ def test_every_floor_was_run() -> None:
         assert version == floor + ".0" * (version.count(".") - floor.count(".")), name
 
 
+# --- Links ----------------------------------------------------------------------------------------
+
+
+def test_a_link_that_code_writes_leads_to_the_published_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    some = [claim.id for claim in claims.load() if claim.chapter][:40]
+    monkeypatch.delenv("GRSD_SITE", raising=False)
+    assert len(tool().dead_links(claims.bullets(*some))) >= 40
+    assert claims.link("mup/norms") == "[norms](../mup/norms.md)"
+    monkeypatch.setenv("GRSD_SITE", "https://someone.github.io/fork/")
+    assert tool().dead_links(claims.bullets(*some)) == []
+    assert (
+        claims.link("mup/norms", "x") == "[x](https://someone.github.io/fork/book/mup/norms.html)"
+    )
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_no_cell_writes_a_link_by_hand(path: Path) -> None:
+    assert not re.findall(r"\]\([^)]*\.md\b", code(path)), (
+        "claims.link(chapter) is right in both places"
+    )
+
+
+def test_a_dead_link_is_found() -> None:
+    text = (
+        "[a](b.md) ![c](d.png) [e](https://f.org) [g](#h) $[x](y)$ `[k](l)` ![m](attachment:n.png)"
+    )
+    assert tool().dead_links(text) == ["b.md", "d.png"]
+
+
 # --- The GPU ---------------------------------------------------------------------------------------
 
 
@@ -124,6 +159,51 @@ def test_chapters_with_large_work_ask_for_the_device_and_say_so() -> None:
 def test_a_question_for_the_device_is_seen() -> None:
     assert asks("x = torch.ones(3).to(device())") and asks("run(device=scale.device())")
     assert not asks("x.to(device)\nprint(model.device)")
+
+
+# --- The first line --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chapter.figures, "style", lambda: None)
+    monkeypatch.setenv("GRSD_DEVICE", "meta")
+    monkeypatch.setenv("GRSD_SCALE", "cpu")
+
+
+@pytest.mark.usefixtures("quiet")
+def test_the_first_line_says_where_and_how_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "packaged_dir", lambda: tmp_path)
+    monkeypatch.setattr(results, "revision", lambda: "a" * 40)
+    chapter.start("a/b", gpu=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "device meta, scale cpu, not timed" in line
+    made = results.provenance(["make", "colab"], {})
+    results.save(
+        results.Result(chapter.TIMES, {"seconds": {"a/b": 61.0, "a/c": 5.0}}, made), tmp_path
+    )
+    chapter.start("a/b")
+    line = capsys.readouterr().out
+    assert "cpu (float64 theory" in line and "about 2 minutes on" in line
+    chapter.start("a/c")
+    assert "about 1 minute on" in capsys.readouterr().out
+    monkeypatch.setenv("GRSD_SCALE", "gpu")
+    chapter.start("a/b")
+    assert "scale gpu, not timed" in capsys.readouterr().out, "another scale takes another time"
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_failed_install_shows_the_reason_of_pip(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(chapter.PINNED, "json", "json==0")  # is there: nothing is asked of pip
+    monkeypatch.setitem(chapter.PINNED, "absent_module", "./no-such-folder/absent")
+    chapter.start("a/b", needs=("json",))
+    assert "installed" not in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"pip could not install.*no-such-folder"):
+        chapter.start("a/b", needs=("absent_module",))
 
 
 # --- Editions --------------------------------------------------------------------------------------

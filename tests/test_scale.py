@@ -6,12 +6,13 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 
 from grsd import scale as scales
-from grsd.scale import cache_dir, evidence_dir, pick, scale
+from grsd.scale import cache_dir, device, evidence_dir, pick, scale
 
 PACKAGE = Path(scales.__file__).parent
-VARIABLES = ("GRSD_SCALE", "GRSD_CACHE", "GRSD_EVIDENCE")
+VARIABLES = ("GRSD_SCALE", "GRSD_DEVICE", "GRSD_CACHE", "GRSD_EVIDENCE", "GRSD_SITE")
 
 
 def reads_environment(source: str) -> bool:
@@ -78,6 +79,29 @@ def test_without_variables_the_users_cache_folder_is_used(
     assert cache_dir() == tmp_path / ".cache" / "grsd"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_dir() == tmp_path / "xdg" / "grsd"
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu"), (2, "cuda")])
+def test_large_work_runs_on_a_gpu_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("GRSD_DEVICE", raising=False)
+    assert device() == expected
+    monkeypatch.setenv("GRSD_DEVICE", " CPU ")
+    assert device() == "cpu"
+    monkeypatch.setenv("GRSD_DEVICE", "meta")
+    assert device() == "meta"
+    monkeypatch.setenv("GRSD_DEVICE", "cuda:1")
+    if gpus > 1:
+        assert device() == "cuda:1"
+    else:
+        with pytest.raises(ValueError, match="'cuda:1', but this machine has cpu"):
+            device()
+    monkeypatch.setenv("GRSD_DEVICE", "quantum")
+    with pytest.raises(ValueError, match=r"'quantum'.*'cpu' or 'cuda'"):
+        device()
 
 
 def test_no_other_module_names_the_variables_of_this_one() -> None:

@@ -103,10 +103,19 @@ def make_notebooks(folder: Path) -> None:
         raise SystemExit(f"the notebooks were not built: status {status}")
 
 
+def dead_links(text: str) -> list[str]:
+    """Targets of Markdown links that lead to a neighbouring file: Colab has none."""
+    found: list[str] = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"\$[^$]*\$|`[^`]*`", "", text))
+    return [target for target in found if not re.match(r"https?://|#|attachment:|data:", target)]
+
+
 def faults(notebook: Any) -> list[str]:
-    """What the cells of a notebook that was run wrote to stderr, and the errors they ended with."""
+    """Errors of the cells of a notebook that was run, what they wrote to stderr, and dead links."""
     found = []
     for number, cell in enumerate(notebook.cells):
+        shown = [o.get("data", {}).get("text/markdown", "") for o in cell.get("outputs", [])]
+        shown += [cell.source] if cell.cell_type == "markdown" else []
+        found += [f"cell {number}: dead link {link}" for text in shown for link in dead_links(text)]
         for output in cell.get("outputs", []):
             if output.output_type == "error":
                 found.append(f"cell {number}: {output.ename}: {output.evalue}")

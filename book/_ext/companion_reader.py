@@ -27,7 +27,8 @@ PUBLISHED = "gh-pages"  # the branch that publish.yml writes: pages at its root,
 SETUP = "from grsd.chapter import"  # how the first cell of a chapter begins
 BOOTSTRAP = """\
 # Installs the package of this notebook's edition where it is missing; touches neither torch nor numpy.
-import importlib.util, subprocess, sys
+import importlib.util, os, subprocess, sys
+os.environ.setdefault("GRSD_SITE", "{site}")  # where links between chapters lead
 if importlib.util.find_spec("grsd") is None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "{address}"]
     done = subprocess.run(pip, capture_output=True, text=True)
@@ -140,7 +141,7 @@ def buttons(
     context["header_buttons"] = kept
 
 
-def publishable(notebook: Any, address: str) -> Any:
+def publishable(notebook: Any, address: str, site: str = "") -> Any:
     """A reader's notebook: no build date, no outputs, and the address to install ``grsd`` from in its setup cell.
 
     Cell ids are numbered, so that an unchanged chapter is published as the same file.
@@ -155,7 +156,7 @@ def publishable(notebook: Any, address: str) -> Any:
             if cell.source.startswith(SETUP):
                 cell.metadata.update(cellView="form", jupyter={"source_hidden": True})
                 if address:
-                    cell.source = BOOTSTRAP.format(address=address) + cell.source
+                    cell.source = BOOTSTRAP.format(address=address, site=site) + cell.source
     return notebook
 
 
@@ -273,7 +274,8 @@ class ReaderNotebooks(JupyterBuilder):
         mine = self.app.companion_repository
         revision = git(Path(self.app.srcdir), "rev-parse", "HEAD")
         address = f"git+{mine.url}@{revision}" if mine and revision else ""
-        return publishable(super().update_Metadata(docname, nb), address)
+        site = mine.site if mine else ""
+        return publishable(super().update_Metadata(docname, nb), address, site)
 
     def finish(self) -> None:
         for page in sorted(self.env.found_docs):

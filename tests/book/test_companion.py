@@ -454,6 +454,7 @@ def test_a_reader_notebook_knows_where_it_came_from(book: Book) -> None:
     assert "**Exercise 1 (A task)**" in text
     assert "**Figure 1.** A small figure." in text
     assert "https://someone.github.io/fork/book/claims.html" in text
+    assert 'setdefault("GRSD_SITE", "https://someone.github.io/fork")' in code[0].source
     assert [line for line in text.splitlines() if line.startswith("# ")] == ["# A chapter"], (
         "boxes are not headings"
     )
