@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env book notebooks colab site wheel test unit field lint format bench bench-gpu suite lock clean distclean
+.PHONY: help env book notebooks pdf audit colab site wheel test unit field lint format bench bench-gpu suite lock clean distclean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-gpu  the same of the larger shapes, on a CUDA device"
 	@echo "make suite      the checkpoints and spectra that the chapters show (cached)"
 	@echo "make notebooks  the chapters as notebooks for readers, in $(BUILD)/_build/jupyter"
+	@echo "make pdf        the book as one PDF, printed by Chromium; make audit looks at every page in it"
 	@echo "make colab      the readers' notebooks, each run from its first cell in an environment like Colab's"
 	@echo "make wheel      sdist and wheel, in dist"
 	@echo "make lock       resolve the dependencies again and write requirements.txt"
@@ -85,6 +86,13 @@ book: suite
 notebooks: suite
 	jupyter-book build . --path-output $(BUILD) --builder custom --custom-builder jupyter -W -n --keep-going
 	@echo "The notebooks: $(CURDIR)/$(BUILD)/_build/jupyter"
+
+# Both want a Chromium or Chrome on the PATH, and the pages of `make book`.
+pdf:
+	python tools/pdf.py $(BUILD)/_build/html $(BUILD)/_build/html/grsd.pdf
+
+audit:
+	python tools/audit.py $(BUILD)/_build/html --output _build/audit
 
 # --- Colab, and what is released --------------------------------------------------------------------------
 # The packages that Colab had on a day (tools/colab-packages.txt, with the date) under its Python where there is one;
