@@ -8,7 +8,7 @@ it could have been, and beside the paper's rate a larger one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -80,9 +80,9 @@ class Parameters:
     width: int = 256
     samples: int = 200
     steps: int = 200
-    rates: tuple[float, ...] = field(default=(0.001, 1.0))  # η of the base; the paper's first
-    largest: int = 64  # depth up to which the rates after the first are run
-    seeds: int = 2  # of weights; the images stay
+    rates: tuple[float, ...] = (0.001, 0.03)  # η of the base; the paper's first
+    largest: int = 16  # depth up to which the rates after the first are run
+    seeds: int = 1  # of weights; the images stay
 
     def __post_init__(self) -> None:
         checks.at_least("sizes and seeds", min(*self.depths, self.width, self.seeds), 1)
@@ -129,7 +129,7 @@ def measure(piece: Piece) -> Data:
     }
 
     def weights() -> dict[str, Tensor]:
-        return {k: model.get_submodule(n).weight.detach().clone() for k, n in layers.items()}
+        return {k: model.get_parameter(f"{n}.weight").detach().clone() for k, n in layers.items()}
 
     @torch.no_grad()
     def features() -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ def measure(piece: Piece) -> Data:
             with torch.no_grad():
                 stream = model.stream(x)
                 z = {
-                    where: model.blocks[at].first(stream[at])  # type: ignore[operator]
+                    where: model.get_submodule(f"blocks.{at}.first")(stream[at])
                     for where, at in looked.items()
                 }
         # one step of gradient descent
