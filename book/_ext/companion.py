@@ -39,8 +39,11 @@ STATUS = {"✅": "✓ ran", "❌": "✗ failed"}
 WORDS = 24  # characters; an interval with its value is shorter
 FEW_LINES = 4
 WIDEST = 104  # columns of a printed table that fit beside both sidebars
+POWER = re.compile(r"(?<=\d)\^([-−]?\d+)")
 _ONE = r"[-−+±]?\d[\d,]*(?:\.\d+)?(?:e[-−+]?\d+)?"  # 3, -0.5, 1.2e-15
-NUMBER = re.compile(rf"(?:{_ONE}|nan)(?: ?[%×])?(?: ?± ?{_ONE}| ?\[ ?{_ONE}, ?{_ONE}\])?")
+NUMBER = re.compile(
+    rf"(?:[≤≥<>?~] ?)?(?:{_ONE}|nan)(?: ?[%×])?(?: ?± ?{_ONE}| ?\[ ?{_ONE}, ?{_ONE}\])?"
+)
 SHORTEST_ALT = (
     10  # characters; "a figure" or a file name says nothing to a reader who cannot see it
 )
@@ -254,6 +257,9 @@ def align(table: nodes.table) -> None:
         for text in list(cell.findall(nodes.Text)):
             text.parent.replace(text, signed(str(text)))
         cell["classes"].append("a-number")
+    for text in [t for row in rows for cell in row for t in cell.findall(nodes.Text)]:
+        if POWER.search(text) and not isinstance(text.parent, (nodes.math, nodes.literal)):
+            text.parent.replace(text, raised(str(text)))
     for column in range(max(map(len, rows), default=0)):
         cells = [
             row[column]
@@ -264,6 +270,15 @@ def align(table: nodes.table) -> None:
             for row in rows:
                 if column < len(row):
                     row[column]["classes"].append("number")
+
+
+def raised(text: str) -> list[nodes.Node]:
+    """``2^-9`` as 2 with a raised −9."""
+    out: list[nodes.Node] = []
+    for k, part in enumerate(POWER.split(text)):
+        part = part.replace("-", "−") if k % 2 else part
+        out += [nodes.superscript("", part) if k % 2 else nodes.Text(part)] if part else []
+    return out
 
 
 def signed(text: str) -> list[nodes.Node]:

@@ -166,9 +166,15 @@ def test_columns_of_numbers_stand_right_with_true_signs_and_words_do_not() -> No
     assert right == ["gap", "−1.2·10−5", "–", "0.5"]
     assert [node.astext() for node in made.findall(nodes.superscript)] == ["−5"]
     assert "a-b" in made.astext()
+    powers = table(("from 2^-9 on", "≤ -6.00"), ("2^10", "x^2"))
+    companion.align(powers)
+    assert [node.astext() for node in powers.findall(nodes.superscript)] == ["−9", "10"]
+    assert "x^2" in powers.astext()  # a letter's power is mathematics, which the author sets
 
 
-@pytest.mark.parametrize("text", ["-0.79 [-1.01, -0.72]", "1 ± 0.2", "2,048", "nan", "12 %"])
+@pytest.mark.parametrize(
+    "text", ["-0.79 [-1.01, -0.72]", "1 ± 0.2", "2,048", "nan", "12 %", "≤ -6.00"]
+)
 def test_numbers_of_every_kind_are_known(text: str) -> None:
     assert companion.NUMBER.fullmatch(text)
     assert not companion.NUMBER.fullmatch(f"{text} nats of it")
