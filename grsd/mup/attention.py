@@ -56,7 +56,7 @@ class MultiplyQueries:
         sizes = self.split
         if isinstance(sizes, int):
             sizes = (output.shape[-1] // sizes,) * sizes
-        parts = output.unflatten(-1, (-1, sum(sizes)))
+        parts = output.reshape(*output.shape[:-1], -1, sum(sizes))
         first, rest = parts[..., : sizes[0]], parts[..., sizes[0] :]
         return torch.cat([first * self.factor, rest], -1).flatten(-2)
 
@@ -70,8 +70,8 @@ def head_dimension(model: nn.Module) -> int | None:
         heads = getattr(one, "num_attention_heads", None) or getattr(one, "n_head", None)
         if isinstance(one, nn.MultiheadAttention):
             heads = one.num_heads
-        width = next(filter(None, (getattr(one, n, None) for n in _WIDTHS)), None)
-        own = getattr(one, "head_dim", None)
+        width: Any = next(filter(None, (getattr(one, n, None) for n in _WIDTHS)), None)
+        own: Any = getattr(one, "head_dim", None)
         if isinstance(heads, int) and heads > 0 and isinstance(own or width, int):
             return int(own or width // heads)
     return None

@@ -72,7 +72,7 @@ def newton_schulz(
     X = X.mT if tall else X
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
     # the iteration, on three axes
-    listed: Any = [coefficients] if isinstance(coefficients[0], float) else coefficients
+    listed: Any = [coefficients] if isinstance(coefficients[0], int | float) else coefficients
     shape = X.shape
     X = X.reshape(-1, *shape[-2:])
     for k in range(steps):

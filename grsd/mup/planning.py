@@ -182,9 +182,9 @@ def plan(
     unmatched([] if branch_ends in (None, BRANCH_ENDS) else ends, below, "branch_ends")
     notes = [chosen.caution] if chosen.caution else []
     # attention, where heads grow or the user says so
-    splits = {e.name.rpartition(".")[0]: e.split for e in entries if e.name.endswith("weight")}
+    parts = {e.name.rpartition(".")[0]: e.split for e in entries if e.name.endswith("weight")}
     scores, said_of_scores = attention(
-        model, base, layout, *_twins(layout, base), family, splits, own_factors["attention"]
+        model, base, layout, *_twins(layout, base), family, parts, own_factors["attention"]
     )
     notes += said_of_scores
     if known_as and known_as not in FAMILIES and branch_ends is None:

@@ -15,7 +15,8 @@ from torch import Tensor
 def whole(x: Tensor) -> Tensor:
     """Return a tensor's global value: itself, or the gathered one (all processes must call)."""
     gather: Any = getattr(x, "full_tensor", None)
-    return x if gather is None else gather()
+    value: Tensor = x if gather is None else gather()
+    return value
 
 
 def put(x: Tensor, value: Tensor) -> None:

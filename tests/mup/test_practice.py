@@ -18,6 +18,7 @@ from grsd import mup
 from grsd.lab.nets import stock
 from grsd.mup import NO_DECAY, schedules
 from grsd.mup.attention import head_dimension
+from grsd.mup.planning import unscaled
 from grsd.mup.schedules import Budget
 
 from .test_planning import Residual, gpt2, llama
@@ -233,7 +234,7 @@ def test_factors_on_embeddings_branches_and_head_act_and_are_verified() -> None:
     assert [r.what for r in wrong] == ["reads"] and wrong[0].wanted == 3.0
     with pytest.raises(ValueError, match="place of multipliers is 'embed'; expected one of input"):
         mup.plan(model, base=base, optimizer="adamw", multipliers={"embed": 1.0})
-    assert mup.planning.unscaled(plan).multipliers == ()
+    assert unscaled(plan).multipliers == ()
 
 
 # --- Attention ----------------------------------------------------------------------------------------------
@@ -308,9 +309,9 @@ def test_nanogpts_heads_are_seen_and_their_scores_divided_by_the_dimension() -> 
     # the same by hand: queries times √(8/16)
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        for block in twin.h:
-            block.attn.c_attn.weight[:32] *= math.sqrt(0.5)  # type: ignore[index, union-attr]
-            block.attn.c_attn.bias[:32] *= math.sqrt(0.5)  # type: ignore[index, union-attr]
+        for name, p in twin.named_parameters():
+            if ".c_attn." in name:
+                p[:32] *= math.sqrt(0.5)
     fixed = mup.plan(twin, base=NanoGPT(16, 1).double(), optimizer="adamw")  # of one head dimension
     assert fixed.attention == () and fixed.notes == ()
     torch.testing.assert_close(attached(model, plan), attached(twin, fixed), rtol=1e-12, atol=1e-14)
