@@ -81,6 +81,7 @@ LOOK = r"""
 })()
 """
 READY = "window.MathJax?.startup?.promise ? MathJax.startup.promise.then(() => 1) : 1"
+SETTLED = "new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(() => go(1))))"
 
 
 class Browser:
@@ -174,6 +175,7 @@ def look(browser: Browser, page: Path) -> dict[str, tuple[dict[str, Any], Image.
         browser.call("Emulation.setDeviceMetricsOverride", **size)
         if not seen:
             browser.open(page.as_uri())
+        browser.run(SETTLED)
         for theme in THEMES:
             browser.run(f"document.documentElement.dataset.theme = '{theme}'")
             found = json.loads(browser.run(LOOK) or "{}")

@@ -80,7 +80,7 @@ def make_environment(folder: Path) -> None:
 
 def make_notebooks(folder: Path) -> None:
     """The reader notebooks as `make notebooks` publishes them; without outputs, so none is run."""
-    from jupyter_book.sphinx import build_sphinx
+    from jupyter_book.sphinx import build_sphinx  # type: ignore[import-untyped]
 
     os.environ.setdefault("GRSD_REPOSITORY", "owner/grsd")
     os.environ["GRSD_EVIDENCE"] = str(folder / "evidence")
@@ -133,7 +133,7 @@ def run_one(path: Path, wheel: Path) -> list[str]:
     # as on a fresh machine: neither the package nor a cache
     pip = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *LACKING]
     subprocess.run(pip, check=True, capture_output=True)
-    notebook = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source, found = ADDRESS.subn(json.dumps(str(wheel)), first.source)
     if found != 1:

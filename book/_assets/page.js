@@ -1,4 +1,5 @@
-// On every page: a formula that is a little too wide is set smaller, and search shows formulas as text.
+// On every page: a formula that is a little too wide is set smaller, what hides something is shaded, and search
+// shows formulas as text.
 
 // The smallest size at which a formula is still read; what is wider scrolls.
 const SMALLEST = 0.72;
@@ -9,6 +10,20 @@ function fitFormulas() {
     formula.style.fontSize = `${full}%`;
     const share = formula.clientWidth / formula.scrollWidth;
     if (share < 1) formula.style.fontSize = `${Math.max(SMALLEST, 0.985 * share) * full}%`;
+  });
+}
+
+// A shade at the right edge of what can still be scrolled, until it has been.
+const SCROLLERS = '.pst-scrollable-table-container, mjx-container[display="true"], pre, .sig';
+
+function shade(box) {
+  box.classList.toggle("hides-more", box.scrollWidth - box.clientWidth - box.scrollLeft > 1);
+}
+
+function markScrollers() {
+  document.querySelectorAll(SCROLLERS).forEach((box) => {
+    shade(box);
+    box.onscroll = () => shade(box);
   });
 }
 
@@ -25,8 +40,10 @@ function untex(text) {
 
 if (typeof document !== "undefined") {
   window.addEventListener("load", () => window.MathJax?.startup?.promise.then(() => {
-    fitFormulas();
-    window.addEventListener("resize", fitFormulas);
+    const fit = () => { fitFormulas(); markScrollers(); };
+    fit();
+    window.addEventListener("resize", fit);
+    document.addEventListener("toggle", markScrollers, true);
   }));
   document.addEventListener("DOMContentLoaded", () => {
     if (typeof Search === "undefined") return;

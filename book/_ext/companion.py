@@ -39,8 +39,11 @@ STATUS = {"✅": "✓ ran", "❌": "✗ failed"}
 WORDS = 24  # characters; an interval with its value is shorter
 FEW_LINES = 4
 WIDEST = 104  # columns of a printed table that fit beside both sidebars
+POWER = re.compile(r"(?<=\d)\^([-−]?\d+)")
 _ONE = r"[-−+±]?\d[\d,]*(?:\.\d+)?(?:e[-−+]?\d+)?"  # 3, -0.5, 1.2e-15
-NUMBER = re.compile(rf"(?:{_ONE}|nan|–|-)(?: ?[%×])?(?: ?± ?{_ONE}| ?\[ ?{_ONE}, ?{_ONE}\])?")
+NUMBER = re.compile(
+    rf"(?:[≤≥<>?~] ?)?(?:{_ONE}|nan)(?: ?[%×])?(?: ?± ?{_ONE}| ?\[ ?{_ONE}, ?{_ONE}\])?"
+)
 SHORTEST_ALT = (
     10  # characters; "a figure" or a file name says nothing to a reader who cannot see it
 )
@@ -247,22 +250,35 @@ def _topic(node: nodes.Node) -> str:
 
 
 def align(table: nodes.table) -> None:
-    """Numbers to the right with true minus signs and powers of ten, and the heading of such a column with them."""
+    """Columns of numbers to the right, headings with them; every number with its true minus sign and power of ten."""
     rows = [list(row.findall(nodes.entry)) for row in table.findall(nodes.row)]
-    body = (
-        [row for row in rows if not isinstance(row[0].parent.parent, nodes.thead)] if rows else []
-    )
-    for row in body:
-        for cell in row:
-            if NUMBER.fullmatch(cell.astext().strip()):
-                cell["classes"].append("number")
-                for text in list(cell.findall(nodes.Text)):
-                    text.parent.replace(text, signed(str(text)))
-    for head in rows[: len(rows) - len(body)]:
-        for column, cell in enumerate(head):
-            mine = [row[column]["classes"] for row in body if len(row) == len(head)]
-            if 2 * sum("number" in classes for classes in mine) > len(mine):
-                cell["classes"].append("number")
+    body = [row for row in rows if row and not isinstance(row[0].parent.parent, nodes.thead)]
+    for cell in (cell for row in body for cell in row if NUMBER.fullmatch(cell.astext().strip())):
+        for text in list(cell.findall(nodes.Text)):
+            text.parent.replace(text, signed(str(text)))
+        cell["classes"].append("a-number")
+    for text in [t for row in rows for cell in row for t in cell.findall(nodes.Text)]:
+        if POWER.search(text) and not isinstance(text.parent, (nodes.math, nodes.literal)):
+            text.parent.replace(text, raised(str(text)))
+    for column in range(max(map(len, rows), default=0)):
+        cells = [
+            row[column]
+            for row in body
+            if len(row) == len(rows[0]) and row[column].astext().strip() not in "–-"
+        ]
+        if 2 * sum("a-number" in cell["classes"] for cell in cells) > len(cells):
+            for row in rows:
+                if column < len(row):
+                    row[column]["classes"].append("number")
+
+
+def raised(text: str) -> list[nodes.Node]:
+    """``2^-9`` as 2 with a raised −9."""
+    out: list[nodes.Node] = []
+    for k, part in enumerate(POWER.split(text)):
+        part = part.replace("-", "−") if k % 2 else part
+        out += [nodes.superscript("", part) if k % 2 else nodes.Text(part)] if part else []
+    return out
 
 
 def signed(text: str) -> list[nodes.Node]:

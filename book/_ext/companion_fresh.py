@@ -24,6 +24,7 @@ from pathlib import Path
 import jupytext
 from companion_views import docname
 from jupyter_cache import get_cache
+from jupyter_cache.executors import load_executor
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -61,8 +62,10 @@ def stamps(root: Path, evidence: Path) -> dict[str, str]:
     package = code_fingerprint(root)
     chapters = {}
     for path in sorted((root / "book").rglob("*.md")):
-        cells = [c.source for c in jupytext.read(path).cells if c.cell_type == "code"]
-        if cells:  # prose and captions may change without a new run
+        page = jupytext.read(path)
+        off = page.metadata.get("mystnb", {}).get("execution_mode") == "off"
+        cells = [c.source for c in page.cells if c.cell_type == "code"]
+        if cells and not off:  # prose and captions may change without a new run
             name = path.relative_to(root).with_suffix("").as_posix()
             chapters[name] = digest([package, str(evidence), *cells])
     return chapters
@@ -86,8 +89,24 @@ def before(app: Sphinx, config: Config) -> None:
     for claim in settled:  # file by file: the folder may be anyone's
         if docname(claim) not in kept:
             (claims.evidence_dir() / f"{claim.id}.json").unlink(missing_ok=True)
-    forget(Path(config.nb_execution_cache_path or home / ".jupyter_cache"), root, kept)
+    cache = Path(config.nb_execution_cache_path or home / ".jupyter_cache")
+    forget(cache, root, kept)
+    if config.nb_execution_mode == "cache":
+        run(cache, root, sorted(set(new) - kept), config.nb_execution_timeout)
     (home / STAMPS).write_text(json.dumps(new, indent=1))
+
+
+def run(cache: Path, root: Path, names: list[str], timeout: int) -> None:
+    """Run chapters side by side, one thread each, as many at once as there are cores.
+
+    Only where two or more have no run. What fails is not kept: Sphinx runs it again and reports it.
+    """
+    store, paths = get_cache(str(cache)), [str((root / f"{name}.md").absolute()) for name in names]
+    for path in paths:
+        store.add_nb_to_project(path, read_data={"name": "myst_nb_md", "type": "plugin"})
+    if len(paths) > 1 and len(store.list_unexecuted(filter_uris=paths)) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        load_executor("local-parallel", store).run_and_cache(filter_uris=paths, timeout=timeout)
 
 
 def draw_both(folder: Path) -> None:

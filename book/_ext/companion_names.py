@@ -54,6 +54,34 @@ def helps(
                 yield from helps(found, f"{name} {below}", context)
 
 
+_TYPE = (
+    r"(?:(?:tuple|list|sequence|dict|array|set)s? of [\w.]+|int|float|bool|str|bytes|None|Path|slice|callable|mapping|tuple"
+    r"|list|dict|sequence|(?:[a-z]+\.)*[A-Z]\w+|\"\w+\"|`[^`]+`)"
+)
+_SHAPE = r"\([^)]*\)(?: \w+\d+)?"  # (n, k), (m,) float64
+SLOT = re.compile(
+    rf"({_TYPE}(?:(?: or |, ){_TYPE})*(?:,? {_SHAPE})?(?:, optional)?|{_SHAPE})(?:[,;:.] (.*))?"
+)
+
+
+def words_below_types(
+    _app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]
+) -> None:
+    """Leave types and shapes behind the colon of a parameter; what else stands there begins its description."""
+    found: list[str] = []
+    for line in lines:
+        field = re.match(r"( *)([\w*]+(?:, [\w*]+)*) : (.+)", line)
+        if field is None:
+            found.append(line)
+            continue
+        indent, names, said = field.groups()
+        slot = SLOT.fullmatch(said)
+        found.append(f"{indent}{names} : {slot[1]}" if slot else f"{indent}{names}")
+        rest = slot[2] if slot else said
+        found += [f"{indent}    {rest}"] if rest else []
+    lines[:] = found
+
+
 def without_substitutions(
     _app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]
 ) -> None:
@@ -81,6 +109,7 @@ def one_by_one(
 
 def setup(app: Sphinx) -> None:
     app.add_directive("commands", CommandsDirective)
+    app.connect("autodoc-process-docstring", words_below_types, priority=100)  # before napoleon
     for handler in (one_by_one, without_substitutions):
         app.connect(
             "autodoc-process-docstring", handler, priority=900

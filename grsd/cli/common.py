@@ -122,6 +122,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     click.echo(str(Table(columns, rows)))
 
 
+def leading(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts before every text, such as Gemma's ``<bos>``; mostly none."""
+    if tokenizer is None:
+        return []
+    marked, plain = (tokenizer.encode("a", add_special_tokens=flag) for flag in (True, False))
+    return marked[: marked.index(plain[0])] if plain and plain[0] in marked else []
+
+
 class Lines:
     """Progress where there is no terminal: lines of counts, and when the rest will be done."""
 

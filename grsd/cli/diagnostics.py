@@ -100,7 +100,8 @@ def model_check(
     """Say whether MODEL is read as it was trained: its loss on a text, and how it goes on.
 
     The loss is in nats per token, beside log V, that of a model that knows nothing. A wrong
-    tokenizer, a wrong permutation or a wrong setting shows in both.
+    tokenizer, a wrong permutation or a wrong setting shows in both. What the tokenizer puts before
+    a text (Gemma's <bos>) stands before this one.
     """
     import math
 
@@ -118,20 +119,21 @@ def model_check(
     text = corpora.open_corpus(corpus, loaded.tokenizer)
     window = text.part(split or corpora.default_split(corpus))[:tokens]
     loaded.check_fit(text, len(window))
-    ids = torch.tensor(window.astype("int64"), device=where)[None]
+    before = common.leading(loaded.tokenizer)
+    ids = torch.tensor([*before, *window.tolist()], device=where)[None]
 
     # its loss, and 24 tokens that follow the first 16
     net: Any = loaded.model
     with torch.no_grad():
         rows = net(input_ids=ids[:, :-1], use_cache=False).logits[0].double()
         nats = float(torch.nn.functional.cross_entropy(rows, ids[0, 1:]))
-        begun = ids[:, : min(16, ids.shape[1])]
+        begun = ids[:, : len(before) + min(16, len(window))]
         for _ in range(24):
             row = net(input_ids=begun, use_cache=False).logits[:, -1:]
             begun = torch.cat([begun, row.argmax(-1)], 1)
     found = {"model": model, "revision": checkpoint.revision, **checkpoint.provenance()}
     found |= {"parameters": sum(p.numel() for p in net.parameters()), "tokens": len(window)}
-    found |= {"nats": nats, "uniform": math.log(loaded.vocab_size)}
+    found |= {"nats": nats, "uniform": math.log(loaded.vocab_size), "before": before}
     found["text"] = text.tokenizer.decode(begun[0].tolist())
     if as_json:
         emit(found)
@@ -141,5 +143,6 @@ def model_check(
     click.echo(
         f"{nats:.4f} nats per token on the first {len(window)} tokens of {corpus}, "
         f"where no knowledge has {found['uniform']:.2f}"
+        + (f"; before them {text.tokenizer.decode(before)}" if before else "")
     )
     click.echo(f"greedy, after 16 tokens: {found['text']!r}")

@@ -106,6 +106,10 @@ def shells(
         return
     if run.group is not None:
         say(str(run.group))
+    tokenizer = opened.checkpoint(next(iter(run.revisions))).tokenizer
+    if before := common.leading(tokenizer):
+        mark = tokenizer.decode(before)
+        say(f"note: the tokenizer puts {mark} before a text; windows are cut from it, without it")
     edges = given or run.common_shells(ratio)
     data = summary.summary(run, edges)
     if png:

@@ -1,6 +1,6 @@
-"""The experiment ``published``: exact spectral measures of the errors of published models.
+"""The experiment ``published``: exact spectral measures of the errors of language models.
 
-One piece is one model on one batch of text. M is formed densely (T products in float32) and
+One piece is one checkpoint on one batch of text. M is formed densely (T products in float32) and
 diagonalised in float64, so that every start vector has its exact measure, with no Lanczos between.
 A model is measured as it is published; as its untrained *twin*, of the same configuration; with
 *shuffled* targets; or *rounded* once more, by noise as large as the rounding of 4-bit blocks.
@@ -65,6 +65,7 @@ class Parameters:
     sizes: tuple[int, ...] = (1, 2)
     batches: tuple[int, ...] = (5, 1)
     steps: int = 40  # of Lanczos: on M for the first batch, on K for the first three
+    revisions: tuple[str, ...] = ("",)  # the empty one is the last
     seeds: int = 1  # of batches, twins and random vectors
 
     def __post_init__(self) -> None:
@@ -85,15 +86,18 @@ def pieces(p: Parameters) -> list[Piece]:
     listed = []
     for at, (size, count) in enumerate(zip(p.sizes, p.batches, strict=True)):
         # the first batch of every variant before any second one
-        every = itertools.product(p.models, p.corpora, range(p.seeds), range(count), p.variants)
-        for model, corpus, seed, batch, variant in every:
+        every = itertools.product(
+            p.models, p.revisions, p.corpora, range(p.seeds), range(count), p.variants
+        )
+        for model, revision, corpus, seed, batch, variant in every:
             paired, first = variant in VARIANTS[:2], at == 0 and batch == 0
             if not (paired or first):
                 continue
             listed.append(
                 {
                     "model": model,
-                    "weights": _fingerprint(model),
+                    "revision": revision,
+                    "weights": _fingerprint(model, revision),
                     "corpus": Path(corpus).name,
                     "text": _sha256(corpus),
                     "path": corpus,
@@ -109,10 +113,10 @@ def pieces(p: Parameters) -> list[Piece]:
     return listed
 
 
-def _fingerprint(model: str) -> str:
+def _fingerprint(model: str, revision: str) -> str:
     """Of the weights; empty without them, which `measure` refuses with what to do."""
     try:
-        return open_model(model).checkpoint().fingerprint
+        return open_model(model).checkpoint(revision or None).fingerprint
     except ValueError:
         return ""
 
@@ -152,7 +156,7 @@ def rounding(net: nn.Module, generator: torch.Generator) -> None:
 
 def measure(piece: Piece) -> Data:
     """Eigenvalues of M (T,), the share of every start vector in them, and δ on K."""
-    loaded = open_model(piece["model"]).checkpoint().load()
+    loaded = open_model(piece["model"]).checkpoint(piece["revision"] or None).load()
     corpus = corpora.open_corpus(piece["path"], loaded.tokenizer)
     loaded.check_fit(corpus, piece["length"])
     part = corpora.default_split(piece["path"])
@@ -237,7 +241,18 @@ def measure_of(data: Data, start: str = "error") -> SpectralMeasure:
 
 def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
     """Every piece, rounded to five digits, and the profiles that the table shows."""
-    keys = ("model", "corpus", "variant", "size", "length", "batch", "seed", "weights", "text")
+    keys = (
+        "model",
+        "revision",
+        "corpus",
+        "variant",
+        "size",
+        "length",
+        "batch",
+        "seed",
+        "weights",
+        "text",
+    )
     all_pieces = [
         {key: piece[key] for key in keys} | rounded(data)
         for piece, data in zip(listed, measured, strict=True)
@@ -246,9 +261,9 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
 
 
 def _groups(all_pieces: list[Data]) -> list[Data]:
-    """Per model, corpus, size and variant: what is said of the mean profile of each start."""
+    """Per checkpoint, corpus, size and variant: what is said of the mean profile of each start."""
     groups = []
-    names = ("model", "corpus", "size", "variant")
+    names = ("model", "revision", "corpus", "size", "variant")
     for key, members in grouped(all_pieces, all_pieces, *names).items():
         group: Data = dict(zip(names, key, strict=True))
         group |= {"batches": len(members), "loss": float(np.mean([m["loss"] for m in members]))}
@@ -270,15 +285,15 @@ def profile(members: list[Data], start: str = "error") -> AveragedProfile:
 
 
 def table(result: Data) -> Rows:
-    """Per model, text, batch size, variant and start: peaks, peak, median and slope."""
-    columns = ["model", "text", "T", "variant", "batches", "loss", "start"]
+    """Per checkpoint, text, batch size, variant and start: peaks, peak, median and slope."""
+    columns = ["model", "revision", "text", "T", "variant", "batches", "loss", "start"]
     columns += ["one peak", "peak λ", "median λ", "low-side slope"]
     rows: list[list[object]] = []
     length = result["pieces"][0]["length"]
     for group in result["groups"]:
         for start in STARTS:
             said = group[start]
-            head = [group[k] for k in ("model", "corpus")] + [group["size"] * length]
+            head = [group[k] for k in ("model", "revision", "corpus")] + [group["size"] * length]
             head += [group[k] for k in ("variant", "batches", "loss")]
             tail = ["yes" if said["unimodal"] else "no", said["peak"], said["median"]]
             rows.append([*head, start, *tail, "–" if said["slope"] is None else said["slope"]])

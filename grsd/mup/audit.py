@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from grsd import checks
 from grsd.mup.coordcheck import Factory, Loss, Size, Slope, fit_along, sizes_along
+from grsd.mup.monitoring import entry_norms, geometric_means
 from grsd.mup.planning import Entry, Plan, plan
-from grsd.mup.plans import entry_norms, geometric_means
 from grsd.mup.registry import assemble, row
 from grsd.mup.roles import tables
 from grsd.mup.rules import ROLES, SIZES, Rule, gradient_norm, rule, update_norm, weight_norm

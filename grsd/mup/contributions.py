@@ -117,8 +117,11 @@ def measure(
     multipliers: Sequence[Multiplier],
     r_n: float = 1.0,
     base: nn.Module | None = None,
+    embedded: float = 1.0,
 ) -> Verification:
     """Return what the blocks and heads of a model contribute; it carries its multipliers.
+
+    `embedded` is what the base's embeddings lack, a factor of the user.
 
     In all passes every block reads one stream, that of the model without multipliers at root mean
     square 1, and its branches end in what they end in there, so that a contribution is exactly α
@@ -166,7 +169,7 @@ def measure(
         if base is not None and r_n != 1:
             seen.run({m.module: m.factor for m in multipliers})
             alike = heads if stack_of(base)[1] == depth else []
-            rows += _sizes(seen.read, base, batch, blocks[0], alike, r_n)
+            rows += _sizes(seen.read, base, batch, blocks[0], alike, r_n, embedded)
     return Verification(tuple(rows))
 
 
@@ -183,6 +186,7 @@ def _sizes(
     first: str,
     heads: Sequence[Multiplier],
     r_n: float,
+    embedded: float,
 ) -> list[Contribution]:
     """Return the sizes of the streams that enter the stack and the heads, over the base's.
 
@@ -192,9 +196,18 @@ def _sizes(
     allowed = max(TOLERANCE, max(r_n, 1 / r_n) ** 0.25 - 1)
     with _observed(base, batch, [first], (), heads) as seen:
         seen.run({})
+    # the stack reads what was embedded; a head behind a norm does not see the factor
+    wanted = {first: embedded}
     return [
-        Contribution(name, "reads", 1.0, _rms(read[name]) / _rms(seen.read[name]), GROWS, allowed)
-        for name in (first, *(m.module for m in heads))
+        Contribution(
+            name,
+            "reads",
+            wanted.get(name, 1.0),
+            _rms(read[name]) / _rms(seen.read[name]),
+            GROWS,
+            allowed,
+        )
+        for name in (first, *(m.module for m in heads if embedded == 1))
     ]
 
 

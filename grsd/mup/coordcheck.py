@@ -8,7 +8,6 @@ spectral condition fixes one by one.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grsd import checks, statistics
+from grsd.mup.combined import backward
 from grsd.mup.contributions import Verification, tensor
 from grsd.mup.initial import Initial
+from grsd.mup.monitoring import geometric_means, typical_norm
 from grsd.mup.norms import rms_norm
-from grsd.mup.optimizers import backward
 from grsd.mup.planning import Plan, plan, unscaled
-from grsd.mup.plans import entry_norms, geometric_means
 from grsd.mup.registry import row
-from grsd.mup.roles import bare_modules, bare_parameters, stack_of, tables
+from grsd.mup.roles import bare_modules, bare_parameters, stack_of, tables, unnumbered
 from grsd.mup.rules import MATRICES, rule, update_norm, weight_norm
 from grsd.spectrum.operator.ntk import refuse_dropout
 
@@ -298,8 +297,7 @@ def _norms(
         if gaussian and x.ndim > 1 and e.role in ("input", "output") and e.name not in rows:
             fan_out, fan_in = (x.mT if e.transposed else x).flatten(1).shape
             scale /= 1 + math.sqrt(fan_in / fan_out if e.role == "input" else fan_out / fan_in)
-        sizes = geometric_means([("", size) for size in entry_norms(x, e, rows)])
-        norms[e.name] = scale * sizes.get("", 0.0)
+        norms[e.name] = scale * typical_norm(x, e, rows)
     return norms
 
 
@@ -312,11 +310,6 @@ def _by_role(run: Run, made: Plan, apart: set[str]) -> Run:
         for i in (0, 1)
     ]
     return replace(run, weights=means[0], updates=means[1])
-
-
-def unnumbered(name: str) -> str:
-    """Return a name with * for the number of its block, the same at every depth."""
-    return re.sub(r"\.\d+\.", ".*.", name, count=1)
 
 
 def fit_slope(points: Sequence[tuple[float, float]]) -> Slope | None:

@@ -30,6 +30,7 @@ class Family(NamedTuple):
     transposed: tuple[str, ...] = ()  #: experts that are stored (experts, n_in, n_out)
     kept: tuple[str, ...] = ()  #: initial values that have a structure: the model's own stay
     refused: str = ""  #: why there is no plan, and what to do instead
+    unscaled: bool = False  #: attention whose scores are not divided by √d
 
 
 def _head(config: Any) -> int:
@@ -95,7 +96,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(_BLOOM, {"*.query_key_value.weight": _falcon}),
     "opt": Family(("*.self_attn.out_proj", "*.fc2")),
     "gptj": Family(("*.attn.out_proj", "*.mlp.fc_out")),
-    "gpt_neo": Family(("*.attn.attention.out_proj", "*.mlp.c_proj")),
+    "gpt_neo": Family(("*.attn.attention.out_proj", "*.mlp.c_proj"), unscaled=True),
     "gpt_bigcode": Family(("*.attn.c_proj", "*.mlp.c_proj"), {"*.attn.c_attn.weight": _bigcode}),
     "starcoder2": Family(("*.self_attn.o_proj", "*.mlp.c_proj")),
     "olmo": Family(_DOWN),

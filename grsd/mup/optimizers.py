@@ -1,35 +1,52 @@
 """The matrix optimizers of the tables that no library has in this form, on batched Newton–Schulz.
 
-`Muon` in three scalings, `Shampoo` with exponential averages, `SSO` on the spectral sphere. SGD and
-AdamW are torch's; Lion, SOAP and Sophia come from `pytorch_optimizer`. `grsd.mup.registry` builds
-what a plan asks for, and `Combined` makes one optimizer of several.
+`Muon` in three scalings, `NorMuon` with rows of one size, `Shampoo` with exponential averages,
+`SSO` on the spectral sphere. SGD and AdamW are torch's; Lion, SOAP and Sophia come from
+`pytorch_optimizer`. `grsd.mup.registry` builds what a plan asks for, and `grsd.mup.combined` makes
+one optimizer of several.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from grsd import checks
+from grsd.mup.combined import Group, evaluate
 from grsd.mup.norms import scaled
+from grsd.mup.sharding import put, whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """a, b, c of Jordan's iteration: singular values end between about 0.7 and 1.2."""
-Group = dict[str, Any]
-Part = tuple[Tensor, int]  # a parameter, and which of its fused matrices
+_MINIMAX = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+POLAR_EXPRESS = (
+    *((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _MINIMAX),
+    (1.875, -1.25, 0.375),
+)
+"""Those of each step in arXiv:2505.16932: the composition of best odd quintics for singular values
+in [10⁻³, 1], with its safety factor 1.01 in all steps but the last."""
+Triple = tuple[float, float, float]
+Part = tuple[Tensor, Tensor, int]  # a parameter, its whole weight, and which of its fused matrices
 
 
 def newton_schulz(
     G: Tensor,
     *,
     steps: int = 5,
-    coefficients: tuple[float, float, float] = QUINTIC,
+    coefficients: Triple | Sequence[Triple] = QUINTIC,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return about U Vᵀ of every matrix in a batch, (..., m, n), by X ← aX + (b XXᵀ + c (XXᵀ)²) X.
@@ -37,7 +54,9 @@ def newton_schulz(
     It has the dtype of G; the iteration runs in `dtype`, by default bfloat16 on a GPU (off by about
     0.03 in the spectral norm), float32, or G's float64, on a CPU. Singular values that are above
     10⁻³ of the norm end in [0.68, 1.13] after five steps of the default coefficients; `polar` is
-    exact. Cost: 4 m² n + 2 m³ multiply-adds a step and matrix, m ≤ n, in three batched products.
+    exact. `coefficients` are a, b, c of all steps, or a list of those of each (the last is used
+    again), such as `POLAR_EXPRESS`. Cost: 4 m² n + 2 m³ multiply-adds a step and matrix, m ≤ n, in
+    three batched products.
     """
     if G.ndim < 2:
         raise ValueError(f"orthogonalisation needs matrices, got shape {tuple(G.shape)}")
@@ -53,10 +72,11 @@ def newton_schulz(
     X = X.mT if tall else X
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
     # the iteration, on three axes
-    a, b, c = coefficients
+    listed: Any = [coefficients] if isinstance(coefficients[0], int | float) else coefficients
     shape = X.shape
     X = X.reshape(-1, *shape[-2:])
-    for _ in range(steps):
+    for k in range(steps):
+        a, b, c = listed[min(k, len(listed) - 1)]
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     X = X.reshape(shape)
@@ -95,7 +115,13 @@ def pieces(p: Tensor, group: Group) -> list[Tensor]:
 
 
 class _Matrix(torch.optim.Optimizer):
-    """What the matrix optimizers share: momentum, decay, fused weights, batches of one shape."""
+    """What the matrix optimizers share: momentum, decay, fused weights, batches of one shape.
+
+    A sharded matrix is gathered, and every process computes its update: all-gathers of momentum and
+    weight a step.
+    """
+
+    matrices_only = True  #: for `Combined.add_param_group`
 
     def __init__(self, params: Iterable[Any], defaults: Group) -> None:
         checks.at_least("lr", defaults["lr"], 0, "it must be finite and not negative")
@@ -107,29 +133,31 @@ class _Matrix(torch.optim.Optimizer):
                         f"{type(self).__name__} takes matrices; a parameter has shape "
                         f"{tuple(p.shape)}. Give it to another optimizer"
                     )
-                pieces(p, group)
+                pieces(torch.empty(p.shape, device="meta"), group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = _evaluate(closure)
+        loss = evaluate(closure)
         for group in self.param_groups:
-            used = [p for p in group["params"] if p.grad is not None]
+            weights = {p: whole(p) for p in group["params"] if p.grad is not None}
             # the gradients of all parts of fused weights, by shape, with where they came from
             batches: dict[tuple[Any, ...], list[tuple[Tensor, Part]]] = {}
-            for p in used:
-                for k, part in enumerate(pieces(self._momentum(p, group), group)):
+            for p, W in weights.items():
+                for k, part in enumerate(pieces(whole(self._momentum(p, group)), group)):
                     G = _flat(part)
-                    batches.setdefault((*G.shape, G.dtype, G.device), []).append((G, (p, k)))
+                    batches.setdefault((*G.shape, G.dtype, G.device), []).append((G, (p, W, k)))
             # one update for each shape, written back part by part
             fades, rates = 1 - group["lr"] * group["weight_decay"], group.get("rates")
             for batch in batches.values():
                 home = [part for _, part in batch]
                 updates = self._update(torch.stack([G for G, _ in batch]), home, group)
-                for (p, k), u in zip(home, updates.unbind(0), strict=True):
-                    piece = pieces(p, group)[k]
+                for (_, W, k), u in zip(home, updates.unbind(0), strict=True):
+                    piece = pieces(W, group)[k]
                     rate = rates[k % len(rates)] if rates else 1.0
                     piece.mul_(fades).sub_(u.view(piece.shape), alpha=rate * group["lr"])
-            self._after(used, group)
+            self._after(weights.values(), group)
+            for p, W in weights.items():
+                put(p, W)
         return loss
 
     def _momentum(self, p: Tensor, group: Group) -> Tensor:
@@ -147,8 +175,8 @@ class _Matrix(torch.optim.Optimizer):
         """Return the direction of a batch of matrices, (b, n_out, n_in)."""
         return G
 
-    def _after(self, used: list[Tensor], group: Group) -> None:
-        """Do to the weights what follows the step."""
+    def _after(self, weights: Iterable[Tensor], group: Group) -> None:
+        """Do to the whole weights what follows the step."""
 
 
 class _Orthogonal(_Matrix):
@@ -165,14 +193,17 @@ class _Orthogonal(_Matrix):
         steps: int = 5,
         exact: bool = False,
         dtype: torch.dtype | None = None,
+        coefficients: Triple | Sequence[Triple] = QUINTIC,
     ) -> None:
         own |= {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(params, {**own, "steps": steps, "exact": exact, "dtype": dtype})
+        own |= {"steps": steps, "exact": exact, "dtype": dtype, "coefficients": coefficients}
+        super().__init__(params, own)
 
     def _direction(self, G: Tensor, group: Group) -> Tensor:
         if group["exact"]:
             return polar(G)
-        return newton_schulz(G, steps=group["steps"], dtype=group["dtype"])
+        how = {name: group[name] for name in ("steps", "dtype", "coefficients")}
+        return newton_schulz(G, **how)
 
 
 class Muon(_Orthogonal):
@@ -187,8 +218,9 @@ class Muon(_Orthogonal):
         factors on the rate of fused parts.
     scaling : "bare": s = 1, equation (21) of 2603.00541; "keller": √max(1, n_out/n_in), torch's
         default; "kimi": 0.2 √max(n_out, n_in), torch's "match_rms_adamw".
-    lr, and `shared` : momentum, nesterov, weight_decay as `torch.optim.Muon`; steps and dtype as
-        `newton_schulz`; exact=True takes the singular value decomposition in its place.
+    lr, and `shared` : momentum, nesterov, weight_decay as `torch.optim.Muon`; steps, dtype and
+        coefficients as `newton_schulz`; exact=True takes the singular value decomposition in its
+        place.
     """
 
     def __init__(
@@ -207,6 +239,39 @@ class Muon(_Orthogonal):
         keller, kimi = math.sqrt(max(1.0, out / into)), 0.2 * math.sqrt(max(out, into))
         factors = {"bare": 1.0, "keller": keller, "kimi": kimi}
         return self._direction(G, group) * factors[group["scaling"]]
+
+
+class NorMuon(Muon):
+    """Muon with rows of one size: ΔW = −η (s D^{-1/2} U Vᵀ c + λ W), D averages of rows' squares.
+
+    D holds the exponential average (`beta2`, from 0) of the mean square of each row of U Vᵀ, the
+    outputs of one neuron, and c keeps the Frobenius norm of U Vᵀ. The rest is as in `Muon`; with
+    scaling "kimi" it is the paper's algorithm, with "keller" that of its code. Source:
+    arXiv:2510.05491, algorithm 1.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-2, *, beta2: float = 0.95, **more: Any
+    ) -> None:
+        checks.between("beta2", beta2, 0, 1, "[)")
+        super().__init__(params, lr, **more)
+        for group in self.param_groups:
+            group.setdefault("beta2", beta2)
+        self.defaults["beta2"] = beta2
+
+    def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
+        update = super()._update(G, home, group)
+        squares = update.square().mean(-1, keepdim=True)
+        means = []
+        for (p, _, k), now in zip(home, squares.unbind(0), strict=True):
+            mean = self.state[p].setdefault(f"rows.{k}", torch.zeros_like(now))
+            means.append(mean.lerp_(now, 1 - group["beta2"]))
+        # a row without an update has none, whatever its average
+        apart = torch.stack(means).sqrt()
+        tiny = torch.finfo(update.dtype).tiny
+        even = torch.where(squares > 0, update / apart.clamp_min(tiny), torch.zeros_like(update))
+        size, new = (torch.linalg.matrix_norm(x, keepdim=True) for x in (update, even))
+        return even * (size / new.clamp_min(tiny))
 
 
 class Shampoo(_Matrix):
@@ -241,7 +306,7 @@ class Shampoo(_Matrix):
         for name, statistic in (("rows", G @ G.mT), ("columns", G.mT @ G)):
             # the averages of every matrix of the batch live with its parameter
             states = []
-            for (p, part), now in zip(home, statistic.unbind(0), strict=True):
+            for (p, _, part), now in zip(home, statistic.unbind(0), strict=True):
                 fresh = {"mean": torch.zeros_like(now), "count": 0}
                 states.append(self.state[p].setdefault(f"{name}.{part}", fresh))
                 states[-1]["mean"].lerp_(now, 1 - group["beta"])
@@ -293,7 +358,7 @@ class SSO(_Orthogonal):
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         # θ = u₁v₁ᵀ of the weights, which the step must not move along
         u, _, vt = torch.linalg.svd(
-            torch.stack([_flat(pieces(p, group)[k]) for p, k in home]), full_matrices=False
+            torch.stack([_flat(pieces(W, group)[k]) for _, W, k in home]), full_matrices=False
         )
         theta = u[..., :, :1] * vt[..., :1, :]
         # bisection for μ; with ‖G‖ = 1 the sign beyond ±2 is that of θ
@@ -307,9 +372,9 @@ class SSO(_Orthogonal):
             mu = (low + high) / 2
         return self._direction(G + mu[:, None, None] * theta, group) * _radius(G, group)
 
-    def _after(self, used: list[Tensor], group: Group) -> None:
-        for p in used:
-            for piece in pieces(p, group):
+    def _after(self, weights: Iterable[Tensor], group: Group) -> None:
+        for weight in weights:
+            for piece in pieces(weight, group):
                 W = _flat(piece)
                 piece.mul_(_radius(W, group) / torch.linalg.matrix_norm(W, ord=2))
 
@@ -317,7 +382,10 @@ class SSO(_Orthogonal):
     def retract(self) -> None:
         """Put every matrix on its sphere; call it once before training if the weights are not."""
         for group in self.param_groups:
-            self._after(group["params"], group)
+            weights = {p: whole(p) for p in group["params"]}
+            self._after(weights.values(), group)
+            for p, W in weights.items():
+                put(p, W)
 
 
 def _radius(W: Tensor, group: Group) -> float:
@@ -327,74 +395,3 @@ def _radius(W: Tensor, group: Group) -> float:
 
 def _flat(piece: Tensor) -> Tensor:
     return piece.reshape(-1, piece.shape[-1])
-
-
-def _evaluate(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-class Combined(torch.optim.Optimizer):
-    """Several optimizers as one: one `step`, one state, one list of groups for schedulers.
-
-    A group goes to the optimizer that is to step it: `optimizers[k].add_param_group`.
-    """
-
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        if not optimizers:
-            raise ValueError("no optimizer to combine")
-        self.optimizers: list[torch.optim.Optimizer] = []
-        super().__init__([g for o in optimizers for g in o.param_groups], {})
-        self.optimizers = list(optimizers)
-
-    @property
-    def param_groups(self) -> list[Group]:
-        """The very groups of the parts: what a scheduler writes reaches them."""
-        return [g for o in self.optimizers for g in o.param_groups] or self._checked
-
-    @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
-        self._checked = groups  # while torch looks for parameters in two groups
-
-    def add_param_group(self, param_group: Group) -> None:
-        if self.optimizers:
-            raise ValueError(
-                f"which of {[type(o).__name__ for o in self.optimizers]} is to step this group? "
-                "Give it to that one: optimizers[k].add_param_group(group)"
-            )
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"optimizers": self.optimizers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Combined.__init__(self, state["optimizers"])
-
-    def step(self, closure: Any = None) -> Any:
-        loss = _evaluate(closure)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [o.state_dict() for o in self.optimizers]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        states = state_dict.get("optimizers", ())
-        if len(states) != len(self.optimizers):
-            raise ValueError(
-                f"the state holds {len(states)} optimizers, here are {len(self.optimizers)}"
-            )
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-
-
-def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Run `loss.backward()`, and keep the gradients' graph where Sophia needs it for curvature."""
-    curved = any(group.get("create_graph", False) for group in optimizer.param_groups)
-    with warnings.catch_warnings():
-        # zero_grad() breaks the cycle that torch warns of
-        warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
-        loss.backward(create_graph=curved)  # type: ignore[no-untyped-call]

@@ -15,12 +15,22 @@ from typing import Any, Literal
 from torch import nn
 
 from grsd import checks
+from grsd.mup.attention import attention
 from grsd.mup.families import BRANCH_ENDS, FAMILIES, FUSED, Family, Fused, configuration
 from grsd.mup.initial import initial
 from grsd.mup.plans import Entry, Plan, numbers, unscaled
 from grsd.mup.registry import row
-from grsd.mup.roles import compare, matching, split_of, tied, unmatched
-from grsd.mup.rules import Scale, rule, shaped
+from grsd.mup.roles import (
+    Layout,
+    bare_modules,
+    compare,
+    matching,
+    split_of,
+    stack_of,
+    tied,
+    unmatched,
+)
+from grsd.mup.rules import Rule, Scale, rule, scale, shaped
 
 __all__ = ["BRANCH_ENDS", "FUSED", "Entry", "Plan", "plan", "unscaled"]
 
@@ -34,7 +44,9 @@ def plan(
     optimizer: str,
     other: str = "adamw",
     k: int = 2,
-    wd_rule: Literal["paper", "unscaled"] = "paper",
+    wd_rule: Literal["paper", "unscaled", "independent"] = "paper",
+    eps_rule: Literal["paper", "completep", "unscaled"] = "paper",
+    multipliers: Mapping[str, float] | None = None,
     roles: Mapping[str, str] | None = None,
     branch_ends: Sequence[str] | None = None,
     fused: Fused | None = None,
@@ -51,7 +63,12 @@ def plan(
     other : for what `optimizer` cannot take or the paper does not give it: with a matrix optimizer,
         everything but hidden matrices.
     k : layers per residual branch; 1 gives the rules of condition B.1.
-    wd_rule : "paper": λ as in tables 2–6; "unscaled": λ is not scaled.
+    wd_rule : "paper": λ as in tables 2–6; "unscaled": λ is not scaled; "independent": the decay of
+        a step is λ itself, not η λ, in every group (1711.05101; a schedule of η still scales it).
+    eps_rule : "paper": ε as in tables 2–6, that of CompleteP's equation 40; "completep": ε/(r_n
+        r_L) in every group, as its public code had it at first; "unscaled": ε is not scaled.
+    multipliers : "input", "hidden", "output" or "attention" → a factor of your own on embeddings,
+        residual branches, head or attention scores, beside the rule's; tuned at the base.
     roles : pattern of parameter names → role, for those that cannot be told from shapes. Patterns
         are tried in order.
     branch_ends : patterns of the modules whose output is added to the residual stream; they get the
@@ -72,7 +89,12 @@ def plan(
         raise ValueError(
             f"other = {other!r} takes matrices only; biases and embeddings need another: 'adamw'"
         )
-    checks.one_of("wd_rule", wd_rule, ("paper", "unscaled"))
+    checks.one_of("wd_rule", wd_rule, ("paper", "unscaled", "independent"))
+    checks.one_of("eps_rule", eps_rule, ("paper", "completep", "unscaled"))
+    own_factors = {"input": 1.0, "hidden": 1.0, "output": 1.0, "attention": 1.0}
+    for place, factor in (multipliers or {}).items():
+        checks.one_of("a place of multipliers", place, tuple(own_factors))
+        own_factors[place] = checks.positive(f"multipliers[{place!r}]", factor)
     if chosen.caution:
         warnings.warn(chosen.caution, stacklevel=2)
 
@@ -123,13 +145,16 @@ def plan(
             if any(rest.lr != first.lr for rest in others):
                 rates = tuple((one.lr / first.lr).at(r_n, 1.0) for one in (first, *others))
             own = first
-        if wd_rule == "unscaled":
-            own = replace(own, weight_decay=Scale())
+        own = _chosen(own, wd_rule, eps_rule)
         stored: dict[str, Any] = {
             "split": split,
             "transposed": p.ndim > 1 and layout.transposed(name),
             "batched": role == "hidden" and layout.batched(name, p),
         }
+        # a hidden matrix outside the stack has no depth, but for that code's ε
+        figures = numbers(own, r_n, r_L if inside else 1.0, own_factors.get(role, 1.0))
+        if eps_rule == "completep" and own.eps is not None:
+            figures["eps"] = own.eps.at(r_n, r_L)
         kept = matching(name, family.kept) is not None
         entries.append(
             Entry(
@@ -138,8 +163,7 @@ def plan(
                 shape=tuple(p.shape),
                 optimizer=which,
                 rule=own,
-                # a hidden matrix outside the stack has no depth
-                **numbers(own, r_n, r_L if inside else 1.0),
+                **figures,
                 initial=()
                 if kept
                 else initial(layout.owner(name), q, {**stored, "split": there}, base is not None),
@@ -151,32 +175,57 @@ def plan(
         )
     # factors on the ends of branches and on heads, which are the same for every optimizer
     alpha, head = (rule(other, role, k).multiplier.at(r_n, r_L) for role in ("hidden", "output"))
-    multipliers = layout.multipliers(assigned, ends, alpha, head, r_n)
+    alpha, head = alpha * own_factors["hidden"], head * own_factors["output"]
+    factors = layout.multipliers(assigned, ends, alpha, head, r_n, own_factors["input"])
     # a pattern of the user that matches nothing is refused
     below = [name for name in layout.modules if name.startswith(f"{layout.stack}.")]
     unmatched([] if branch_ends in (None, BRANCH_ENDS) else ends, below, "branch_ends")
     notes = [chosen.caution] if chosen.caution else []
-    notes += _heads(model, base)
+    # attention, where heads grow or the user says so
+    parts = {e.name.rpartition(".")[0]: e.split for e in entries if e.name.endswith("weight")}
+    scores, said_of_scores = attention(
+        model, base, layout, *_twins(layout, base), family, parts, own_factors["attention"]
+    )
+    notes += said_of_scores
     if known_as and known_as not in FAMILIES and branch_ends is None:
         notes.append(
             f"{known_as!r} is no family of grsd.mup.families: measure with plan.verify(model, "
             "batch) whether the ends of its branches are all named."
         )
-    return Plan(tuple(entries), multipliers, r_n, r_L, min(k, 2), shared, tuple(notes))
+    return Plan(
+        tuple(entries),
+        factors,
+        r_n,
+        r_L,
+        min(k, 2),
+        shared,
+        tuple(notes),
+        attention=scores,
+        embedded=own_factors["input"],
+        independent=wd_rule == "independent",
+    )
 
 
-def _heads(model: nn.Module, base: nn.Module | None) -> list[str]:
-    """Return a note where the dimension of attention heads changes."""
-    sizes = []
-    for m in (model, base):
-        config: Any = None if m is None else configuration(m)
-        heads = getattr(config, "num_attention_heads", None)
-        own = getattr(config, "head_dim", None)
-        sizes.append(own or (config.hidden_size // heads if heads else None))
-    if None in sizes or sizes[0] == sizes[1]:
-        return []
-    return [
-        f"The head dimension goes from {sizes[1]} to {sizes[0]}: scale attention by "
-        f"√{sizes[1]}/{sizes[0]} instead of 1/√{sizes[0]}, or keep it fixed and add heads. The "
-        "plan does not do it."
-    ]
+def _chosen(own: Rule, wd_rule: str, eps_rule: str) -> Rule:
+    """Return the rule of a parameter with λ and ε as the user wants them."""
+    if wd_rule == "unscaled":
+        own = replace(own, weight_decay=Scale())
+    elif wd_rule == "independent":
+        # the decay of a step, η λ, has no factor
+        own = replace(own, weight_decay=Scale() / own.lr)
+    if own.eps is not None and eps_rule != "paper":
+        own = replace(own, eps=scale(-1, -1) if eps_rule == "completep" else Scale())
+    return own
+
+
+def _twins(layout: Layout, base: nn.Module | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return the base's modules, and module in the stack → name of the one beside it there."""
+    if base is None:
+        return {}, {}
+    depth = stack_of(base)[1]
+    twins = {}
+    for name in layout.modules:
+        if (block := layout.block(name)) is not None:
+            rest = name.removeprefix(f"{layout.stack}.{block}")
+            twins[name] = f"{layout.stack}.{block % depth}{rest}"
+    return bare_modules(base), twins

@@ -19,14 +19,19 @@ from torch.utils.hooks import RemovableHandle
 from grsd import checks
 from grsd.figures import Table
 from grsd.mup import contributions
+from grsd.mup.attention import Attention, MultiplyQueries, Scaled
 from grsd.mup.contributions import Multiply, Verification, multiplying
 from grsd.mup.families import Split
 from grsd.mup.initial import Initial
-from grsd.mup.norms import DENSE, rms_norm, rms_operator_norm
 from grsd.mup.optimizers import pieces
 from grsd.mup.registry import INITIAL, assemble, row
-from grsd.mup.roles import Multiplier, bare_modules, bare_parameters
-from grsd.mup.rules import MATRICES, ROLES, Rule, Scale
+from grsd.mup.roles import Multiplier, bare_modules, bare_parameters, is_conv1d, tables
+from grsd.mup.rules import ROLES, Rule, Scale
+from grsd.mup.schedules import Budget
+from grsd.mup.sharding import drawable, mesh_of, put
+
+NO_DECAY = ("gains", "biases", "embeddings")
+"""What is usually trained without weight decay."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,13 @@ class Entry:
         """How the matrix is stored, as `grsd.mup.optimizers.pieces` and groups take it."""
         return {name: getattr(self, name) for name in ("split", "transposed", "batched", "rates")}
 
+    def kind(self, tables: set[str]) -> str:
+        """Return what `no_decay` calls it: an embedding, a bias, a gain (any vector), or none."""
+        if self.name in tables:
+            return "embeddings"
+        vector = self.role.endswith("bias") or len(self.shape) < 2
+        return ("biases" if self.name.endswith("bias") else "gains") if vector else "weights"
+
     @property
     def fan_in(self) -> int:
         """The inputs of a matrix."""
@@ -80,6 +92,9 @@ class Plan:
     k: int  #: layers per residual block, 1 or 2 (2 stands for more)
     tied: tuple[tuple[str, ...], ...] = ()  #: groups of names that share one tensor
     notes: tuple[str, ...] = ()  #: what the plan leaves to the reader
+    attention: tuple[Attention, ...] = ()  #: factors on scores, where heads grow
+    embedded: float = 1.0  #: the user's factor on embeddings
+    independent: bool = False  #: weight decay is that of a step, not multiplied by η
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -132,6 +147,7 @@ class Plan:
         What is constant in the base model (zero biases, gains of one) is set to that constant, rows
         of zeros stay zero, and what has a structure (a state space's A) stays as it is in the
         model. `std` (role → σ_b) takes the place of the base model's, or of one that was not given.
+        A sharded model gets what the whole one would: every process draws alike, and keeps its own.
         """
         generator = torch.Generator().manual_seed(seed)
         given = std or {}
@@ -148,11 +164,15 @@ class Plan:
                 if entry.role in given:
                     size = given[entry.role]
                     drawn = tuple(one._replace(std=size, noise="normal") for one in drawn)
-                apart = pieces(parameter, entry.layout) if len(drawn) > 1 else [parameter]
+                if not drawn:
+                    continue
+                full = drawable(parameter)
+                apart = pieces(full, entry.layout) if len(drawn) > 1 else [full]
                 for part, one in zip(apart, drawn, strict=False):
                     one.draw_(part, entry.std, generator)
+                put(parameter, full)
 
-    def attach(self, model: nn.Module) -> list[RemovableHandle]:
+    def attach(self, model: nn.Module) -> list[RemovableHandle | Scaled]:
         """Multiply by forward hooks; return their handles (`handle.remove()` takes one off).
 
         By default `torch.compile` would give a model the graph, and so the multipliers, of another
@@ -168,8 +188,15 @@ class Plan:
                 raise ValueError(
                     f"{name!r} already carries a multiplier; remove the earlier plan's hooks first"
                 )
+        # attention first: by its own scaling, or by its queries
+        handles: list[RemovableHandle | Scaled] = []
+        for name, factor, queries in self.attention:
+            if queries is None:
+                handles.append(Scaled(modules[name], factor))
+            else:
+                hook = MultiplyQueries(factor, queries)
+                handles.append(modules[name].register_forward_hook(hook))
         # one hook a multiplier, on what enters a head or leaves a branch
-        handles = []
         for name, factor, side in self.multipliers:
             if side == "output":
                 handles.append(modules[name].register_forward_hook(Multiply(factor)))
@@ -190,7 +217,9 @@ class Plan:
         attached = any(multiplying(module) for module in model.modules())
         handles = [] if attached else self.attach(model)
         try:
-            return contributions.measure(model, batch, self.multipliers, self.r_n, base)
+            return contributions.measure(
+                model, batch, self.multipliers, self.r_n, base, self.embedded
+            )
         finally:
             for handle in handles:
                 handle.remove()
@@ -209,7 +238,7 @@ class Plan:
         factors: dict[str, float] = {}
         for module, factor, side in self.multipliers:
             end = modules[module]
-            if not isinstance(end, nn.Linear) and type(end).__name__ != "Conv1D":
+            if not isinstance(end, nn.Linear) and not is_conv1d(end):
                 raise ValueError(
                     f"{module!r} is a {type(end).__name__} and no linear layer to fold {factor:g} "
                     "into; name the branch's last linear layer in branch_ends, or use attach()"
@@ -232,51 +261,77 @@ class Plan:
         return replace(self, entries=entries, multipliers=())
 
     def param_groups(
-        self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, eps: float | None = None
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Return optimizer name → parameter groups of this model from the base values.
-
-        Groups carry `role` and `mup_lr`, the factor on η, so that a scheduler that scales every
-        group's `lr` keeps their ratios.
-        """
-        checks.positive("lr", lr)
-        checks.at_least("weight_decay", weight_decay, 0)
-        groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
-        for parameter, e in self.matched(model):
-            if not parameter.requires_grad:
-                continue
-            key = (e.role, e.lr, e.weight_decay, e.eps, e.clip, *e.layout.values())
-            # parameters whose numbers agree share a group
-            group = groups.setdefault(e.optimizer, {}).setdefault(key, {"params": []})
-            group["params"].append(parameter)
-            group |= {"role": e.role, "mup_lr": e.lr, "lr": lr * e.lr}
-            group["weight_decay"] = weight_decay * e.weight_decay
-            # what some optimizers alone ask for
-            if row(e.optimizer).matrices_only:
-                group |= e.layout
-            if e.clip is not None:
-                group["mup_clip"] = e.clip
-            if eps is not None:
-                group["eps"] = eps * (1.0 if e.eps is None else e.eps)
-        return {name: list(by_key.values()) for name, by_key in groups.items()}
-
-    def make_optimizer(
         self,
         model: nn.Module,
         *,
         lr: float,
         weight_decay: float = 0.0,
         eps: float | None = None,
+        other_ratio: float = 1.0,
+        no_decay: Sequence[str] = (),
+        batch: float = 1.0,
+        horizon: float = 1.0,
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return optimizer name → parameter groups of this model from the base values.
+
+        Groups carry `role` and `mup_lr`, the factor on η, so that a scheduler that scales every
+        group's `lr` keeps their ratios. The arguments are those of `make_optimizer`.
+        """
+        checks.positive("lr", lr)
+        checks.at_least("weight_decay", weight_decay, 0)
+        checks.positive("other_ratio", other_ratio)
+        for kind in no_decay:
+            checks.one_of("no_decay", kind, NO_DECAY)
+        rows, first = tables(model), next((e.optimizer for e in self if e.role == "hidden"), None)
+        groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+        for parameter, e in self.matched(model):
+            if not parameter.requires_grad:
+                continue
+            # numbers of the base at this batch and horizon, then the plan's factors
+            budget = Budget.of(e.optimizer, batch, horizon)
+            rate = e.lr * budget.lr * (1.0 if e.optimizer == first else other_ratio)
+            decay = weight_decay * e.weight_decay * budget.weight_decay
+            if self.independent:
+                # a step's decay is η λ: e.weight_decay is 1/e.lr, and the rest goes here
+                decay = weight_decay * budget.decay / (lr * rate)
+            # parameters whose numbers agree, on the same devices, share a group
+            decay = 0.0 if e.kind(rows) in no_decay else decay
+            key = (e.role, rate, decay, e.eps, e.clip, *e.layout.values(), mesh_of(parameter))
+            group = groups.setdefault(e.optimizer, {}).setdefault(key, {"params": []})
+            group["params"].append(parameter)
+            group |= {"role": e.role, "mup_lr": rate, "lr": lr * rate, "weight_decay": decay}
+            # what some optimizers alone ask for
+            if row(e.optimizer).matrices_only:
+                group |= e.layout
+            if e.clip is not None:
+                group["mup_clip"] = e.clip
+            if eps is not None:
+                group["eps"] = eps * budget.eps * (1.0 if e.eps is None else e.eps)
+        return {name: list(by_key.values()) for name, by_key in groups.items()}
+
+    def make_optimizer(
+        self,
+        model: nn.Module,
+        *,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        **base: Any,
     ) -> torch.optim.Optimizer:
         """Return one optimizer for the model; a scheduler drives all of its groups.
 
-        `lr`, `weight_decay` and `eps` are those of the base model; `options` are further arguments
-        by optimizer, ``{"adamw": {"betas": (0.9, 0.95)}}``. Lion, SOAP and Sophia need
-        `pytorch_optimizer`.
+        Lion, SOAP and Sophia need `pytorch_optimizer`.
+
+        Parameters
+        ----------
+        lr, weight_decay, eps : of the base model.
+        options : further arguments by optimizer, ``{"adamw": {"betas": (0.9, 0.95)}}``.
+        other_ratio : the rate of what steps the rest, over that of hidden matrices at the base: the
+            experiments of 2603.00541 have 0.1 for AdamW beside Muon, and 2 beside Shampoo.
+        no_decay : kinds of parameters without decay; the usual ones are `NO_DECAY`.
+        batch, horizon : batch size and number of tokens over those that the base's values were
+            tuned at; `grsd.mup.schedules.Budget` has the rules and their sources.
         """
-        groups = self.param_groups(model, lr=lr, weight_decay=weight_decay, eps=eps)
-        return assemble(groups, lr, options)
+        groups = self.param_groups(model, **base)
+        return assemble(groups, base["lr"], options)
 
     def matched(self, model: nn.Module) -> list[tuple[Tensor, Entry]]:
         """Return (parameter, entry) pairs; compile, DDP and FSDP are seen through."""
@@ -296,13 +351,17 @@ class Plan:
 def unscaled(made: Plan) -> Plan:
     """Return the plan of standard parametrization: the base's variance and rate at every size."""
     entries = tuple(replace(e, rates=(), **numbers(e.rule, 1.0, 1.0)) for e in made)
-    return replace(made, entries=entries, multipliers=())
+    return replace(made, entries=entries, multipliers=(), attention=(), embedded=1.0)
 
 
-def numbers(rule: Rule, r_n: float, r_L: float) -> dict[str, Any]:
-    """Return the numbers of an entry: its rule at the ratios, and √ of the variance's factor."""
+def numbers(rule: Rule, r_n: float, r_L: float, own: float = 1.0) -> dict[str, Any]:
+    """Return the numbers of an entry: its rule at the ratios, and √ of the variance's factor.
+
+    `own` is a factor of the user on the multiplier.
+    """
     scales = {one.name: getattr(rule, one.name) for one in fields(rule)}
     numbers: dict[str, Any] = {n: None if s is None else s.at(r_n, r_L) for n, s in scales.items()}
+    numbers["multiplier"] *= own
     return numbers | {"std": math.sqrt(numbers.pop("variance"))}
 
 
@@ -320,32 +379,6 @@ def _folded(e: Entry, factor: float) -> Entry:
     )
 
 
-def entry_norms(
-    x: Tensor, e: Entry, tabled: set[str], *, apart: bool = False, dense: int = DENSE
-) -> list[float]:
-    """Return ‖·‖_R of a vector, a table's largest row, a matrix or, `apart`, the fused ones.
-
-    NaN stands for what is not finite.
-    """
-    if not bool(torch.isfinite(x).all()):
-        return [math.nan]
-    if e.name in tabled:
-        return [float(rms_norm(x).max())]
-    if x.ndim < 2 or e.role not in MATRICES:
-        return [float(rms_norm(x.reshape(-1)))]
-    parts = pieces(x, e.layout if apart else {**e.layout, "split": 1})
-    return [rms_operator_norm(part.reshape(-1, part.shape[-1]), dense=dense) for part in parts]
-
-
-def geometric_means(norms: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Return role → geometric mean of its norms, without zeros."""
-    logs: dict[str, list[float]] = {}
-    for role, size in norms:
-        if size > 0 or math.isnan(size):
-            logs.setdefault(role, []).append(math.log(size))
-    return {role: math.exp(math.fsum(values) / len(values)) for role, values in logs.items()}
-
-
 _ROWS = (  # of a table, in the order of a rule's fields
     "block multiplier α",
     "initial variance σ²",
@@ -359,4 +392,6 @@ _ROWS = (  # of a table, in the order of a rule's fields
 def _cell(scale: Scale | None, value: float | None) -> str:
     if scale is None or value is None:
         return "–"
-    return str(scale) if str(scale) == "1" else f"{scale} = {value:.4g}"
+    if str(scale) == "1":
+        return f"{value:.4g}"
+    return f"{scale} = {value:.4g}"

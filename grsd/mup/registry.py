@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from grsd.mup.optimizers import SSO, Combined, Muon, Shampoo
+from grsd.mup.combined import Combined
+from grsd.mup.optimizers import SSO, Muon, NorMuon, Shampoo
 from grsd.mup.scales import HALF, MATRICES, ONE, ROLES, Role, Scale, larger, parse
 
 Groups = list[dict[str, Any]]
@@ -58,8 +59,7 @@ class Optimizer:
         the same of biases; without these the optimizer takes matrices only.
     eps : what ε is compared with: "entry" (a typical entry of ∇), "square" (the square of ∇'s
         largest singular value), or None.
-    variant_of : the optimizer that makes the same first step and the same updates, under another
-        rule.
+    variant_of : the optimizer whose measured norms of first steps are its own too.
     rate : base rate of coordinate checks, at which features of their base model change by about a
         tenth; None leaves it out of them.
     mistake : exponents of r_n and r_L by which a wrong hidden rate differs from the rule's, in
@@ -158,7 +158,8 @@ def _sophia(groups: Groups, lr: float, *, p: float = RHO, **options: Any) -> tor
     for g in groups:
         bound = p * g.get("mup_clip", 1.0)
         g |= {"p": bound, "lr": g["lr"] / bound, "mup_lr": g["mup_lr"] / bound}
-        g["create_graph"] = True  # for `grsd.mup.optimizers.backward`: it estimates the curvature
+        g["weight_decay"] = g.get("weight_decay", 0.0) * bound  # the decay of a step stays η λ
+        g["create_graph"] = True  # for `grsd.mup.combined.backward`: it estimates the curvature
     return _library("SophiaH")(groups, lr=lr, **options)
 
 
@@ -247,6 +248,15 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "muon_kimi": _kimis(
         "Muon, Kimi's factor: torch's match_rms_adamw", partial(Muon, scaling="kimi"), exact=_EXACT
+    ),
+    # its first step has the norm of Muon's, since a gradient of rank one has rows of one direction
+    "normuon": _kimis(
+        "NorMuon, rows of one size, Kimi's factor",
+        partial(NorMuon, scaling="kimi"),
+        variant_of="muon_kimi",
+        rate=None,
+        mistake=None,
+        exact=_EXACT,
     ),
     "shampoo": _bare(
         "Shampoo",

@@ -49,8 +49,7 @@ class Layout:
 
     def transposed(self, name: str) -> bool:
         """Whether a matrix is stored (n_in, n_out)."""
-        conv1d = type(self.owner(name)).__name__ == "Conv1D"
-        return conv1d or matching(name, self.backwards) is not None
+        return is_conv1d(self.owner(name)) or matching(name, self.backwards) is not None
 
     def batched(self, name: str, p: Tensor) -> bool:
         """Whether three axes are those of several matrices; those of a convolution are of one."""
@@ -144,11 +143,14 @@ class Layout:
         alpha: float,
         head: float,
         r_n: float,
+        embed: float = 1.0,
     ) -> tuple[Multiplier, ...]:
         """Return the factor `alpha` at every end of a residual branch, and `head` at every head.
 
-        Embeddings that their module multiplies by √width (Gemma's) get 1/√r_n.
+        What reads the input gets `embed` where it is not 1; embeddings that their module multiplies
+        by √width (Gemma's) get 1/√r_n.
         """
+        inputs = {n.rpartition(".")[0] for n, role in assigned.items() if role == "input"}
         heads = {n.rpartition(".")[0]: n for n, role in assigned.items() if role == "output"}
         factors: list[Multiplier] = []
         # ends of branches are named by the patterns, heads by the role of their weight
@@ -162,7 +164,14 @@ class Layout:
                     )
                 factors.append(Multiplier(name, alpha, "output"))
             elif isinstance(module, nn.Embedding) and _scaled(module):
-                factors.append(Multiplier(name, r_n**-0.5, "output"))
+                factors.append(Multiplier(name, embed * r_n**-0.5, "output"))
+            elif name in inputs and embed != 1:
+                if any(module.children()):
+                    raise ValueError(
+                        f"an input weight stands in {name or 'the model itself'!r}, whose output "
+                        "is not its own; make it the weight of a layer of its own"
+                    )
+                factors.append(Multiplier(name, embed, "output"))
             elif name in heads:
                 if any(module.children()):
                     where = name or "the model itself"
@@ -184,6 +193,11 @@ class Layout:
                 "output)"
             )
         return tuple(factors)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' layer that is stored (n_in, n_out), sharded or not."""
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
 
 
 def split_of(name: str, fused: Fused, config: Any) -> Split:
@@ -226,6 +240,11 @@ def plain(name: str) -> str:
     """Return a name without what compile, DataParallel, FSDP and checkpointing put in."""
     wrappers = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
     return re.sub(r"^module(\.|$)", "", re.sub(wrappers, "", name).removeprefix("."))
+
+
+def unnumbered(name: str) -> str:
+    """Return a name with * for the number of its block, the same at every depth."""
+    return re.sub(r"\.\d+\.", ".*.", name, count=1)
 
 
 def bare_parameters(model: nn.Module, *, tied: bool = False) -> dict[str, nn.Parameter]:

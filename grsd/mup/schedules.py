@@ -4,14 +4,60 @@ A schedule must multiply every group by one factor: `LambdaLR` and all that mult
 torch's take absolute rates, and with one number for all groups they erase the ratios:
 `OneCycleLR(max_lr=...)` (give it `relative(optimizer, peak)`) and `CosineAnnealingLR(eta_min=...)`
 (use `LambdaLR` with `cosine`). `base_lr` refuses an optimizer whose groups have lost their ratios.
+
+`Budget` carries the base's values to another batch size and another number of tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch.optim import Optimizer
+
+from grsd import checks
+from grsd.mup.registry import row
+
+
+class Budget(NamedTuple):
+    """Factors on base values at κ times the batch size and h times the number of tokens.
+
+    Where noise rules the gradients, training is a diffusion whose time is the number of samples. It
+    stays the same for SGD when η grows like κ (1706.02677; 2102.12470), and for updates that do not
+    know the gradient's scale (Adam, signs, orthogonal ones) when η grows like √κ and ε, beside a
+    gradient, falls like 1/√κ (2205.10287, for Adam and RMSProp; the same argument holds for any
+    update of degree 0). Weights are an average over the last 1/(ηλ) steps; as a share of the run it
+    stays when ηλ goes like κ/h (2405.13698). η itself is not changed with h: there is no theory,
+    and fits of h^−0.32 (2409.19913) are for one family of models and schedules.
+    """
+
+    lr: float
+    weight_decay: float  #: on λ, which is multiplied by η
+    decay: float  #: on η λ, the decay of a step
+    eps: float
+    batch: float
+
+    @classmethod
+    def of(cls, optimizer: str, batch: float = 1.0, horizon: float = 1.0) -> Budget:
+        """Return the factors of an optimizer of the tables, at κ = `batch` and h = `horizon`."""
+        checks.positive("batch", batch)
+        checks.positive("horizon", horizon)
+        known = row(optimizer)
+        rate = batch if known.kind == "gradient" else math.sqrt(batch)
+        # ε is compared with an entry of the gradient's noise, or with its square
+        eps = {"entry": batch**-0.5, "square": 1 / batch, None: 1.0}[known.eps]
+        return cls(rate, batch / horizon / rate, batch / horizon, eps, batch)
+
+    def beta(self, beta: float) -> float:
+        """Return a coefficient of averages that reach back as many samples: 1 − κ (1 − β)."""
+        found = 1 - self.batch * (1 - beta)
+        if not 0 <= found < 1:
+            raise ValueError(
+                f"β = {beta:g} at {self.batch:g} times the batch would be {found:.3g}: the average "
+                "reaches back less than one batch; keep it, or choose a smaller batch"
+            )
+        return found
 
 
 def relative(optimizer: Optimizer, lr: float) -> list[float]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from grsd import checks
 from grsd.figures import Table
+from grsd.mup.combined import backward
 from grsd.mup.optima import Array, Drift, Optimum, Regret, drift, optimum, regret
-from grsd.mup.optimizers import backward
 from grsd.mup.planning import Plan, plan, unscaled
 from grsd.pieces import Store, code
 

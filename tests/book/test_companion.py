@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,30 @@ def test_a_page_does_not_take_over_the_run_of_another(book: Book) -> None:
         (book.root / f"book/{name}.md").unlink()
         book.write("grsd/module.py", "value = 2\n")
     assert book.runs == 4  # two pages, before and after the package changed
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="needs two cores")
+def test_chapters_run_side_by_side(book: Book) -> None:
+    """Each waits until the other has begun: one after another, the first would give up."""
+    meet = """```{{code-cell}} ipython3
+import pathlib, time
+pathlib.Path("{own}.began").touch()
+for _ in range(600):
+    if pathlib.Path("{other}.began").exists():
+        break
+    time.sleep(0.1)
+else:
+    raise RuntimeError("alone")
+```
+"""
+    first, second = meet.format(own="a", other="b"), meet.format(own="b", other="a")
+    book.write(f"book/{CHAPTER}.md", chapter(extra=first))
+    book.write("book/spectrum/other.md", f"{HEADER}# Other\n\n{second}")
+    toc = book.root / "_toc.yml"
+    toc.write_text(toc.read_text() + "  - file: book/spectrum/other.md\n")
+    status, log = book.build()
+    assert status == 0, log
+    assert book.runs == 1
 
 
 def test_prose_may_change_without_a_run_and_code_may_not(book: Book) -> None:

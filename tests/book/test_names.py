@@ -117,3 +117,22 @@ def test_attributes_that_share_a_line_get_a_field_each() -> None:
         ":ivar k: layers, 1 or 2",
         "A sentence, with: a colon",
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("x : Tensor (n, d)", ["x : Tensor (n, d)"]),
+        ("gap : float, energy per nat", ["gap : float", "    energy per nat"]),
+        ("a, b : dimension d of one input, and h", ["a, b", "    dimension d of one input, and h"]),
+        ("steps : int, optional", ["steps : int, optional"]),
+        ("nodes : (m,) float64, in rising order", ["nodes : (m,) float64", "    in rising order"]),
+        ("sizes : tuple of int or list of int", ["sizes : tuple of int or list of int"]),
+        ("Words : not a field of names.", ["Words", "    not a field of names."]),
+        ("No field here: a sentence.", ["No field here: a sentence."]),
+    ],
+)
+def test_what_is_no_type_leaves_the_slot_of_types(written: str, shown: list[str]) -> None:
+    lines = [written]
+    companion_names.words_below_types(None, "", "", None, None, lines)  # type: ignore[arg-type]
+    assert lines == shown

@@ -157,17 +157,24 @@ def table(*rows: tuple[str, ...]) -> nodes.table:
     return made
 
 
-def test_numbers_stand_right_with_true_signs_and_words_do_not() -> None:
-    made = table(("name", "gap", "share"), ("a-b", "-1.2e-05", "3 %"), ("x 3", "0.5", "about 4"))
+def test_columns_of_numbers_stand_right_with_true_signs_and_words_do_not() -> None:
+    rows = [("a-b", "-1.2e-05", "r_n"), ("x 3", "–", "1"), ("c", "0.5", "about 4")]
+    made = table(("name", "gap", "rule"), *rows)
     companion.align(made)
     cells = list(made.findall(nodes.entry))
     right = [cell.astext() for cell in cells if "number" in cell["classes"]]
-    assert right == ["gap", "−1.2·10−5", "3 %", "0.5"]
+    assert right == ["gap", "−1.2·10−5", "–", "0.5"]
     assert [node.astext() for node in made.findall(nodes.superscript)] == ["−5"]
     assert "a-b" in made.astext()
+    powers = table(("from 2^-9 on", "≤ -6.00"), ("2^10", "x^2"))
+    companion.align(powers)
+    assert [node.astext() for node in powers.findall(nodes.superscript)] == ["−9", "10"]
+    assert "x^2" in powers.astext()  # a letter's power is mathematics, which the author sets
 
 
-@pytest.mark.parametrize("text", ["-0.79 [-1.01, -0.72]", "1 ± 0.2", "2,048", "nan", "12 %", "–"])
+@pytest.mark.parametrize(
+    "text", ["-0.79 [-1.01, -0.72]", "1 ± 0.2", "2,048", "nan", "12 %", "≤ -6.00"]
+)
 def test_numbers_of_every_kind_are_known(text: str) -> None:
     assert companion.NUMBER.fullmatch(text)
     assert not companion.NUMBER.fullmatch(f"{text} nats of it")
