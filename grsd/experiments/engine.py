@@ -33,6 +33,7 @@ NAMES = (
     "field",
     "figures-3-6",
     "gpt2-coords",
+    "foresight",
     "mup-coords",
     "mup-families",
     "mup-norms",
