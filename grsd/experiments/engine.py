@@ -30,6 +30,7 @@ from grsd.scale import cache_dir, pick
 NAMES = (
     "drift",
     "field",
+    "foresight",
     "mup-coords",
     "mup-families",
     "mup-norms",
