@@ -50,8 +50,9 @@ def main() -> None:
     figures.panels(axes)
     for ax, shown in zip(axes, (left, right), strict=True):
         for index, (name, one) in enumerate(shown.items()):
-            look = {"index": index, "scale": 1 / one.total, "remainder": False}
-            figures.shell_profile(ax, one, label=name, **look)
+            figures.shell_profile(
+                ax, one, label=name, index=index, scale=1 / one.total, remainder=False
+            )
         ax.set_ylim(1e-4, 1)
         ax.set_xlim(2.0**-12, 2.0**12)
         ax.set_ylabel("share of the energy per octave")

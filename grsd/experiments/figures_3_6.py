@@ -151,7 +151,7 @@ def measure(piece: Piece) -> Data:
             with torch.no_grad():
                 stream = model.stream(x)
                 z = {
-                    where: model.blocks[at].first(stream[at])  # type: ignore[operator]
+                    where: model.blocks[at].first(stream[at])
                     for where, at in looked.items()
                 }
         # one step of gradient descent
