@@ -29,6 +29,7 @@ from urllib.request import urlopen
 
 import websocket
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 WIDTHS = {"laptop": (1300, 900), "phone": (390, 844)}
 THEMES = ("light", "dark")
@@ -211,7 +212,8 @@ def main() -> int:
     names = [p.relative_to(root / "book").with_suffix("").as_posix() for p in pages]
     browser = Browser()
     try:
-        seen = {name: look(browser, page) for name, page in zip(names, pages, strict=True)}
+        every = tqdm(zip(names, pages, strict=True), total=len(pages), disable=None)
+        seen = {name: look(browser, page) for name, page in every}
     finally:
         browser.close()
     report, total = {}, 0

@@ -32,6 +32,7 @@ NAMES = (
     "drift",
     "field",
     "figures-3-6",
+    "foresight",
     "gpt2-coords",
     "mup-coords",
     "mup-families",

@@ -23,9 +23,9 @@ from grsd import checks
 from grsd.experiments import mup_coords
 from grsd.experiments.engine import Data, Experiment, Piece, Rows, rounded, shared
 from grsd.mup.coordcheck import fit_slope, sizes_along
+from grsd.mup.monitoring import geometric_means
 from grsd.mup.norms import rms_norm, spectral_norm
 from grsd.mup.planning import Plan, plan
-from grsd.mup.plans import geometric_means
 from grsd.mup.registry import row
 
 ABSOLUTE = 1e-8  # the library's own ε, for a share of 0
