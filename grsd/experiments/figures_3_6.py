@@ -129,7 +129,7 @@ def measure(piece: Piece) -> Data:
     }
 
     def weights() -> dict[str, Tensor]:
-        return {k: model.get_submodule(n).weight.detach().clone() for k, n in layers.items()}
+        return {k: model.get_parameter(f"{n}.weight").detach().clone() for k, n in layers.items()}
 
     @torch.no_grad()
     def features() -> dict[str, Tensor]:
@@ -150,10 +150,7 @@ def measure(piece: Piece) -> Data:
             before, h, found = weights(), features(), observe(model, losses, layers.values())
             with torch.no_grad():
                 stream = model.stream(x)
-                z = {
-                    where: model.blocks[at].first(stream[at])
-                    for where, at in looked.items()
-                }
+                z = {where: model.blocks[at].first(stream[at]) for where, at in looked.items()}
         # one step of gradient descent
         optimizer.zero_grad()
         loss = losses(model).mean()
