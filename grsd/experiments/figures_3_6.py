@@ -150,14 +150,10 @@ def measure(piece: Piece) -> Data:
             before, h, found = weights(), features(), observe(model, losses, layers.values())
             with torch.no_grad():
                 stream = model.stream(x)
-<<<<<<< HEAD
                 z = {
                     where: model.get_submodule(f"blocks.{at}.first")(stream[at])
                     for where, at in looked.items()
                 }
-=======
-                z = {where: model.blocks[at].first(stream[at]) for where, at in looked.items()}
->>>>>>> origin/main
         # one step of gradient descent
         optimizer.zero_grad()
         loss = losses(model).mean()
