@@ -21,6 +21,10 @@ function shade(box) {
 }
 
 function markScrollers() {
+  document.querySelectorAll(".pst-scrollable-table-container").forEach((box) => {
+    box.classList.remove("tight");
+    box.classList.toggle("tight", box.scrollWidth > box.clientWidth + 1);
+  });
   document.querySelectorAll(SCROLLERS).forEach((box) => {
     shade(box);
     box.onscroll = () => shade(box);
