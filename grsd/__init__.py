@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 # What every room needs, with the least version that the code was written against. The same floors
 # stand in pyproject.toml (a test compares the two), which an uninstalled source tree cannot read.
 REQUIRED: dict[str, str] = {
-    "torch": "2.6",
+    "torch": "2.8",
     "numpy": "1.26",
     "scipy": "1.15",
     "matplotlib": "3.8",
@@ -24,7 +24,7 @@ REQUIRED: dict[str, str] = {
     "tqdm": "4.66",
     "safetensors": "0.4.3",
     "transformers": "5.0",
-    "tokenizers": "0.22",
+    "tokenizers": "0.22.1",
     "filelock": "3.13",
 }
 
