@@ -46,3 +46,15 @@ def test_realizability_holds_along_a_flow_and_catches_what_no_network_can_do(net
         1 + times[:, None]
     )  # eigenvalues that keep growing while the loss stands still
     assert realizability(times, path.losses, planted, max(speeds)) > 1
+
+
+def test_the_bound_grows_like_the_root_of_the_time_and_of_the_loss() -> None:
+    # √λ moves by 1.9 while L falls by 1: over a time of 4 the bound is B √4 = 2, not 4
+    def ratio(span: float, fall: float, B: float = 1.0) -> float:
+        times, losses = np.array([1.0, 1.0 + span]), np.array([10.0, 10.0 - fall])
+        return float(realizability(times, losses, np.array([[1.0], [2.9**2]]), B))
+
+    assert ratio(4.0, 1.0) == pytest.approx(1.9 / 2)
+    assert ratio(4.0, 4.0) == pytest.approx(1.9 / 4)
+    assert ratio(9.0, 1.0, B=2.0) == pytest.approx(1.9 / 6)
+    assert ratio(0.25, 1.0) == pytest.approx(1.9 / 0.5)  # over a short time √ allows more than t

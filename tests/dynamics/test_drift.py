@@ -150,6 +150,18 @@ def test_statistics_of_a_planted_field() -> None:
     ).selected == pytest.approx(5 / 11)
 
 
+def test_every_time_has_the_same_weight_however_much_energy_is_left() -> None:
+    times, edges = np.array([1.0, 10.0, 100.0]), np.array([0.1, 1.0])
+    energy = np.array([[30.0, 10.0], [1.0, 3.0], [1e-6, 1e-6]])
+    w = Drift(times, edges, energy, 0 * energy, 0 * energy).weights()
+    # shares within a time, over three times; shares of the whole would leave the last time nothing
+    np.testing.assert_allclose(w, [[1 / 4, 1 / 12], [1 / 12, 1 / 4], [1 / 6, 1 / 6]], rtol=1e-12)
+    # so the mean of c is the mean over times: here c = t · flux/h is 1, 2 and 6 at every edge
+    flux = energy * np.array([[1.0], [2.0], [6.0]]) / times[:, None]
+    mean = Drift(times, edges, energy, flux, 0 * flux).summary("advective")["mean"]
+    assert mean == pytest.approx(3.0)
+
+
 def test_constant_drift_agrees_with_the_closed_form_of_the_continuum_and_the_printed_one_does_not() -> (
     None
 ):

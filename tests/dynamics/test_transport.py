@@ -281,3 +281,18 @@ def test_a_non_linear_drift_has_the_exponent_of_its_value_at_zero(p: float) -> N
 def test_bad_input_is_refused_with_the_offending_value(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_the_divergence_is_the_derivative_of_the_velocity() -> None:
+    """t ∂_λ v for v = (λ/t) H(λt), by central differences of v itself: H alone misses x H'."""
+    x = np.geomspace(1e-2, 10, 25)
+    for H, slope in (
+        (lambda x: 0.5 / (1 + x), lambda x: -0.5 / (1 + x) ** 2),
+        (lambda x: np.cos(x) * np.exp(-x), lambda x: -(np.sin(x) + np.cos(x)) * np.exp(-x)),
+    ):
+        drift, d = CovariantDrift(H, slope), 1e-6
+        v = [x * (1 + s) * drift.speed(x * (1 + s)) for s in (d, -d)]  # at t = 1
+        by_difference = (v[0] - v[1]) / (2 * d * x)
+        # truncation d² and rounding 1e-16/d
+        np.testing.assert_allclose(drift.divergence(x), by_difference, atol=1e-8)
+        assert np.abs(drift.speed(x) - by_difference).max() > 0.1

@@ -166,3 +166,30 @@ def test_json_round_trip() -> None:
         p.kernel,
         p.floor,
     )
+
+
+def test_a_node_at_an_edge_belongs_to_the_shell_above() -> None:
+    found = SpectralMeasure.exact(np.array([1.0, 2.0, 4.0]), np.array([1.0, 10.0, 100.0]))
+    binned = found.shells(LogShells(np.array([1.0, 2.0, 4.0, 8.0])))
+    # [1, 2) holds 1, [2, 4) holds 2, [4, 8) holds 4: half of each energy
+    assert binned.energies.tolist() == [0.5, 5.0, 50.0] and binned.above == binned.below == 0.0
+    short = found.shells(LogShells(np.array([1.0, 2.0, 4.0])))
+    assert short.energies.tolist() == [0.5, 5.0] and short.above == 50.0
+
+
+def test_a_positive_node_within_rounding_of_zero_is_kernel() -> None:
+    nodes, energies = np.array([1e-16, 1e-15, 1e-3, 1.0]), np.array([2.0, 4.0, 8.0, 16.0])
+    found = SpectralMeasure.exact(nodes, energies)
+    assert 1e-16 < found.floor < 1e-15  # 4 eps of the largest
+    binned = found.shells(LogShells(10.0 ** np.arange(-17.0, 2.0)))
+    assert binned.kernel == 1.0 and binned.energies.sum() == 14.0
+    assert binned.energies[0] == binned.energies[1] == 0.0  # the shell of 1e-16 stays empty
+
+
+def test_the_peak_shell_counts_for_the_slope() -> None:
+    # without the last point the line through 1, 2, 4 has slope 1; with it the slope is
+    # Σ x y/Σ x² for x = −3, −1, 1, 3 (halves) and log₂ E = 0, 1, 2, 5
+    assert statistics(profile([1, 2, 4, 32])).slope == pytest.approx(2 * (3 * 5 + 2 - 1) / 20)
+    # two shells and the peak are enough, two with the peak are not
+    assert statistics(profile([1, 2, 8])).slope == pytest.approx(1.5)
+    assert np.isnan(statistics(profile([1, 8])).slope)
