@@ -74,6 +74,7 @@ def pieces(p: Parameters) -> list[Piece]:
 
 def measure(piece: Piece) -> Data:
     """Train one net on one batch; what is not finite is null."""
+    # the net under its plan, or as its own base would be trained
     build, device = factory(piece["length"]), piece["device"]
     model = build(piece["n"], piece["L"]).to(device)
     made = plan(
@@ -97,6 +98,7 @@ def measure(piece: Piece) -> Data:
 
     last: nn.Module = model.transformer.h[-1]
     last.register_forward_hook(keep)
+    # one pass more than there are steps: it sees what the last one changed
     losses = []
     for t in range(piece["steps"] + 1):
         optimizer.zero_grad()

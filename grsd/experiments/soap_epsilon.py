@@ -148,6 +148,7 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
         other = {"n": "L", "L": "n"}[axis]
         return [r for r in data["runs"] if r["share"] == share and r[other] == base[other]]
 
+    # the exponent of every step, along each axis through the base
     data["exponents"] = [
         {"share": share, "axis": axis, "what": what}
         | {
