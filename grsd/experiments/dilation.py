@@ -17,7 +17,6 @@ import numpy as np
 from grsd import checks, statistics
 from grsd.dynamics import drift
 from grsd.dynamics.transport_solvers import fitted_exponent
-from grsd.experiments.drift import EDGES, ORDERS, PARTS, REFERENCE, ROUNDING, follow, problem
 from grsd.experiments.engine import (
     Data,
     Experiment,
@@ -27,6 +26,15 @@ from grsd.experiments.engine import (
     intervals,
     rounded,
     shared,
+)
+from grsd.experiments.two_layer_flow import (
+    EDGES,
+    ORDERS,
+    PARTS,
+    REFERENCE,
+    ROUNDING,
+    follow,
+    problem,
 )
 from grsd.lab.data.functions import TARGETS
 

@@ -8,28 +8,26 @@ data, or γ is held fixed.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
 from grsd import checks, statistics
 from grsd.dynamics import drift, flow, modes, transport
-from grsd.dynamics.problem import Problem
 from grsd.dynamics.transport_solvers import fitted_exponent
 from grsd.experiments import engine
 from grsd.experiments.engine import Data, Experiment, Piece, Rows
-from grsd.experiments.two_layer_forms import TwoLayerProblem
-from grsd.lab.data.functions import TARGETS, data
-from grsd.lab.nets import models
-
-# edges of λ, in 1/time: two decades below what t = 1000 can learn, up to 2
-EDGES = np.power(2.0, np.arange(-18, 2))
-ORDERS = {"1": 1.0, "4": 4.0, "sharp": math.inf}
-PARTS: tuple[drift.Part, ...] = ("advective", "kato", "total")
-REFERENCE = 128  # width at which `gamma` is quoted
-ROUNDING = 1 - 1e-9  # a grid in log t rounds
+from grsd.experiments.two_layer_flow import (
+    EDGES,
+    ORDERS,
+    PARTS,
+    REFERENCE,
+    ROUNDING,
+    follow,
+    problem,
+)
+from grsd.lab.data.functions import TARGETS
 
 
 @dataclass(frozen=True)
@@ -61,27 +59,6 @@ class Parameters:
         checks.at_least("seeds", self.seeds, 2, "a spread needs two or more")
         checks.between("after", self.after, 0.1, self.until, "()")
         checks.at_least("points", self.points, 12)
-
-
-def problem(target: str, n: int, gamma: float, *, seed: int, **more: Any) -> TwoLayerProblem:
-    """Return a two-layer net on n samples of one of the `TARGETS`.
-
-    `more` may hold its width `h`, by default n, `data_seed`, by default `seed`, and fields of
-    `Parameters` that say what the net and its inputs are.
-    """
-    p = {**asdict(Parameters()), "h": n, "data_seed": seed, **more}
-    x, y = data(target, n, p["data_seed"], p["inputs"])
-    net = models.two_layer(p["inputs"], p["h"], gamma, p["activation"], seed=seed, gain=p["gain"])
-    return TwoLayerProblem(net.to(p["device"]), x.to(p["device"]), y.to(p["device"]))
-
-
-def follow(
-    at: Problem, until: float = 1000.0, points: int = 25, rtol: float = 1e-7
-) -> tuple[flow.Path, list[modes.Modes]]:
-    """Integrate gradient flow: the path at 0 and times even in log t from 0.1; modes at these."""
-    times = np.append(0.0, np.geomspace(0.1, until, points))
-    path = flow.integrate(at, times, rtol=rtol, atol=1e-2 * rtol, estimate=False)
-    return path, [modes.modes(*modes.instant(at, theta)) for theta in path.thetas[1:]]
 
 
 def pieces(p: Parameters) -> list[Piece]:

@@ -93,7 +93,7 @@ class Parameters:
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per rate, depth and seed."""
     kept = shared(p, "images", "depths", "rates", "largest", "seeds")
-    kept |= {"images": p.images, "sha256": archive.fingerprint(archive.find(p.images))}
+    kept |= {"images": p.images, "sha256": archive.fingerprint(p.images)}
     return [
         {**kept, "rate": rate, "L": depth, "seed": seed}
         for seed in range(p.seeds)

@@ -23,12 +23,11 @@ from torch.nn import functional
 
 from grsd import checks
 from grsd.experiments.engine import Data, Experiment, Piece, Rows, grouped
-from grsd.lab.nets import architectures
+from grsd.experiments.residual_mlp import INPUTS, factory
 from grsd.mup.coordcheck import coord_check, fit_slope, sizes_along
 from grsd.mup.planning import Plan, plan
 from grsd.mup.registry import OPTIMIZERS, row
 
-INPUTS = 16
 SCHEMES = {"all": ("mup", "sp"), "hidden": ("mup", "wrong")}
 """What is trained → the ways to set the rates that are compared."""
 
@@ -66,17 +65,6 @@ class Parameters:
             checks.one_of("optimizer", name, checked())
         sizes = (*self.widths, *self.depths, self.base_width, self.base_depth)
         checks.at_least("least of sizes, seeds and steps", min(*sizes, self.seeds, self.steps), 1)
-
-
-def factory(width: int, depth: int) -> nn.Module:
-    """A residual MLP with two layers a block, ReLU, biases and α_b = ¼: (B, 16) → (B, 1), float32.
-
-    With α_b = 1 a stack of four blocks is far from its limit of depth: its features grow tenfold,
-    and those of a stack of 32 with α = ⅛ do not.
-    """
-    how: dict[str, Any] = {"activation": "relu", "epsilon": 0.25, "bias": True, "seed": 0}
-    how |= {"inputs": INPUTS, "dtype": torch.float32}
-    return architectures.res_mlp(width=width, depth=depth, **how)
 
 
 def hidden_alone(

@@ -59,7 +59,7 @@ class Parameters:
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per kernel and pair of classes."""
     kept = shared(p, "kernels", "drifts", "seeds")
-    kept |= {"drifts": list(p.drifts), "sha256": archive.fingerprint(archive.find(p.images))}
+    kept |= {"drifts": list(p.drifts), "sha256": archive.fingerprint(p.images)}
     listed = product(p.kernels, range(p.seeds))
     return [{**kept, "kernel": kernel, "seed": seed} for kernel, seed in listed]
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from grsd import checks
-from grsd.experiments import mup_coords
 from grsd.experiments.engine import Data, Experiment, Piece, Rows, rounded, shared
+from grsd.experiments.residual_mlp import INPUTS, factory
 from grsd.mup.coordcheck import fit_slope, sizes_along
 from grsd.mup.monitoring import geometric_means
 from grsd.mup.norms import rms_norm, spectral_norm
@@ -64,15 +64,15 @@ def pieces(p: Parameters) -> list[Piece]:
 def linear(samples: int) -> Callable[[nn.Module], Tensor]:
     """Return model → −mean of f y on a batch of Gaussian inputs and random signs y."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, mup_coords.INPUTS, generator=generator)
+    x = torch.randn(samples, INPUTS, generator=generator)
     y = torch.randn(samples, generator=generator).sign()
     return lambda model: -(model(x).reshape(-1) * y).mean()
 
 
 def prepared(piece: Piece, size: tuple[int, int]) -> tuple[nn.Module, Plan]:
     """Return a net of one size with the weights of the seed and the multipliers of its plan."""
-    base = mup_coords.factory(piece["base_width"], piece["base_depth"])
-    model = mup_coords.factory(*size)
+    base = factory(piece["base_width"], piece["base_depth"])
+    model = factory(*size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caution about SOAP is what is measured here
         made = plan(model, base=base, optimizer="soap")

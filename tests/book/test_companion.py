@@ -345,7 +345,7 @@ def test_images_need_words(book: Book) -> None:
         assert log.count("has no alternative text") == 1, log
 
 
-def test_sentences_and_a_few_long_lines_may_break_and_numbers_and_printed_tables_may_not(
+def test_sentences_and_long_lines_may_break_and_numbers_and_printed_tables_that_fit_may_not(
     book: Book,
 ) -> None:
     words = "a sentence that is longer than an interval"
@@ -353,7 +353,8 @@ def test_sentences_and_a_few_long_lines_may_break_and_numbers_and_printed_tables
     cells = [
         show.replace("WORDS", words),
         "print('x' * 300)",
-        "for k in range(9):\n    print(f'{k:8d}' * 20)",
+        "for k in range(9):\n    print(f'{k:8d}' * 10)",  # fits beside both sidebars
+        "for k in range(9):\n    print(f'{k:9d}' * 20)",  # does not
     ]
     extra = "\n\n".join(f"```{{code-cell}} ipython3\n{cell}\n```" for cell in cells)
     book.write(f"book/{CHAPTER}.md", chapter(extra=extra))
@@ -363,7 +364,8 @@ def test_sentences_and_a_few_long_lines_may_break_and_numbers_and_printed_tables
     broken = {cell.get_text(strip=True) for cell in page.find_all("td", class_="words")}
     assert broken == {words}
     long = [block.get_text() for block in page.find_all("div", class_="long-lines")]
-    assert any("x" * 300 in text for text in long) and not any("       8" in text for text in long)
+    assert any("x" * 300 in text for text in long) and any(" " * 8 + "8" in text for text in long)
+    assert not any(("       8" * 10 + "\n") in f"{text}\n" for text in long)
 
 
 # --- Buttons and reader notebooks ------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_a_piece_is_gradient_descent_written_out(images: str, tmp_path: Path) ->
     least = figures_3_6.series(outcome.data, 0.002)
     every = [v[0] for r in got["reads"] for v in r["weights"].values()]
     assert least["depths"] == [2, 3] and least["F.1, weights"][1] == [min(every)]
-    assert outcome.data["images"]["sha256"] == archive.fingerprint(Path(images))
+    assert outcome.data["images"]["sha256"] == archive.fingerprint(images)
 
 
 def test_a_small_step_hides_a_cancellation_and_a_large_one_shows_it(

@@ -22,11 +22,13 @@ def piece(family: str) -> Any:
 
 
 def test_a_piece_is_what_the_plan_and_the_check_say() -> None:
-    found = mup_families.measure(piece("llama"))
+    asked = piece("llama")
+    found = mup_families.measure(asked)
     assert found["complete"] and found["departure"] < 1e-4 and found["refused"] == ""
+    own = {"input": asked["embedding"]}
     direct = mup.coord_check(
-        stock.factory(stock.configuration("llama"), positions=16),
-        help_text.next_byte(2, 16),
+        stock.factory(stock.configuration("llama"), positions=asked["length"]),
+        help_text.next_byte(asked["batch_size"], asked["length"]),
         widths=(32, 64),
         depths=(2, 4),
         base=(32, 2),
@@ -34,6 +36,9 @@ def test_a_piece_is_what_the_plan_and_the_check_say() -> None:
         lr=2.0**-7,
         steps=1,
         seeds=(0,),
+        make_plan=lambda model, start: mup.plan(
+            model, base=start, optimizer="adamw", multipliers=own
+        ),
     )
     assert found["slopes"]["features, width"][0] == round(direct.slopes["width"].value, 3)
     assert found["slopes"]["output, depth"][0] == round(direct.output_slopes["depth"].value, 3)

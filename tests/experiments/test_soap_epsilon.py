@@ -70,7 +70,7 @@ def test_the_rule_changes_epsilon_with_the_size(monkeypatch: pytest.MonkeyPatch)
     p = soap_epsilon.Parameters(**{**SMALL, "steps": 1})
     piece = {**soap_epsilon.pieces(p)[0], "share": 1e-2, "n": 64, "L": 4}
     base = {**piece, "n": 16, "L": 2}
-    monkeypatch.setattr("grsd.mup.optimizers.Combined.zero_grad", watch)
+    monkeypatch.setattr("grsd.mup.combined.Combined.zero_grad", watch)
     large, small = [], []
     for one, kept in ((piece, large), (base, small)):
         soap_epsilon.measure(one)
