@@ -319,6 +319,16 @@ def test_an_unknown_command_is_found() -> None:
 # --- Words and references ----------------------------------------------------------------------------------------------
 
 
+SCRIPT = re.compile(r"^```python\n# \w+\.py$", re.MULTILINE)
+
+
+def test_a_script_of_its_own_is_no_cell_of_a_notebook() -> None:
+    """The reader's notebooks run every block in `python`; a file for torchrun is fenced as `py`."""
+    pages = sorted((ROOT / "book").rglob("*.md"))
+    assert [page.name for page in pages if SCRIPT.search(page.read_text())] == []
+    assert SCRIPT.search("```python\n# train.py\nx = 1\n```")
+
+
 def test_the_page_on_verdicts_explains_every_one_as_the_ledger_shows_it() -> None:
     rows = re.findall(r"^\| (.+?) \|", (BOOK / "verdicts.md").read_text(), re.M)
     assert [f"{symbol} {word}" for symbol, word, _ in claims.VERDICTS.values()] == [

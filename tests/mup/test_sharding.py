@@ -52,7 +52,7 @@ def test_sharded_models_are_planned_and_trained_as_the_whole(tmp_path: Path) -> 
 def script() -> str:
     """Return the page's script for a sharded run."""
     page = (ROOT / "book" / "mup" / "use-it.md").read_text()
-    found = re.search(r"```python\n(# train_sharded\.py\n.*?)```", page, re.DOTALL)
+    found = re.search(r"```py\n(# train_sharded\.py\n.*?)```", page, re.DOTALL)
     assert found is not None
     return found[1]
 
