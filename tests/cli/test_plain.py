@@ -8,19 +8,9 @@ import pytest
 
 from grsd import claims
 from grsd.cli.plain import plain
+from tests.test_claims import texts
 
-TEXTS = [
-    text
-    for claim in claims.load()
-    for text in (
-        claim.locator,
-        claim.statement,
-        claim.corrected,
-        claim.assumption,
-        claim.measured,
-        claim.bound,
-    )
-]
+TEXTS = [text for claim in claims.load() for text in texts(claim)]
 
 
 @pytest.mark.parametrize(
