@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from grsd.experiments.engine import Data, Experiment, Piece, Rows, grouped, roun
 from grsd.lab.checkpoints.opened import Loaded, open_model
 from grsd.lab.data import corpora
 from grsd.lab.nets.models import quiet
+from grsd.pieces import Store, code
+from grsd.scale import cache_dir
 from grsd.spectrum import (
     NTK,
     AveragedProfile,
@@ -46,6 +49,7 @@ from grsd.spectrum.lanczos import lanczos
 VARIANTS = ("published", "twin", "shuffled", "rounded")
 STARTS = ("error", "ones", "signs", "random")
 SHELLS = LogShells(np.power(2.0, np.arange(-24, 15)))  # as in `grsd.experiments.protocol`
+COLUMNS = 32  # of a dense M that are kept at a time
 BLOCK, LEVELS = 32, 15  # numbers that share a scale in a 4-bit type, and steps of that scale
 
 
@@ -64,7 +68,9 @@ class Parameters:
     length: int = 128
     sizes: tuple[int, ...] = (1, 2)
     batches: tuple[int, ...] = (5, 1)
-    steps: int = 40  # of Lanczos: on M for the first batch, on K for the first three
+    steps: int = 40  # of Lanczos on M, for the first batch
+    position: int = 40  # of Lanczos on K, for the first three batches; 0 for none
+    bos: int = 0  # 1: every window begins with the tokenizer's own first token
     revisions: tuple[str, ...] = ("",)  # the empty one is the last
     seeds: int = 1  # of batches, twins and random vectors
 
@@ -78,6 +84,8 @@ class Parameters:
         if len(self.batches) != len(self.sizes):
             raise ValueError(f"batches has {len(self.batches)} numbers for sizes = {self.sizes}")
         checks.at_least("steps", self.steps, 1)
+        checks.at_least("position", self.position, 0)
+        checks.one_of("bos", self.bos, (0, 1))
         checks.at_least("seeds", self.seeds, 1)
 
 
@@ -106,7 +114,8 @@ def pieces(p: Parameters) -> list[Piece]:
                     "length": p.length,
                     "batch": batch,
                     "lanczos": p.steps if first and variant == VARIANTS[0] else 0,
-                    "delta": p.steps if paired and at == 0 and batch < 3 else 0,
+                    "delta": p.position if paired and at == 0 and batch < 3 else 0,
+                    "bos": p.bos,
                     "seed": seed,
                 }
             )
@@ -162,6 +171,8 @@ def measure(piece: Piece) -> Data:
     part = corpora.default_split(piece["path"])
     count, seed = piece["batch"] + 1, piece["seed"]
     x, y = list(corpus.batches(count, piece["size"], piece["length"], seed, part))[-1]
+    if piece["bos"]:  # the window is predicted from its first token on, and its last falls away
+        x, y = torch.cat([torch.full_like(x[:, :1], _first(loaded)), x[:, :-1]], 1), x
     generator = torch.Generator().manual_seed(1000 * seed + piece["batch"])
 
     # the variant: other weights, or other targets
@@ -175,17 +186,39 @@ def measure(piece: Piece) -> Data:
 
     inputs = {"input_ids": x, "use_cache": False}
     M = NTK(net, inputs, TokenLogProb(y))
-    data = _exact(M, generator)
+    dense = _dense(M, piece)
+    data = _exact(M, dense, generator)
     if piece["lanczos"]:
         data["lanczos"] = lanczos(M, M.error, min(piece["lanczos"], M.shape[0])).to_json()
     if piece["delta"]:
-        data |= _logits(net, inputs, y, piece["delta"])
+        data |= _logits(net, inputs, y, piece["delta"]) | _samples(net, inputs, y, dense)
     return data
 
 
-def _exact(M: NTK, generator: torch.Generator) -> Data:
+def _first(loaded: Loaded) -> int:
+    """The token that the model's texts begin with."""
+    token = getattr(loaded.tokenizer, "bos_token_id", None)
+    if token is None:
+        raise ValueError(f"{loaded.name} has no first token of its own: bos must be 0")
+    return int(token)
+
+
+def _dense(M: NTK, piece: Piece) -> Tensor:
+    """M in float64, (T, T), by T products; what a run that was killed had made is read again."""
+    store = Store(cache_dir() / "experiments" / "published-columns", code(Parameters))
+    columns = []
+    for start in range(0, M.shape[0], COLUMNS):
+        make = partial(_columns, M, start)
+        columns.append(store.get(piece | {"columns": start}, make)["M"])
+    return torch.cat([torch.tensor(some, dtype=torch.float64) for some in columns], dim=1)
+
+
+def _columns(M: NTK, start: int) -> Data:
+    return {"M": (M @ torch.eye(M.shape[0])[:, start : start + COLUMNS]).tolist()}
+
+
+def _exact(M: NTK, dense: Tensor, generator: torch.Generator) -> Data:
     """The spectral measure of every start vector, by a dense eigendecomposition in float64."""
-    dense = M.to_dense().double()
     values, vectors = torch.linalg.eigh((dense + dense.T) / 2)
     e = M.error.double()
     starts = {
@@ -231,6 +264,19 @@ def _logits(net: nn.Module, inputs: dict[str, Any], y: Tensor, steps: int) -> Da
     gradient = torch.autograd.grad(loss, list(net.parameters()))
     square = float(sum(g.double().square().sum() for g in gradient))
     return {"delta": lanczos(K, delta, steps).to_json(), "gradient": square}
+
+
+def _samples(net: nn.Module, inputs: dict[str, Any], y: Tensor, M: Tensor) -> Data:
+    """What the gradients of single tokens know of λ_max(K): a lower bound of it.
+
+    A token's gradient is Jᵀ applied to its own block of δ, so that M = ΔᵀKΔ with orthogonal columns
+    of Δ. On their span K is D^(-1/2) M D^(-1/2), D = ΔᵀΔ: its top is at most λ_max(K).
+    """
+    with torch.no_grad():
+        logits = net(**inputs).logits.flatten(0, 1).double()
+    delta = nn.functional.one_hot(y.flatten(), logits.shape[1]) - logits.softmax(-1)
+    scale = delta.square().sum(-1).rsqrt()
+    return {"samples_top": float(torch.linalg.eigvalsh(scale[:, None] * M * scale)[-1])}
 
 
 def measure_of(data: Data, start: str = "error") -> SpectralMeasure:

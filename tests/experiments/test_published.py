@@ -103,6 +103,64 @@ def test_a_piece_is_the_measure_of_the_dense_jacobian(piece: dict[str, Any]) -> 
     assert (exact.energies <= rough.upper + slack).all()
 
 
+def test_gradients_of_tokens_bound_the_top_of_K(piece: dict[str, Any]) -> None:
+    net = opened.load(piece["model"], dtype=torch.float64).model
+    x, y = tokens(piece)
+    logits = net(input_ids=x, use_cache=False).logits.flatten(0, 1)
+    centred = logits - logits.mean(-1, keepdim=True)
+    delta = (
+        torch.nn.functional.one_hot(y.flatten(), logits.shape[1]) - logits.softmax(-1)
+    ).detach()
+    # the columns of Δ, each a token's own block, of length one; Q = Δᵀ J, row by row
+    unit = delta / delta.norm(dim=1, keepdim=True)
+    rows = (unit * centred).sum(1)
+    J = [torch.autograd.grad(row, list(net.parameters()), retain_graph=True) for row in rows]
+    Q = torch.stack([torch.cat([g.flatten() for g in one]) for one in J])
+    data = published.measure(piece)
+    bound = float(torch.linalg.matrix_norm(Q, 2) ** 2 / len(rows))
+    assert data["samples_top"] == pytest.approx(bound, rel=1e-4)
+    # below the largest eigenvalue, and above every quotient inside the span of Δ
+    delta_line = Tridiagonal.from_json(data["delta"])
+    assert data["samples_top"] <= delta_line.measure().nodes[-1] * (1 + 1e-4)
+    assert data["samples_top"] >= delta_line.alphas[0] * (1 - 1e-4)
+
+
+def test_a_killed_piece_goes_on_from_its_columns(
+    piece: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "COLUMNS", 5)
+    piece = {**piece, "lanczos": 0, "delta": 0}
+    made: list[int] = []
+    columns = published._columns
+
+    def dies(M: Any, start: int) -> dict[str, Any]:
+        if start == 10 and 10 not in made:
+            made.append(start)
+            raise KeyboardInterrupt
+        made.append(start)
+        return columns(M, start)
+
+    monkeypatch.setattr(published, "_columns", dies)
+    with pytest.raises(KeyboardInterrupt):
+        published.measure(piece)
+    resumed = published.measure(piece)
+    assert made == [0, 5, 10, 10]  # what was whole was read
+    M, _ = dense(piece, opened.load(piece["model"], dtype=torch.float64).model)
+    slack = FLOOR * resumed["eps"] * float(torch.linalg.eigvalsh(M)[-1])
+    assert np.abs(np.array(resumed["eigenvalues"]) - torch.linalg.eigvalsh(M).numpy()).max() < slack
+
+
+def test_a_first_token_shifts_the_window(piece: dict[str, Any]) -> None:
+    tokenizer = opened.load(piece["model"]).tokenizer
+    piece = {**piece, "lanczos": 0, "delta": 0}
+    net = opened.load(piece["model"], dtype=torch.float64).model
+    x, _ = tokens(piece)
+    whole = torch.cat([torch.full_like(x[:, :1], tokenizer.bos_token_id), x], dim=1)
+    logits = net(input_ids=whole[:, :-1], use_cache=False).logits.flatten(0, 1)
+    loss = float(cross_entropy(logits, x.flatten()).detach())
+    assert published.measure({**piece, "bos": 1})["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_the_variants_change_what_they_say(piece: dict[str, Any]) -> None:
     text, *others = (
         published.measure({**piece, "variant": variant, "lanczos": 0, "delta": 0})
@@ -166,6 +224,8 @@ def test_a_run_reduces_to_groups(piece: dict[str, Any]) -> None:
         ({"sizes": (2, 1)}, r"\(2, 1\)|2"),
         ({"batches": (3,)}, r"batches has 1 numbers"),
         ({"steps": 0}, "0"),
+        ({"position": -1}, "-1"),
+        ({"bos": 2}, "2"),
     ],
 )
 def test_bad_parameters_are_refused(changed: dict[str, Any], words: str) -> None:
