@@ -49,7 +49,7 @@ from grsd.spectrum.lanczos import lanczos
 VARIANTS = ("published", "twin", "shuffled", "rounded")
 STARTS = ("error", "ones", "signs", "random")
 SHELLS = LogShells(np.power(2.0, np.arange(-24, 15)))  # as in `grsd.experiments.protocol`
-COLUMNS = 32  # of a dense M that are kept at a time
+COLUMNS = 8  # of a dense M that are kept at a time
 BLOCK, LEVELS = 32, 15  # numbers that share a scale in a 4-bit type, and steps of that scale
 
 
