@@ -33,6 +33,7 @@ NAMES = (
     "field",
     "figures-3-6",
     "foresight",
+    "frozen-features",
     "gpt2-coords",
     "mup-coords",
     "mup-families",
