@@ -200,7 +200,7 @@ def fit(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 
 def caption(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Number the tables that cells print, and set the emphasised line below one, or else its section's title, as caption."""
+    """Number the tables that cells print, and set the emphasised line below one as its caption; warn where there is none."""
     if app.builder.format != "html":
         return
     chapter = app.env.toc_secnumbers.get(docname, {}).get("", ())
@@ -208,7 +208,13 @@ def caption(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     for k, table in enumerate(printed, 1):
         number = ".".join(map(str, (*chapter, k)))
         table["ids"].append(f"table-{k}")
-        said = _said(table) or [nodes.Text(_topic(table))]
+        said = _said(table)
+        if not said:
+            _warn(
+                "a table without a caption; say what its columns are in an emphasised sentence below its cell",
+                (docname, table.line),
+                "caption",
+            )
         label = nodes.inline("", f"Table {number} ", classes=["caption-number"])
         table.insert(0, nodes.title("", "", label, *said))
 
@@ -230,23 +236,19 @@ def _titled(table: nodes.table) -> bool:
 
 
 def _said(table: nodes.table) -> list[nodes.Node]:
-    """What an emphasised paragraph below a table's cell says; the paragraph goes."""
+    """What is emphasised at the start of the paragraph below a table's cell; it leaves that paragraph."""
     cell = _output(table)
     assert cell is not None
     below = cell.next_node(descend=False, siblings=True)
     if isinstance(below, nodes.paragraph) and isinstance(below.children[0], nodes.emphasis):
         found = list(below.children[0].children)
-        rest = below.children[1:]
-        below.parent.remove(below)
-        return [*found, *rest]
+        del below[0]
+        if below.children and isinstance(below.children[0], nodes.Text):
+            below[0] = nodes.Text(below.children[0].lstrip())
+        if not below.astext():
+            below.parent.remove(below)
+        return found
     return []
-
-
-def _topic(node: nodes.Node) -> str:
-    """Title of the section, without the word that says that it computes."""
-    while not isinstance(node, nodes.section):
-        node = node.parent
-    return re.sub(r"^Live: (.)", lambda m: m[1].upper(), node.children[0].astext())
 
 
 def align(table: nodes.table) -> None:

@@ -200,8 +200,7 @@ Table(["what", "gap"], [["a", -0.5]])
 ```{code-cell} ipython3
 Table(["what", "gap"], [["b", -0.5]])
 ```
-
-It is negative.
+*The gap.* It is negative.
 """
 
 
@@ -213,10 +212,17 @@ def test_printed_tables_have_a_number_and_a_caption(book: Book) -> None:
     found = [" ".join(tag.get_text(" ").split()) for tag in page.find_all("caption")]
     assert [text.strip(" #") for text in found] == [
         "Table 1 The gap of \\(a\\) .",
-        "Table 2 What is measured",
+        "Table 2 The gap.",
     ]
     text = page.get_text(" ")
-    assert text.count("The gap of") == 1 and "It is negative." in text and "−0.5" in text
+    assert text.count("The gap") == 2 and "−0.5" in text
+    assert page.find("p", string="It is negative.") is not None
+
+
+def test_a_table_without_a_caption_is_reported(book: Book) -> None:
+    book.write(f"book/{CHAPTER}.md", chapter(extra=CAPTIONED.replace("*The gap.*", "The gap.")))
+    status, log = book.build()
+    assert status and log.count("a table without a caption") == 1
 
 
 def test_a_claim_leads_to_the_cell_that_records_it(book: Book) -> None:
