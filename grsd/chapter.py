@@ -68,7 +68,7 @@ def start(
     if dtype:
         torch.set_default_dtype(getattr(torch, dtype))
     where = f"device {device()}" if gpu else "device cpu (float64 theory, which no GPU speeds up)"
-    print(f"grsd {__version__}, {chapter}: {where}, scale {scale()}, {expected(chapter)}")
+    print(f"grsd {__version__}, {chapter}: {where}, scale {scale()}{expected(chapter)}")
 
 
 def install(module: str) -> None:
@@ -89,14 +89,14 @@ def install(module: str) -> None:
 
 
 def expected(chapter: str) -> str:
-    """How long a chapter takes at this scale, by the stored run of all chapters."""
+    """How long a chapter takes at this scale, where the stored run of all chapters knows it."""
     times: dict[str, Any] = {}
     if TIMES in results.available():
         stored = results.load(TIMES)
         if stored.provenance["scale"] == scale():
             times = stored.data["seconds"]
     if chapter not in times:
-        return "not timed at this scale"
+        return ""
     minutes = math.ceil(times[chapter] / 60)
     cores = stored.provenance["hardware"]["cores"]
-    return f"about {minutes} minute{'s' if minutes > 1 else ''} on {cores} CPU cores"
+    return f", about {minutes} minute{'s' if minutes > 1 else ''} on {cores} CPU cores"

@@ -179,7 +179,7 @@ def test_the_first_line_says_where_and_how_long(
     monkeypatch.setattr(results, "revision", lambda: "a" * 40)
     chapter.start("a/b", gpu=True)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "device meta, scale cpu, not timed" in line
+    assert line.endswith("device meta, scale cpu")
     made = results.provenance(["make", "colab"], {})
     results.save(
         results.Result(chapter.TIMES, {"seconds": {"a/b": 61.0, "a/c": 5.0}}, made), tmp_path
@@ -191,7 +191,7 @@ def test_the_first_line_says_where_and_how_long(
     assert "about 1 minute on" in capsys.readouterr().out
     monkeypatch.setenv("GRSD_SCALE", "gpu")
     chapter.start("a/b")
-    assert "scale gpu, not timed" in capsys.readouterr().out, "another scale takes another time"
+    assert capsys.readouterr().out.strip().endswith("scale gpu"), "another scale takes another time"
 
 
 @pytest.mark.usefixtures("quiet")

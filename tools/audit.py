@@ -5,15 +5,17 @@
 Pages are opened from the disk in headless Chromium, in both themes, at the widths of a laptop and
 a phone. Counted are tables, formulas and lines of code that stick out of the page (a phone may
 scroll them where a shade at the edge says so), pages that scroll sideways, errors of scripts and of
-MathJax, formulas left untypeset, pictures without caption or words, and tables of a cell without a
-caption. The report is JSON with the text of each finding; a contact sheet per theme and width shows
-the top of every page. Exit status 1 on any finding.
+MathJax, formulas left untypeset, pictures without caption or words, tables of a cell without a
+caption or with one that only repeats the heading, and pages that weigh more than 2 MB as a server
+sends them. The report is JSON with the text of each finding; a contact sheet per theme and width
+shows the top of every page. Exit status 1 on any finding.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import gzip
 import io
 import json
 import shutil
@@ -25,6 +27,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 
 import websocket
@@ -33,6 +36,8 @@ from tqdm import tqdm
 
 WIDTHS = {"laptop": (1300, 900), "phone": (390, 844)}
 THEMES = ("light", "dark")
+HEAVY = 2_000_000  # bytes of a page with all that it loads, into an empty cache
+SENT_AS_IS = {".png", ".jpg", ".woff", ".woff2", ".gif"}  # a server compresses the rest
 
 # Runs in the page; returns {kind: [text of each finding]}.
 LOOK = r"""
@@ -62,6 +67,10 @@ LOOK = r"""
     const titled = t.querySelector("caption") || t.closest("figure, details")
       || (next && next.matches("p") && next.querySelector("em"));
     if (t.closest(".cell_output") && !titled) say("table without caption", t);
+    const words = (e) =>
+      e?.textContent.toLowerCase().replace(/^\s*(table [\d.]+|live:)|#\s*$/g, "").trim();
+    const heading = words(t.closest("section")?.querySelector("h1, h2, h3, h4, h5"));
+    if (t.caption && words(t.caption) === heading) say("caption repeats the heading", t);
   });
   content.querySelectorAll("mjx-container").forEach((m) => {
     if (seen(m) && !m.closest("table") && out(m)) say("formula", m.closest("p, div") || m);
@@ -108,7 +117,8 @@ class Browser:
         self.socket = websocket.create_connection(self._address(port), timeout=120)
         self.number = 0
         self.errors: list[str] = []
-        for domain in ("Page", "Runtime", "Log"):
+        self.loaded: set[str] = set()
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def _address(self, port: int) -> str:
@@ -140,16 +150,28 @@ class Browser:
             )
         elif message.get("method") == "Log.entryAdded" and said["entry"]["level"] == "error":
             self.errors.append(f"{said['entry']['text']} {said['entry'].get('url', '')}"[:160])
+        elif message.get("method") == "Network.requestWillBeSent":
+            self.loaded.add(said["request"]["url"])
 
     def open(self, address: str) -> None:
         """Load a page and wait until its formulas are set."""
-        self.errors = []
+        self.errors, self.loaded = [], set()
         self.call("Page.navigate", url=address)
         for _ in range(300):
             if self.run("document.readyState") == "complete":
                 break
             time.sleep(0.05)
         self.run(READY)
+
+    def weight(self) -> int:
+        """Bytes that a server would send for what the page loaded from the disk."""
+        total = 0
+        for address in {a.partition("#")[0] for a in self.loaded if a.startswith("file:")}:
+            file = Path(unquote(urlsplit(address).path))
+            if file.is_file():
+                data = file.read_bytes()
+                total += len(data if file.suffix in SENT_AS_IS else gzip.compress(data, 6))
+        return total
 
     def run(self, script: str) -> Any:
         """Value of an expression in the page."""
@@ -183,6 +205,9 @@ def look(browser: Browser, page: Path) -> dict[str, tuple[dict[str, Any], Image.
             if browser.errors:
                 found["script error"] = list(browser.errors)
             found["height"] = browser.run("document.documentElement.scrollHeight")
+            found["bytes"] = browser.weight()
+            if found["bytes"] > HEAVY:
+                found["page too heavy"] = [f"{found['bytes'] / 1e6:.1f} MB"]
             seen[f"{width}-{theme}"] = (found, browser.picture())
     return seen
 
@@ -225,6 +250,8 @@ def main() -> int:
             counts.update({k: len(v) for k, v in page.items() if isinstance(v, list)})
         total += counts.total()
         print(f"{view}:", ", ".join(f"{n} {kind}" for kind, n in counts.items()))
+    heaviest = max(names, key=lambda name: seen[name]["laptop-light"][0]["bytes"])
+    print(f"heaviest: {heaviest}, {seen[heaviest]['laptop-light'][0]['bytes'] / 1e6:.2f} MB")
     (asked.output / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
     return 1 if total else 0
 

@@ -58,8 +58,8 @@ def book(html: Path, toc: Path, browser: Browser) -> PdfWriter:
                 'document.querySelector("h1")?.firstChild.textContent || document.title'
             )
             if name and above is None:
-                above = out.add_outline_item(name, start)
-            out.add_outline_item(str(title).strip(), start, parent=above)
+                above = out.add_outline_item(title=name, page_number=start)
+            out.add_outline_item(title=str(title).strip(), page_number=start, parent=above)
     out.add_metadata({"/Title": "grsd: a companion to three papers on training dynamics"})
     return out
 

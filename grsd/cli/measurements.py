@@ -31,8 +31,8 @@ OPTION = "A parameter, as NAME=VALUE; several values between commas."
 @common.file_option("--output", "Store the cells as a result (.json), with provenance.")
 @common.json_option
 def protocol(name: str, small: bool, resume: bool, output: str | None, as_json: bool) -> None:
-    """Train and measure what a chapter shows: `mini` (minutes on two cores), `pythia-shapes` (a
-    GPU, half an hour), or `pythia`: the paper's own checkpoints, from the hub.
+    """Train and measure what a chapter shows: `mini` (minutes on two cores), `mini-gpu`,
+    `pythia-shapes` (hours on a small GPU), or `pythia`: the paper's own checkpoints, from the hub.
 
     Every net, checkpoint, batch size and null model of the protocol becomes one averaged profile.
     What was measured before is read from the cache, so a run that was stopped goes on where it was.

@@ -28,6 +28,9 @@ PLANTED = {
     "formula not set": '<span class="math">x^2</span>',
     "formula error": "<mjx-merror>unknown</mjx-merror>",
     "table without caption": "<div class='cell'><div class='cell_output'><table><tr><td>1</td></tr></table></div></div>",
+    "caption repeats the heading": "<section><h2>Live: The gap#</h2><div class='cell_output'><table><caption>Table 3.1 The gap#</caption>"
+    "<tr><td>1</td></tr></table></div></section>",
+    "page too heavy": "<img style='display: none' src='../noise.png'>",
     "picture without caption": "<img alt='A square.' src='data:image/png;base64,iVBORw0KGgo='/>",
     "page scrolls sideways": "<div style='width: 3000px; height: 4px'></div>",
 }
@@ -45,6 +48,7 @@ def page(folder: Path, name: str, body: str) -> None:
 
 def test_the_audit_finds_each_planted_fault_and_passes_a_good_page(tmp_path: Path) -> None:
     page(tmp_path / "book", "good", GOOD)
+    (tmp_path / "noise.png").write_bytes(bytes(2_100_000))
     for k, body in enumerate(PLANTED.values()):
         page(tmp_path / "book", f"planted{k}", GOOD + body)
     command = [sys.executable, str(ROOT / "tools/audit.py"), str(tmp_path)]
@@ -55,7 +59,7 @@ def test_the_audit_finds_each_planted_fault_and_passes_a_good_page(tmp_path: Pat
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert sorted(report) == ["laptop-dark", "laptop-light", "phone-dark", "phone-light"]
     for view, found in report.items():
-        assert list(found["good"]) == ["height"], (view, found["good"])
+        assert list(found["good"]) == ["height", "bytes"], (view, found["good"])
         for k, kind in enumerate(PLANTED):
             assert kind in found[f"planted{k}"], (view, kind, found[f"planted{k}"])
         assert (tmp_path / f"out/{view}.png").stat().st_size > 1000
