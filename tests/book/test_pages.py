@@ -93,7 +93,19 @@ def faults(text: str, wanted: list[str], page: str) -> list[str]:
         for tag in forbidden & set(cell.metadata.get("tags", []))
     ]
     found += ["cell: stored outputs" for cell in code if cell.get("outputs")]
+    for cell, below in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
+        words = below.source if below is not None and below.cell_type == "markdown" else ""
+        if cell.cell_type == "code" and shows_table(cell.source) and not re.match(r"\*[^*\s]", words):
+            found.append(f"caption: none in emphasis below {cell.source.splitlines()[-1]!r}")
     return found
+
+
+def shows_table(source: str) -> bool:
+    """Whether a cell ends in a table: a call of `Table` or of a function named after one."""
+    last = ast.parse(source).body[-1:]
+    if not last or not isinstance(last[0], ast.Expr) or not isinstance(last[0].value, ast.Call):
+        return False
+    return re.fullmatch(r"(.*\.)?(\w+_)?[Tt]able", ast.unparse(last[0].value.func)) is not None
 
 
 def opening_faults(text: str) -> list[str]:
@@ -153,6 +165,11 @@ mystnb:
 ---
 ```
 
+```{code-cell} ipython3
+figures.Table(["gap"], [[gap]])
+```
+*The gap.*
+
 ## What would change this verdict
 
 ```{exercise} A task
@@ -178,6 +195,7 @@ def test_a_complete_chapter_has_no_fault() -> None:
         ("{claim-box} origin.kl-identity", "{claim-box} origin.kl-half-square", "claim box"),
         ("{claim-box} origin.kl-identity", "{note}", "claim box"),
         ("What is asked?\n", "", "opening: the question"),
+        ("*The gap.*", "The gap.", "caption: none"),
         ("{answer} fig-small", "{answer} fig-other", "opening: its answer"),
         ("```{answer} fig-small\n```\n", "", "opening: its answer"),
         ("name: fig-small", "tags: []", "opening: its answer"),
@@ -186,7 +204,7 @@ def test_a_complete_chapter_has_no_fault() -> None:
         ('start("room/page", threads=1)\n', "", "first cell: behind the import"),
         ('start("room/page"', 'start("room/other"', "first cell: behind the import"),
         ("assert gap < bound\n", "assert gap < bound\n" * 30, "cells: one has 31 lines"),
-        ("## Summary", "```{code-cell} ipython3\n1\n```\n" * 14 + "## Summary", "cells: 16"),
+        ("## Summary", "```{code-cell} ipython3\n1\n```\n" * 13 + "## Summary", "cells: 16"),
         ("threads=1)\n", "threads=1)\nimport numpy as np\n", "first cell: behind start()"),
         ("assert gap < bound\n", "", "check: no visible assertion"),
         (
