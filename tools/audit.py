@@ -6,9 +6,10 @@ Pages are opened from the disk in headless Chromium, in both themes, at the widt
 a phone. Counted are tables, formulas and lines of code that stick out of the page (a phone may
 scroll them where a shade at the edge says so), pages that scroll sideways, errors of scripts and of
 MathJax, formulas left untypeset, pictures without caption or words, tables of a cell without a
-caption or with one that only repeats the heading, and pages that weigh more than 2 MB as a server
-sends them. The report is JSON with the text of each finding; a contact sheet per theme and width
-shows the top of every page. Exit status 1 on any finding.
+caption or with one that only repeats the heading, citations that do not show their source where the
+pointer rests, and pages that weigh more than 2 MB as a server sends them. The report is JSON with
+the text of each finding; a contact sheet per theme and width shows the top of every page. Exit
+status 1 on any finding.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ LOOK = r"""
       || i.closest(".answer")?.querySelector("p");
     if (!titled || (i.alt || "").length < 10) say("picture without caption", i);
   });
+  content.querySelectorAll("a[href*='references.html#']").forEach((a) => {
+    if (!a.title) say("citation without its source", a); });
   if (document.documentElement.scrollWidth > innerWidth + 1)
     say("page scrolls sideways", document.querySelector("h1"));
   return JSON.stringify(found);

@@ -30,6 +30,7 @@ PLANTED = {
     "table without caption": "<div class='cell'><div class='cell_output'><table><tr><td>1</td></tr></table></div></div>",
     "caption repeats the heading": "<section><h2>Live: The gap#</h2><div class='cell_output'><table><caption>Table 3.1 The gap#</caption>"
     "<tr><td>1</td></tr></table></div></section>",
+    "citation without its source": "<a href='references.html#id1'>A. (2020)</a>",
     "page too heavy": "<img style='display: none' src='../noise.png'>",
     "picture without caption": "<img alt='A square.' src='data:image/png;base64,iVBORw0KGgo='/>",
     "page scrolls sideways": "<div style='width: 3000px; height: 4px'></div>",

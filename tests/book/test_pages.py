@@ -95,7 +95,11 @@ def faults(text: str, wanted: list[str], page: str) -> list[str]:
     found += ["cell: stored outputs" for cell in code if cell.get("outputs")]
     for cell, below in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
         words = below.source if below is not None and below.cell_type == "markdown" else ""
-        if cell.cell_type == "code" and shows_table(cell.source) and not re.match(r"\*[^*\s]", words):
+        if (
+            cell.cell_type == "code"
+            and shows_table(cell.source)
+            and not re.match(r"\*[^*\s]", words)
+        ):
             found.append(f"caption: none in emphasis below {cell.source.splitlines()[-1]!r}")
     return found
 
