@@ -1,14 +1,15 @@
 """The experiment ``transfer``: U-curves of small GPTs over width and depth, under SP and μP.
 
 One piece is one curve: one size under one scheme, every learning rate, and the seeds. Text is the
-help text that comes with Python (`pydoc_data.topics`), byte by byte, so that a fresh machine needs
-no download.
+help text of Python 3.11.7, byte by byte, which ships with the package; or any corpus that a command
+line names (files, or a data set on the hub), as byte-level BPE.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,24 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 from grsd import checks
 from grsd.experiments.engine import Data, Experiment, Piece, Rows, rounded, shared
-from grsd.lab.data.help_text import VOCABULARY, text
+from grsd.lab.data import corpora, help_text
 from grsd.mup import optima, schedules, sweeps
 from grsd.mup.registry import OPTIMIZERS
 
 SCHEMES = ("sp", "mup", "k1")
 """Standard parametrization; μP for blocks of two or more layers; the rules for blocks of one."""
-CEILING = math.log(VOCABULARY)  # loss of a uniform guess: a run that ends above it diverged
-TEST = 4096  # bytes of the held-out part that a run is scored on
+HELP = "help"  # the text that ships
+TEST = 4096  # tokens of the held-out part that a run is scored on
+
+
+@lru_cache(maxsize=2)
+def _words(text: str) -> help_text.Text:
+    """Return a text by its name: its bytes, or the tokens of a corpus."""
+    if text == HELP:
+        return help_text.text()
+    corpus = corpora.open_corpus(text)
+    ids = torch.from_numpy(corpus.tokens.astype(np.int64))
+    return help_text.split(ids, corpus.vocab_size, corpus.fingerprint)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -68,6 +79,7 @@ class GPT(nn.Module):
         width: int,
         depth: int,
         *,
+        vocabulary: int = help_text.VOCABULARY,
         length: int = 64,
         head: int = 16,
         norm: bool = True,
@@ -79,11 +91,11 @@ class GPT(nn.Module):
         checks.one_of("width", width, range(head, width + 1, head), why)
         checks.at_least("depth", depth, 1)
         with torch.random.fork_rng(devices=[]):  # torch draws values that are overwritten below
-            self.tokens = nn.Embedding(VOCABULARY, width)
+            self.tokens = nn.Embedding(vocabulary, width)
             self.places = nn.Embedding(length, width)
             self.blocks = nn.ModuleList(_Block(width, width // head, norm) for _ in range(depth))
             self.norm = _norm(width, norm)
-            self.read_out = _linear(width, VOCABULARY)
+            self.read_out = _linear(width, vocabulary)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weight in self.parameters():
@@ -110,12 +122,14 @@ class Parameters:
     rates: tuple[int, ...] = (-8, -7, -6, -5, -4, -3, -2)  # log₂ of the base rates
     seeds: int = 3  # seeds 0, 1, … of weights and batches
     near: int = 1  # later seeds run only so many rates from the best, more to bracket their own
+    text: str = HELP  # or a corpus, as `grsd.lab.data.corpora.open_corpus` takes it
     steps: int = 40  # a tenth is warm-up, then a cosine to a tenth
     batch: int = 8
-    length: int = 64  # bytes
+    length: int = 64  # bytes, or tokens
     head: int = 16  # dimension of a head
     std: float = 0.05  # of the base's weights
     clip: float = 1.0  # of the gradient's norm
+    stack: int = 1  # runs of one size that are trained as one program
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -132,8 +146,13 @@ class Parameters:
 
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per curve, small sizes first; at the base's size all schemes are one, `base`."""
-    common = {**shared(p, "axis", "schemes", "sizes"), "text": text().fingerprint}
-    common |= {"rates": list(p.rates), "seeds": list(range(p.seeds))}
+    words = _words(p.text)
+    common = {**shared(p, "axis", "schemes", "sizes"), "fingerprint": words.fingerprint}
+    common |= {
+        "vocabulary": words.vocabulary,
+        "rates": list(p.rates),
+        "seeds": list(range(p.seeds)),
+    }
     listed: list[Piece] = []
     for size in sorted(p.sizes):
         width, depth = (size, p.base_depth) if p.axis == "width" else (p.base_width, size)
@@ -145,16 +164,16 @@ def pieces(p: Parameters) -> list[Piece]:
 
 def measure(piece: Piece) -> Data:
     """Sweep one curve: [seed, log₂ η, held-out loss] of every run, None for one that diverged."""
-    words, scheme, steps, device = text(), piece["scheme"], piece["steps"], piece["device"]
-    batch, length = piece["batch"], piece["length"]
-    shape: dict[str, Any] = {name: piece[name] for name in ("length", "head", "std")}
+    words, scheme, device = _words(piece["text"]), piece["scheme"], piece["device"]
+    steps, batch, length = piece["steps"], piece["batch"], piece["length"]
+    shape: dict[str, Any] = {name: piece[name] for name in ("vocabulary", "length", "head", "std")}
 
     # the loss of a training step depends on seed and step alone; the score is held out
     def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(model(inputs.to(device)).flatten(0, 1), targets.to(device).flatten())
 
-    def loss(model: nn.Module, seed: int, step: int) -> Tensor:
-        return mean_loss(model, *words.batch(seed, step, batch, length))
+    def draw(seed: int, step: int) -> tuple[Tensor, Tensor]:
+        return words.batch(seed, step, batch, length)
 
     def factory(width: int, depth: int) -> nn.Module:
         return GPT(width, depth, norm=piece["norm"] == "layer", **shape).to(device)
@@ -164,7 +183,8 @@ def measure(piece: Piece) -> Data:
     adamw = piece["optimizer"] == "adamw" or OPTIMIZERS[piece["optimizer"]].matrices_only
     swept = sweeps.sweep(
         factory,
-        loss,
+        mean_loss,
+        draw,
         sizes=[(piece["width"], piece["depth"])],
         base=(piece["base_width"], piece["base_depth"]),
         lrs=[2.0**rate for rate in piece["rates"]],
@@ -174,7 +194,7 @@ def measure(piece: Piece) -> Data:
         schedule=schedules.cosine(steps, warmup=steps // 10, floor=0.1),
         eps=1e-16,
         options={"adamw": {"betas": (0.9, 0.95)}} if adamw else None,
-        **{name: piece[name] for name in ("seeds", "steps", "optimizer", "near", "clip")},
+        **{name: piece[name] for name in ("seeds", "steps", "optimizer", "near", "clip", "stack")},
     )
     # the runs that were made, with None for one that diverged
     runs = []
@@ -207,14 +227,17 @@ def reduce(p: Parameters, listed: list[Piece], measured: list[Data]) -> Data:
         {"scheme": piece["scheme"], "size": piece[p.axis], "runs": one["runs"]}
         for piece, one in zip(listed, measured, strict=True)
     ]
-    data: Data = {"axis": p.axis, "text": listed[0]["text"], "curves": curves}
-    data["schemes"] = {scheme: _summary(*losses(data, scheme)) for scheme in p.schemes}
+    text = {name: listed[0][name] for name in ("fingerprint", "vocabulary")}
+    data: Data = {"axis": p.axis, "text": text, "curves": curves}
+    guess = math.log(text["vocabulary"])
+    data["schemes"] = {scheme: _summary(guess, *losses(data, scheme)) for scheme in p.schemes}
     return rounded(data, 6)
 
 
-def _summary(sizes: list[int], rates: list[float], table: Any) -> Data:
-    best = [optima.optimum(rates, one, ceiling=CEILING) for one in table]
-    cost = optima.regret(rates, table, ceiling=CEILING)
+def _summary(guess: float, sizes: list[int], rates: list[float], table: Any) -> Data:
+    # a run that ends above the loss of a uniform guess diverged
+    best = [optima.optimum(rates, one, ceiling=guess) for one in table]
+    cost = optima.regret(rates, table, ceiling=guess)
     slope = optima.drift(sizes, best)
     return {
         "sizes": sizes,

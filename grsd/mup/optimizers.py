@@ -138,27 +138,34 @@ class _Matrix(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = evaluate(closure)
+        weights: dict[Tensor, Tensor] = {}
+        # the gradients of all parts of fused weights, by shape, with where they came from
+        batches: dict[Any, list[tuple[Tensor, Part, Group]]] = {}
         for group in self.param_groups:
-            weights = {p: whole(p) for p in group["params"] if p.grad is not None}
-            # the gradients of all parts of fused weights, by shape, with where they came from
-            batches: dict[tuple[Any, ...], list[tuple[Tensor, Part]]] = {}
-            for p, W in weights.items():
+            for p in (p for p in group["params"] if p.grad is not None):
+                weights[p] = whole(p)
                 for k, part in enumerate(pieces(whole(self._momentum(p, group)), group)):
                     G = _flat(part)
-                    batches.setdefault((*G.shape, G.dtype, G.device), []).append((G, (p, W, k)))
-            # one update for each shape, written back part by part
-            fades, rates = 1 - group["lr"] * group["weight_decay"], group.get("rates")
-            for batch in batches.values():
-                home = [part for _, part in batch]
-                updates = self._update(torch.stack([G for G, _ in batch]), home, group)
-                for (_, W, k), u in zip(home, updates.unbind(0), strict=True):
-                    piece = pieces(W, group)[k]
-                    rate = rates[k % len(rates)] if rates else 1.0
-                    piece.mul_(fades).sub_(u.view(piece.shape), alpha=rate * group["lr"])
-            self._after(weights.values(), group)
-            for p, W in weights.items():
-                put(p, W)
+                    key = (*G.shape, G.dtype, G.device, self._alike(group))
+                    batches.setdefault(key, []).append((G, (p, weights[p], k), group))
+        # one update for each shape, written back part by part
+        for batch in batches.values():
+            home = [part for _, part, _ in batch]
+            updates = self._update(torch.stack([G for G, _, _ in batch]), home, batch[0][2])
+            for (_, (_, W, k), group), u in zip(batch, updates.unbind(0), strict=True):
+                piece, rates = pieces(W, group)[k], group.get("rates")
+                rate = rates[k % len(rates)] if rates else 1.0
+                piece.mul_(1 - group["lr"] * group["weight_decay"])
+                piece.sub_(u.view(piece.shape), alpha=rate * group["lr"])
+        for group in self.param_groups:
+            self._after([weights[p] for p in group["params"] if p in weights], group)
+        for p, W in weights.items():
+            put(p, W)
         return loss
+
+    def _alike(self, group: Group) -> object:
+        """Return what groups share whose updates are made in one batch; by default, nothing."""
+        return id(group)
 
     def _momentum(self, p: Tensor, group: Group) -> Tensor:
         assert p.grad is not None
@@ -233,6 +240,10 @@ class Muon(_Orthogonal):
     ) -> None:
         checks.one_of("scaling", scaling, ("bare", "keller", "kimi"))
         super().__init__(params, {"lr": lr, "scaling": scaling}, **shared)
+
+    def _alike(self, group: Group) -> object:
+        names = ("steps", "exact", "dtype", "coefficients", "scaling", "beta2")
+        return repr([group.get(name) for name in names])
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         out, into = G.shape[-2:]

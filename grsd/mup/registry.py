@@ -113,6 +113,11 @@ class Optimizer:
         return tuple(self.rules[2])
 
     @property
+    def alone(self) -> bool:
+        """It steps one run at a time: with curvature, or with decompositions, which may fail."""
+        return self.slow > 0 or self.build is _sophia
+
+    @property
     def matrices_only(self) -> bool:
         """It cannot take vectors; biases then go to another optimizer."""
         return self.takes == MATRICES

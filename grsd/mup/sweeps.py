@@ -9,24 +9,22 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grsd import checks
 from grsd.figures import Table
-from grsd.mup.combined import backward
 from grsd.mup.optima import Array, Drift, Optimum, Regret, drift, optimum, regret
 from grsd.mup.planning import Plan, plan, unscaled
+from grsd.mup.training import Batch, Loss, train
 from grsd.pieces import Store, code
 
 Size = tuple[int, int]
-Loss = Callable[[nn.Module, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,69 +79,10 @@ class Sweep:
         return str(Table(["width", "depth", "λ", "log₂ η∗", "loss", "regret"], rows))
 
 
-def train(
-    model: nn.Module,
-    made: Plan,
-    loss: Loss,
-    *,
-    seed: int,
-    steps: int,
-    lr: float,
-    weight_decay: float = 0.0,
-    schedule: Callable[[int], float] | None = None,
-    score: Callable[[nn.Module], float] | None = None,
-    clip: float | None = None,
-    **options: Any,
-) -> tuple[float, int]:
-    """Draw the weights, train under a plan, return (loss, steps made); NaN if the run diverged.
-
-    torch's generators are seeded with `seed` for the run and put back after it.
-
-    Parameters
-    ----------
-    loss : (model, seed, step) → scalar. The same seed and step must give the same batch.
-    schedule : step → factor on all rates, such as `grsd.mup.schedules.cosine`
-    score : model → number to be compared, called once at the end without gradients; by default the
-        mean training loss of the last quarter of the steps
-    clip : largest norm of the gradient
-    options : as `Plan.make_optimizer`
-    """
-    seen: list[float] = []
-    with torch.random.fork_rng(), ExitStack() as hooks:
-        torch.manual_seed(seed)
-        try:
-            made.initialize_(model, seed=seed)
-            for handle in made.attach(model):
-                hooks.callback(handle.remove)
-            optimizer = made.make_optimizer(model, lr=lr, weight_decay=weight_decay, **options)
-            rates = [group["lr"] for group in optimizer.param_groups]
-            for step in range(steps):
-                # every group by one factor: a schedule keeps the plan's ratios
-                factor = 1.0 if schedule is None else schedule(step)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
-                optimizer.zero_grad()
-                now = loss(model, seed, step)
-                seen.append(float(now.detach()))
-                if not math.isfinite(seen[-1]):
-                    return math.nan, step
-                backward(now, optimizer)
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), clip)
-                optimizer.step()
-            # the number that is compared
-            last = max(1, steps // 4)
-            with torch.no_grad():
-                value = float(score(model)) if score else math.fsum(seen[-last:]) / last
-            return (value if math.isfinite(value) else math.nan), steps
-        # a decomposition met infinite entries
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            return math.nan, len(seen)
-
-
 def sweep(
     factory: Callable[[int, int], nn.Module],
     loss: Loss,
+    batch: Batch,
     *,
     sizes: Sequence[Size],
     base: Size,
@@ -159,30 +98,34 @@ def sweep(
     progress: Callable[[str], None] | None = None,
     other: str = "adamw",
     k: int = 2,
+    stack: int = 1,
     **more: Any,
 ) -> Sweep:
-    """Train every size at every rate, weight decay and seed, one run each; keep what it gave.
+    """Train every size at every rate, weight decay and seed, and keep what each run gave.
 
     Parameters
     ----------
     factory, other, k : as in `coord_check`
-    loss, steps, and `more` : as `train`
+    loss, batch, steps, and `more` : as `grsd.mup.training.train`
     base : the size whose hyperparameters `lrs` and `weight_decays` are
     parametrization : "mup", or "sp": the base's standard deviations and one rate for all
         (`unscaled`), the paper's SP
     make_plan : (model, base model) → Plan, in place of both: for a rule of your own
     near : run the seeds after the first only up to so many grid steps from the best rate of the
-        seeds before, further where a seed's own best rate would else stand at the end of what it
-        ran. None runs all.
+        first, further where a seed's own best rate would else stand at the end of what it ran.
+        None runs all.
+    stack : train up to so many runs of one size as one program. Pays where a run alone does not
+        fill the device: small models, and on a GPU.
     store : a folder. Every finished run is kept there at once (`grsd.pieces`), and runs found there
         are not made again, so that a sweep that was killed goes on where it was. A run is known by
-        its plan, its settings and the code of this module; what `loss`, `score` and `schedule` do
-        cannot be seen: take a new folder when they change.
+        its plan, its settings and the code of this module; what `loss`, `batch`, `score` and
+        `schedule` do cannot be seen: take a new folder when they change.
     progress : called with a description of every run that was made
     """
     checks.one_of("parametrization", parametrization, ("mup", "sp"))
     checks.positive("lrs", lrs)
     checks.whole("steps", steps, 1)
+    checks.whole("stack", stack, 1)
     if near is not None:
         checks.whole("near", near, 1)
     lists = {"sizes": sizes, "lrs": lrs, "seeds": seeds, "weight_decays": weight_decays}
@@ -193,36 +136,44 @@ def sweep(
     who: dict[str, Any] = {"optimizer": optimizer, "other": other, "k": k}
     kept = None if store is None else Store(Path(store), code(__name__))
 
-    def run(size: Size, decay: float, seed: int, lr: float) -> float:
-        """Make one run, or find it in the store."""
-        model = _built(factory, size)
-        made = make_plan(model, start) if make_plan else plan(model, base=start, **who)
-        if parametrization == "sp" and not make_plan:
-            made = unscaled(made)
+    def run(size: Size, decay: float, wanted: Sequence[tuple[int, float]]) -> list[float]:
+        """Make runs of one size, each a (seed, base rate), or find them in the store."""
+        made = make_plan(_built(factory, size), start) if make_plan else None
+        if made is None:
+            made = plan(_built(factory, size), base=start, **who)
+            made = unscaled(made) if parametrization == "sp" else made
         # what a run is known by in the store
-        inputs = {
+        known: dict[str, Any] = {
             "optimizer": optimizer,
             "parametrization": parametrization,
             "size": list(size),
-            "lr": float(lr),
             "weight decay": float(decay),
-            "seed": int(seed),
             "steps": steps,
             "plan": _digest(made, more),
         }
-
-        def make() -> dict[str, Any]:
-            value, done = train(
-                model, made, loss, seed=seed, steps=steps, lr=lr, weight_decay=decay, **more
+        inputs = [{**known, "seed": int(seed), "lr": float(lr)} for seed, lr in wanted]
+        content = [None if kept is None else kept.read(one) for one in inputs]
+        missing = [k for k, one in enumerate(content) if one is None]
+        # those that are not there, together
+        if missing:
+            trained = train(
+                [_built(factory, size) for _ in missing],
+                made,
+                loss,
+                batch,
+                [wanted[k] for k in missing],
+                steps=steps,
+                weight_decay=decay,
+                **more,
             )
-            return {"loss": None if math.isnan(value) else value, "steps": done}
-
-        content = None if kept is None else kept.read(inputs)
-        if content is None:
-            content = make() if kept is None else kept.get(inputs, make)
-            if progress is not None:
-                progress(", ".join(f"{name} {value}" for name, value in inputs.items()))
-        return math.nan if content["loss"] is None else float(content["loss"])
+            for k, (value, done) in zip(missing, trained, strict=True):
+                content[k] = one = {"loss": None if math.isnan(value) else value, "steps": done}
+                if kept is not None:
+                    kept.write(inputs[k], one)
+                if progress is not None:
+                    progress(", ".join(f"{name} {value}" for name, value in inputs[k].items()))
+        losses = [found["loss"] for found in content if found is not None]
+        return [math.nan if value is None else float(value) for value in losses]
 
     # every size and weight decay; masked is what was not run
     rates, decays = sorted(lrs), tuple(weight_decays)
@@ -230,10 +181,11 @@ def sweep(
     losses = np.ma.masked_array(np.full(shape, math.nan), mask=True)
     for a, size in enumerate(sizes):
         for b, decay in enumerate(decays):
-            for c, seed in enumerate(seeds):
-                # one run at a time: which rates a seed needs depends on what it gave so far
-                while todo := _wanted(losses[a, b], c, near):
-                    losses[a, b, c, todo[0]] = run(size, decay, seed, rates[todo[0]])
+            # which rates the later seeds need depends on what was run so far
+            while todo := _wanted(losses[a, b], near)[:stack]:
+                gave = run(size, decay, [(seeds[c], rates[g]) for c, g in todo])
+                for (c, g), value in zip(todo, gave, strict=True):
+                    losses[a, b, c, g] = value
     return Sweep(tuple(sizes), np.log2(rates), decays, tuple(seeds), losses)
 
 
@@ -250,15 +202,18 @@ def _digest(made: Plan, more: dict[str, Any]) -> str:
     return hashlib.sha256(repr((made, plain)).encode()).hexdigest()[:12]
 
 
-def _wanted(losses: Any, seed: int, near: int | None) -> list[int]:
-    """Return the rates to be run: all of the first seed, near the best, bracketing its own."""
-    missing = [int(g) for g in np.flatnonzero(np.ma.getmaskarray(losses)[seed])]
-    if near is None or seed == 0:
-        return missing
-    best, own = _lowest(losses[:seed]), _lowest(losses[seed : seed + 1])
-    if best is None:
-        return missing
-    return [g for g in missing if abs(g - best) <= near or (own is not None and abs(g - own) == 1)]
+def _wanted(losses: Any, near: int | None) -> list[tuple[int, int]]:
+    """Return (seed, rate) of the runs to be made next, by place: all rates of the first seed; then
+    those near its best of the others; then what brackets a seed's own best."""
+    missing = [(int(c), int(g)) for c, g in np.argwhere(np.ma.getmaskarray(losses))]
+    first = [(c, g) for c, g in missing if c == 0]
+    best = None if near is None or first else _lowest(losses[:1])
+    if near is None or best is None:
+        return first if near is not None and first else missing
+    around = [(c, g) for c, g in missing if abs(g - best) <= near]
+    own = {c: _lowest(losses[c : c + 1]) for c, _ in missing}
+    ends = [(c, g) for c, g in missing for at in (own[c],) if at is not None and abs(g - at) == 1]
+    return around or ends
 
 
 def _lowest(rows: Any) -> int | None:

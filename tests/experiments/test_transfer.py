@@ -62,6 +62,27 @@ def test_schemes_share_the_base_and_differ_elsewhere() -> None:
         transfer.losses(found, "k2")
 
 
+def test_a_corpus_of_files_is_read_as_byte_level_bpe(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten eleven twelve. " * 4000)
+    found = run(f"text={text}", "seeds=1", "schemes=mup", "stack=3").data
+    size = found["text"]["vocabulary"]
+    assert 257 < size < 2048 and found["text"]["fingerprint"]
+    first = [loss for curve in found["curves"] for _, _, loss in curve["runs"]]
+    # four steps from a uniform guess over that vocabulary, the smallest rate hardly away from it
+    assert len(first) == 6 and max(first) == pytest.approx(math.log(size), abs=0.2)
+    with pytest.raises(ValueError, match="unknown corpus 'nowhere"):
+        run("text=nowhere.txt")
+
+
+def test_stacked_runs_give_the_same_curves() -> None:
+    alone, stacked = (run(f"stack={n}").data["curves"] for n in (1, 6))
+    for one, other in zip(alone, stacked, strict=True):
+        a, b = (np.array(sorted(c["runs"])) for c in (one, other))
+        np.testing.assert_array_equal(a[:, :2], b[:, :2])
+        np.testing.assert_allclose(a[:, 2], b[:, 2], rtol=1e-5)  # float32, four steps
+
+
 def test_along_depth_the_one_layer_rule_is_another() -> None:
     found = run(
         "axis=depth", "base_depth=2", "sizes=2,4", "schemes=mup,k1", "norm=none", "seeds=1"

@@ -23,7 +23,8 @@ from grsd import mup
 from grsd.mup import schedules
 from grsd.mup.optima import drift, optimum, regret
 from grsd.mup.planning import unscaled
-from grsd.mup.sweeps import Sweep, sweep, train
+from grsd.mup.sweeps import Sweep, sweep
+from grsd.mup.training import train
 
 GRID = np.arange(-8.0, -1.0)
 
@@ -323,8 +324,11 @@ class Net(nn.Module):
         return out
 
 
-def loss(model: nn.Module, seed: int, step: int) -> Tensor:
-    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(100 * seed + step))
+def batch(seed: int, step: int) -> tuple[Tensor]:
+    return (torch.randn(8, 3, generator=torch.Generator().manual_seed(100 * seed + step)),)
+
+
+def loss(model: nn.Module, x: Tensor) -> Tensor:
     found: Tensor = (model(x) - x.prod(dim=1, keepdim=True)).square().mean()
     return found
 
@@ -340,12 +344,13 @@ SETTINGS: dict[str, Any] = {
 
 
 def test_at_the_base_both_parametrizations_are_one_and_elsewhere_not() -> None:
-    mu, standard = (sweep(Net, loss, **SETTINGS, parametrization=p) for p in ("mup", "sp"))
+    mu, standard = (sweep(Net, loss, batch, **SETTINGS, parametrization=p) for p in ("mup", "sp"))
     np.testing.assert_array_equal(mu.curve((8, 2)), standard.curve((8, 2)))
     assert (np.abs(mu.curve((16, 2)) - standard.curve((16, 2))) > 1e-4).all()
     same = sweep(
         Net,
         loss,
+        batch,
         **SETTINGS,
         make_plan=lambda m, b: unscaled(mup.plan(m, base=b, optimizer="adamw")),
     )
@@ -356,8 +361,8 @@ def test_a_run_is_the_loop_that_one_would_write() -> None:
     net, base = Net(16, 4), Net(8, 2)
     made = mup.plan(net, base=base, optimizer="adamw")
     factor = schedules.cosine(6, warmup=2)
-    value, done = train(
-        net, made, loss, seed=3, steps=6, lr=2**-5, weight_decay=0.1, schedule=factor, clip=0.5, score=lambda m: float(loss(m, 9, 0))
+    ((value, done),) = train(
+        [net], made, loss, batch, [(3, 2**-5)], steps=6, weight_decay=0.1, schedule=factor, clip=0.5, score=lambda m: float(loss(m, *batch(9, 0)))
     )  # fmt: skip
     other = Net(16, 4)
     made.initialize_(other, seed=3)
@@ -367,12 +372,12 @@ def test_a_run_is_the_loop_that_one_would_write() -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for step in range(6):
         optimizer.zero_grad()
-        loss(other, 3, step).backward()  # type: ignore[no-untyped-call]
+        loss(other, *batch(3, step)).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(other.parameters(), 0.5)
         optimizer.step()
         scheduler.step()
     # rates through LambdaLR are products in another order: float32 rounding of six steps
-    assert done == 6 and value == pytest.approx(float(loss(other, 9, 0).detach()), rel=1e-5)
+    assert done == 6 and value == pytest.approx(float(loss(other, *batch(9, 0)).detach()), rel=1e-5)
     assert not any(
         m._forward_hooks or m._forward_pre_hooks for m in net.modules()
     )  # taken off again
@@ -382,15 +387,15 @@ def test_the_default_score_is_the_mean_of_the_last_quarter_and_generators_are_pu
     state = torch.random.get_rng_state()
     seen: list[float] = []
 
-    def watched(model: nn.Module, seed: int, step: int) -> Tensor:
-        now = loss(model, seed, step) + 0 * torch.rand(())
+    def watched(model: nn.Module, x: Tensor) -> Tensor:
+        now = loss(model, x) + 0 * torch.rand(())
         seen.append(float(now.detach()))
         return now
 
     net = Net(8, 2)
     made = mup.plan(net, base=Net(8, 2), optimizer="sgd")
     inside = torch.random.get_rng_state()
-    value, _ = train(net, made, watched, seed=0, steps=8, lr=0.01)
+    ((value, _),) = train([net], made, watched, batch, [(0, 0.01)], steps=8)
     assert value == pytest.approx((seen[-1] + seen[-2]) / 2, rel=1e-12)
     assert torch.equal(torch.random.get_rng_state(), inside)
     torch.random.set_rng_state(state)
@@ -405,6 +410,7 @@ def test_diverged_runs_are_data(tmp_path: Path) -> None:
     found = sweep(
         Net,
         loss,
+        batch,
         **{**SETTINGS, "optimizer": "sgd", "lrs": [1e-3, 1e-2, 1e30], "steps": 6},
         store=tmp_path,
     )
@@ -417,13 +423,105 @@ def test_diverged_runs_are_data(tmp_path: Path) -> None:
     def broken(model: nn.Module) -> float:
         return math.inf
 
-    assert math.isnan(train(Net(8, 2), _plan(), loss, seed=0, steps=2, lr=1e-3, score=broken)[0])
+    ((value, _),) = train([Net(8, 2)], _plan(), loss, batch, [(0, 1e-3)], steps=2, score=broken)
+    assert math.isnan(value)
 
 
 def test_a_decomposition_of_infinite_entries_is_a_diverged_run() -> None:
     made = mup.plan(Net(8, 2), base=Net(8, 2), optimizer="shampoo")
-    value, done = train(Net(8, 2), made, loss, seed=0, steps=20, lr=1e25)
+    ((value, done),) = train([Net(8, 2)], made, loss, batch, [(0, 1e25)], steps=20)
     assert math.isnan(value) and done < 20
+
+
+class Tied(nn.Module):
+    """A net with batch statistics and a weight that stands in two places."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.read = nn.Linear(3, width, bias=False)
+        self.norm = nn.BatchNorm1d(width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"branch_end": nn.Linear(width, width)}) for _ in range(depth)
+        )
+        self.blocks[1]["branch_end"].weight = self.blocks[0]["branch_end"].weight  # type: ignore[index]
+        self.head = nn.Linear(width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.read(x))
+        for block in self.blocks:
+            h = h + block["branch_end"](torch.tanh(h))  # type: ignore[index]
+        out: Tensor = self.head(h)
+        return out
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon_kimi"])
+@pytest.mark.parametrize("kind", [Net, Tied])
+def test_runs_as_one_program_are_the_runs_one_by_one(
+    kind: Callable[[int, int], nn.Module], optimizer: str
+) -> None:
+    made = mup.plan(kind(16, 2), base=kind(8, 2), optimizer=optimizer)
+    runs = [(0, 2**-8), (1, 2**-7), (1, 1e200), (2, 2**-9)]  # the third leaves the numbers
+
+    def double(seed: int, step: int) -> tuple[Tensor]:
+        return (batch(seed, step)[0].double(),)
+
+    def built() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [kind(16, 2).double() for _ in runs]
+
+    settings: dict[str, Any] = {"steps": 6, "clip": 1.0, "weight_decay": 0.1}
+    together, alone = built(), built()
+    found = train(together, made, loss, double, runs, **settings)
+    singly = [
+        train([m], made, loss, double, [run], **settings)[0]
+        for m, run in zip(alone, runs, strict=True)
+    ]
+    assert [done for _, done in found] == [done for _, done in singly]
+    assert [math.isnan(v) for v, _ in found] == [math.isnan(v) for v, _ in singly]
+    # sums in another order, 1e-16 a step, grown by at most 1e4 in six steps of Newton–Schulz
+    for k in (k for k, (value, _) in enumerate(singly) if math.isfinite(value)):
+        assert found[k][0] == pytest.approx(singly[k][0], rel=1e-10)
+        for a, b in zip(
+            together[k].state_dict().values(), alone[k].state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert len({value for value, _ in found}) == len(runs) or optimizer == "muon_kimi"
+    states = [m.state_dict() for m in together]
+    assert not torch.equal(states[0]["read.weight"], states[1]["read.weight"])
+
+
+def test_a_stack_makes_one_pass_a_step_and_sweeps_the_same(tmp_path: Path) -> None:
+    passes: list[int] = []
+
+    def counted(model: nn.Module, x: Tensor) -> Tensor:
+        passes.append(1)
+        return loss(model, x)
+
+    settings = {**SETTINGS, "lrs": [2.0**-k for k in range(4, 11)], "seeds": [0, 1, 2], "near": 1}
+    single = sweep(Net, counted, batch, **settings, store=tmp_path / "single")
+    alone = len(passes)
+    passes.clear()
+    stacked = sweep(Net, counted, batch, **settings, stack=7, store=tmp_path / "stacked")
+    runs = int((~np.ma.getmaskarray(single.losses)).sum())
+    assert alone == runs * 4 and 3 * len(passes) <= alone  # up to seven runs a pass
+    np.testing.assert_array_equal(
+        np.ma.getmaskarray(single.losses), np.ma.getmaskarray(stacked.losses)
+    )
+    # float32: 1e-7 a step, four steps
+    np.testing.assert_allclose(single.losses.compressed(), stacked.losses.compressed(), rtol=1e-5)
+    # what one by one made is found again by a stack
+    passes.clear()
+    sweep(Net, counted, batch, **settings, stack=7, store=tmp_path / "single")
+    assert not passes
+
+
+def test_what_cannot_be_stacked_is_refused() -> None:
+    net = Net(8, 2)
+    sophia = mup.plan(net, base=Net(8, 2), optimizer="sophia")
+    with pytest.raises(ValueError, match="2 runs at once of sophia, whose steps"):
+        train([net, Net(8, 2)], sophia, loss, batch, [(0, 0.1), (1, 0.1)], steps=2)
+    with pytest.raises(ValueError, match="need a model for each run; got 1 for 2 runs"):
+        train([net], sophia, loss, batch, [(0, 0.1), (1, 0.1)], steps=2)
 
 
 def _plan() -> mup.Plan:
@@ -432,7 +530,7 @@ def _plan() -> mup.Plan:
 
 def test_seeds_near_the_best_only_and_each_bracketed() -> None:
     settings = {**SETTINGS, "lrs": [2.0**-k for k in range(3, 12)], "seeds": [0, 1, 2], "steps": 12}
-    full, part = sweep(Net, loss, **settings), sweep(Net, loss, **settings, near=1)
+    full, part = sweep(Net, loss, batch, **settings), sweep(Net, loss, batch, **settings, near=1)
     missing = np.ma.getmaskarray(part.losses)
     assert missing.any() and not missing[:, :, 0].any()
     np.testing.assert_array_equal(
@@ -447,7 +545,7 @@ def test_seeds_near_the_best_only_and_each_bracketed() -> None:
 
 def test_weight_decays_and_depths_are_axes_too() -> None:
     found = sweep(
-        Net, loss, **{**SETTINGS, "sizes": [(8, 2), (8, 4)], "weight_decays": [0.0, 30.0]}
+        Net, loss, batch, **{**SETTINGS, "sizes": [(8, 2), (8, 4)], "weight_decays": [0.0, 30.0]}
     )
     assert found.losses.shape == (2, 2, 2, 3)
     assert (found.curve((8, 4), 0.0) != found.curve((8, 4), 30.0)).all()
@@ -461,7 +559,7 @@ def test_weight_decays_and_depths_are_axes_too() -> None:
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})
-from tests.mup.test_sweeps import SETTINGS, Net, loss
+from tests.mup.test_sweeps import SETTINGS, Net, batch, loss
 from grsd.mup.sweeps import sweep
 import torch
 torch.set_num_threads(1)
@@ -470,7 +568,7 @@ def stop(key):
     made.append(key)
     if len(made) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-sweep(Net, loss, **SETTINGS, store={store!r}, progress=stop)
+sweep(Net, loss, batch, **SETTINGS, store={store!r}, progress=stop)
 """
 
 
@@ -484,28 +582,28 @@ def test_a_killed_sweep_goes_on_and_equals_one_that_was_not(tmp_path: Path) -> N
     made: list[str] = []
     store = tmp_path / "sweep"
     assert len(stored(store)) == 5
-    resumed = sweep(Net, loss, **SETTINGS, store=store, progress=made.append)
-    again = sweep(Net, loss, **SETTINGS, store=store, progress=made.append)
+    resumed = sweep(Net, loss, batch, **SETTINGS, store=store, progress=made.append)
+    again = sweep(Net, loss, batch, **SETTINGS, store=store, progress=made.append)
     assert len(made) == 12 - 5  # and none the second time
-    whole = sweep(Net, loss, **SETTINGS)
+    whole = sweep(Net, loss, batch, **SETTINGS)
     np.testing.assert_array_equal(resumed.losses, whole.losses)
     np.testing.assert_array_equal(again.losses, whole.losses)
 
 
 def test_a_store_does_not_mix_plans_or_settings(tmp_path: Path) -> None:
-    first = sweep(Net, loss, **SETTINGS, store=tmp_path)
+    first = sweep(Net, loss, batch, **SETTINGS, store=tmp_path)
     count = len(stored(tmp_path))
 
     def bent(model: nn.Module, base: nn.Module) -> mup.Plan:
         right = mup.plan(model, base=base, optimizer="adamw")
         return replace(right, entries=tuple(replace(e, lr=e.lr * right.r_n) for e in right))
 
-    other = sweep(Net, loss, **SETTINGS, store=tmp_path, make_plan=bent)
+    other = sweep(Net, loss, batch, **SETTINGS, store=tmp_path, make_plan=bent)
     assert (
         len(stored(tmp_path)) == count + 6
     )  # the base's plan is the same, its six runs are shared
     assert (other.losses[1] != first.losses[1]).all()
-    sweep(Net, loss, **SETTINGS, store=tmp_path, clip=0.1)
+    sweep(Net, loss, batch, **SETTINGS, store=tmp_path, clip=0.1)
     assert len(stored(tmp_path)) == 2 * count + 6
 
 
@@ -516,6 +614,7 @@ def test_a_store_does_not_mix_plans_or_settings(tmp_path: Path) -> None:
         ({"lrs": [0.1, 0.1]}, r"need lrs, each given once; got \[0\.1, 0\.1\]"),
         ({"seeds": []}, r"need seeds, each given once; got \[\]"),
         ({"steps": 0}, "steps is 0; expected a whole number from 1"),
+        ({"stack": 0}, "stack is 0; expected a whole number from 1"),
         ({"near": 0}, "near is 0; expected a whole number from 1"),
         ({"parametrization": "ntp"}, "parametrization is 'ntp'; expected one of mup, sp"),
         ({"optimizer": "adam"}, "no rule for the optimizer 'adam'"),
@@ -523,7 +622,7 @@ def test_a_store_does_not_mix_plans_or_settings(tmp_path: Path) -> None:
 )
 def test_sweep_refuses(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        sweep(Net, loss, **{**SETTINGS, **change})
+        sweep(Net, loss, batch, **{**SETTINGS, **change})
 
 
 def test_a_rule_that_is_wrong_by_a_power_drifts_by_that_power() -> None:
@@ -538,6 +637,7 @@ def test_a_rule_that_is_wrong_by_a_power_drifts_by_that_power() -> None:
         return sweep(
             Net,
             loss,
+            batch,
             sizes=[(8, 2), (16, 2), (32, 2)],
             base=(8, 2),
             lrs=[2.0**k for k in range(-12, 4)],
@@ -545,7 +645,7 @@ def test_a_rule_that_is_wrong_by_a_power_drifts_by_that_power() -> None:
             steps=5,
             optimizer="sgd",
             make_plan=bent,
-            score=lambda m: float(np.mean([float(loss(m, 7, s)) for s in range(8)])),
+            score=lambda m: float(np.mean([float(loss(m, *batch(7, s))) for s in range(8)])),
         )
 
     right, wrong = (found(p).drift("width").value for p in (0.0, 1.0))

@@ -20,11 +20,12 @@ BLOCK = 2048
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes of a text; every tenth block of 2048 is held out: both parts hold the same mixture."""
+    """Ids of a text, `split` into blocks of which every tenth is held out."""
 
     train: Tensor  #: (N,), int64
     heldout: Tensor  #: the same
-    fingerprint: str  #: SHA-256 of all bytes
+    vocabulary: int
+    fingerprint: str  #: SHA-256 of the whole
 
     def batch(self, seed: int, step: int, size: int, length: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, (size, length) each, that depend on seed and step alone."""
@@ -39,14 +40,19 @@ class Text:
         return block[:, :-1], block[:, 1:]
 
 
+def split(ids: Tensor, vocabulary: int, fingerprint: str) -> Text:
+    """Hold out every tenth block of 2048 ids, so that both parts hold the same mixture."""
+    blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
+    held = torch.arange(len(blocks)) % 10 == 9
+    return Text(blocks[~held].flatten(), blocks[held].flatten(), vocabulary, fingerprint)
+
+
 @lru_cache(maxsize=1)
 def text() -> Text:
     """Return the help text as bytes below 128, the same whatever Python runs."""
     raw = library.files()["pydoc_data/topics.py"]
     ids = torch.tensor([b for b in raw if b < VOCABULARY], dtype=torch.int64)
-    blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
-    held = torch.arange(len(blocks)) % 10 == 9
-    return Text(blocks[~held].flatten(), blocks[held].flatten(), hashlib.sha256(raw).hexdigest())
+    return split(ids, VOCABULARY, hashlib.sha256(raw).hexdigest())
 
 
 def next_byte(batch_size: int, length: int, seed: int = 0) -> Callable[[nn.Module], Tensor]:
