@@ -23,7 +23,6 @@ from grsd.mup.coordcheck import Factory, Loss, Size, Slope, fit_along, sizes_alo
 from grsd.mup.monitoring import entry_norms, geometric_means
 from grsd.mup.planning import Entry, Plan, plan
 from grsd.mup.registry import assemble, row
-from grsd.mup.roles import tables
 from grsd.mup.rules import ROLES, SIZES, Rule, gradient_norm, rule, update_norm, weight_norm
 from grsd.mup.scales import HALF, ONE, Scale
 from grsd.spectrum.operator.ntk import refuse_dropout
@@ -167,7 +166,7 @@ def measure_sizes(
         for handle in handles:
             handle.remove()
     # what is looked at: some blocks, and all that is outside of them
-    chosen, tabled = _spread(made, blocks), tables(model)
+    chosen = _spread(made, blocks)
     held = [
         (e, p.detach(), p.grad)
         for p, e in made.matched(model)
@@ -175,7 +174,7 @@ def measure_sizes(
     ]
 
     def norms(x: Tensor, e: Entry) -> list[tuple[str, float]]:
-        return [(e.role, norm) for norm in entry_norms(x, e, tabled, apart=True, dense=DENSE)]
+        return [(e.role, norm) for norm in entry_norms(x, e, apart=True, dense=DENSE)]
 
     # norms of weights and gradients, and of what every optimizer makes of these
     weights = [norm for e, W, _ in held for norm in norms(W, e)]

@@ -24,7 +24,7 @@ from grsd.mup.monitoring import geometric_means, typical_norm
 from grsd.mup.norms import rms_norm
 from grsd.mup.planning import Plan, plan, unscaled
 from grsd.mup.registry import row
-from grsd.mup.roles import bare_modules, bare_parameters, stack_of, tables, unnumbered
+from grsd.mup.roles import bare_modules, bare_parameters, stack_of, unnumbered
 from grsd.mup.rules import MATRICES, rule, update_norm, weight_norm
 from grsd.spectrum.operator.ntk import refuse_dropout
 
@@ -223,8 +223,8 @@ def _standard(made: Plan) -> Plan:
     """Return a plan without scaling; matrices have variance 1/fan-in, embeddings the base's."""
     entries = []
     for e in unscaled(made):
-        table = e.role == "input" and len(e.shape) == 2 and any(one.std for one in e.initial or ())
-        if e.role in MATRICES and not table and e.initial != ():
+        own = e.role == "input" and len(e.shape) == 2 and any(one.std for one in e.initial or ())
+        if e.role in MATRICES and not (e.table or own) and e.initial != ():
             e = replace(e, initial=(Initial(0.0, e.fan_in**-0.5),))
         entries.append(e)
     return replace(made, entries=tuple(entries), multipliers=())
@@ -242,8 +242,7 @@ def _run(
         {"outputs": "", "features": f"{stack}.{depth - 1}"},
     )
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    rows = tables(model)
-    weights = _norms(made, before, rows, gaussian=True)
+    weights = _norms(made, before, gaussian=True)
     updates: dict[str, float] = {}
     start: dict[str, Tensor] = {}
     changes: dict[str, list[float]] = {what: [] for what in watched}
@@ -272,7 +271,7 @@ def _run(
             # the first update, whose norms the condition fixes
             if step == 0:
                 change = {name: p.detach() - before[name] for name, p in parameters.items()}
-                updates = _norms(made, change, rows)
+                updates = _norms(made, change)
     finally:
         for handle in handles:
             handle.remove()
@@ -288,16 +287,16 @@ def _run(
 
 
 def _norms(
-    made: Plan, tensors: Mapping[str, Tensor], rows: set[str], gaussian: bool = False
+    made: Plan, tensors: Mapping[str, Tensor], gaussian: bool = False
 ) -> dict[str, float]:
     """Return α times the typical norm of every parameter; of a table, that of its largest row."""
     norms = {}
     for e in made:
         x, scale = tensors[e.name], e.multiplier
-        if gaussian and x.ndim > 1 and e.role in ("input", "output") and e.name not in rows:
+        if gaussian and x.ndim > 1 and e.role in ("input", "output") and not e.table:
             fan_out, fan_in = (x.mT if e.transposed else x).flatten(1).shape
             scale /= 1 + math.sqrt(fan_in / fan_out if e.role == "input" else fan_out / fan_in)
-        norms[e.name] = scale * typical_norm(x, e, rows)
+        norms[e.name] = scale * typical_norm(x, e)
     return norms
 
 

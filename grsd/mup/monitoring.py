@@ -19,7 +19,7 @@ from grsd import checks, figures
 from grsd.mup.norms import DENSE, rms_norm, rms_operator_norm
 from grsd.mup.optimizers import pieces
 from grsd.mup.plans import Entry, Plan
-from grsd.mup.roles import tables, unnumbered
+from grsd.mup.roles import unnumbered
 from grsd.mup.rules import MATRICES, update_norm, weight_norm
 from grsd.mup.sharding import whole
 
@@ -180,7 +180,6 @@ def monitor(
     # what the hooks share: parameters with their entries, the weights before a step, the count
     watch = Monitor(plan, every, base, factor, log)
     matched = plan.matched(model)
-    rows = tables(model)
     before: dict[str, Tensor] = {}
     step = 0
 
@@ -197,7 +196,7 @@ def monitor(
                 norms = {}
                 for p, e in matched:
                     change = whole(p.detach()) - before[e.name]
-                    sizes = (typical_norm(before[e.name], e, rows), typical_norm(change, e, rows))
+                    sizes = (typical_norm(before[e.name], e), typical_norm(change, e))
                     norms[e.name] = (e.multiplier * sizes[0], e.multiplier * sizes[1])
             before.clear()
             watch.note(step, norms)
@@ -210,16 +209,14 @@ def monitor(
     return watch
 
 
-def entry_norms(
-    x: Tensor, e: Entry, tabled: set[str], *, apart: bool = False, dense: int = DENSE
-) -> list[float]:
+def entry_norms(x: Tensor, e: Entry, *, apart: bool = False, dense: int = DENSE) -> list[float]:
     """Return ‖·‖_R of a vector, a table's largest row, a matrix or, `apart`, the fused ones.
 
     NaN stands for what is not finite.
     """
     if not bool(torch.isfinite(x).all()):
         return [math.nan]
-    if e.name in tabled:
+    if e.table:
         return [float(rms_norm(x).max())]
     if x.ndim < 2 or e.role not in MATRICES:
         return [float(rms_norm(x.reshape(-1)))]
@@ -236,6 +233,6 @@ def geometric_means(norms: Sequence[tuple[str, float]]) -> dict[str, float]:
     return {role: math.exp(math.fsum(values) / len(values)) for role, values in logs.items()}
 
 
-def typical_norm(x: Tensor, e: Entry, tabled: set[str]) -> float:
+def typical_norm(x: Tensor, e: Entry) -> float:
     """Return the geometric mean of the norms of a parameter's matrices; 0 where it is zero."""
-    return geometric_means([("", size) for size in entry_norms(x, e, tabled)]).get("", 0.0)
+    return geometric_means([("", size) for size in entry_norms(x, e)]).get("", 0.0)

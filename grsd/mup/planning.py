@@ -164,6 +164,7 @@ def plan(
                 optimizer=which,
                 rule=own,
                 **figures,
+                table=layout.table(name, role, p, q),
                 initial=()
                 if kept
                 else initial(layout.owner(name), q, {**stored, "split": there}, base is not None),

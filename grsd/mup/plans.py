@@ -25,7 +25,7 @@ from grsd.mup.families import Split
 from grsd.mup.initial import Initial
 from grsd.mup.optimizers import pieces
 from grsd.mup.registry import INITIAL, assemble, row
-from grsd.mup.roles import Multiplier, bare_modules, bare_parameters, is_conv1d, tables
+from grsd.mup.roles import Multiplier, bare_modules, bare_parameters, is_conv1d
 from grsd.mup.rules import ROLES, Rule, Scale
 from grsd.mup.schedules import Budget
 from grsd.mup.sharding import drawable, mesh_of, put
@@ -59,6 +59,7 @@ class Entry:
     batched: bool = False  #: several matrices, one for each index of the first axis
     rates: tuple[float, ...] = ()  #: factors on η of fused parts that grow by ratios of their own
     shaped: bool = False  #: a hidden matrix whose sides do not grow like r_n, both
+    table: bool = False  #: rows that are added to the stream: their norms are what a token meets
     clip: float | None = None
     block: int | None = None  #: the residual block that holds it; None outside the stack
 
@@ -67,9 +68,10 @@ class Entry:
         """How the matrix is stored, as `grsd.mup.optimizers.pieces` and groups take it."""
         return {name: getattr(self, name) for name in ("split", "transposed", "batched", "rates")}
 
-    def kind(self, tables: set[str]) -> str:
-        """Return what `no_decay` calls it: an embedding, a bias, a gain (any vector), or none."""
-        if self.name in tables:
+    @property
+    def kind(self) -> str:
+        """What `no_decay` calls it: an embedding, a bias, a gain (any vector), or none."""
+        if self.table:
             return "embeddings"
         vector = self.role.endswith("bias") or len(self.shape) < 2
         return ("biases" if self.name.endswith("bias") else "gains") if vector else "weights"
@@ -282,7 +284,7 @@ class Plan:
         checks.positive("other_ratio", other_ratio)
         for kind in no_decay:
             checks.one_of("no_decay", kind, NO_DECAY)
-        rows, first = tables(model), next((e.optimizer for e in self if e.role == "hidden"), None)
+        first = next((e.optimizer for e in self if e.role == "hidden"), None)
         groups: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
         for parameter, e in self.matched(model):
             if not parameter.requires_grad:
@@ -295,7 +297,7 @@ class Plan:
                 # a step's decay is η λ: e.weight_decay is 1/e.lr, and the rest goes here
                 decay = weight_decay * budget.decay / (lr * rate)
             # parameters whose numbers agree, on the same devices, share a group
-            decay = 0.0 if e.kind(rows) in no_decay else decay
+            decay = 0.0 if e.kind in no_decay else decay
             key = (e.role, rate, decay, e.eps, e.clip, *e.layout.values(), mesh_of(parameter))
             group = groups.setdefault(e.optimizer, {}).setdefault(key, {"params": []})
             group["params"].append(parameter)

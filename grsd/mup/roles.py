@@ -60,6 +60,17 @@ class Layout:
         first = int(self.batched(name, p))
         return (first + 1, first) if self.transposed(name) else (first, first + 1)
 
+    def table(self, name: str, role: str, p: Tensor, partner: Tensor) -> bool:
+        """Whether rows of it are added to the stream: an embedding, or positions without a layer.
+
+        A parameter without a layer, such as ViT's (1, T, n), has the width along its last axis.
+        """
+        if isinstance(self.owner(name), nn.Embedding):
+            return True
+        layer = isinstance(self.owner(name), nn.Linear | _ConvNd) or is_conv1d(self.owner(name))
+        wide = not self.compared or p.shape[-1:] != partner.shape[-1:]
+        return role == "input" and p.ndim > 1 and not layer and wide
+
     def growth(
         self, name: str, p: Tensor, partner: Tensor, r_n: float, split: Split, there: Split
     ) -> list[tuple[Fraction, Fraction]]:
@@ -227,13 +238,6 @@ def _scaled(embedding: nn.Module) -> bool:
     scale: Any = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
     length = int(embedding.weight.shape[1])  # type: ignore[index]
     return length > 1 and math.isclose(float(scale), math.sqrt(length), rel_tol=0.01)
-
-
-def tables(model: nn.Module) -> set[str]:
-    """Return the names of embedding weights, whose norm is that of a row: what a token meets."""
-    return {
-        f"{name}.weight" for name, m in bare_modules(model).items() if isinstance(m, nn.Embedding)
-    }
 
 
 def plain(name: str) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from grsd import mup
 from grsd.lab.data import help_text
 from grsd.lab.nets import stock
+from grsd.mup.monitoring import entry_norms
 
 STEPS, LARGE = 11, (64, 8)
 
@@ -115,3 +116,25 @@ def test_what_is_watched_is_the_norm_and_the_update() -> None:
     assert update == pytest.approx(plan[name].multiplier * root * 0.01 * plan[name].lr, rel=1e-3)
     with pytest.raises(ValueError, match="every is 0"):
         mup.monitor(plan, model, opt, every=0)
+
+
+def test_positions_without_a_layer_are_rows_and_no_matrix() -> None:
+    """ViT adds rows of (1, T, n) to its stream: their size is a token's, and stays as n grows.
+
+    Read as a matrix with n inputs, (T, n) seemed to start like width^.4 (C1.1 "broken").
+    """
+    build = stock.factory(stock.configuration("vit"), positions=16)
+    sizes = []
+    for width in (32, 128):
+        model = build(width, 2)
+        made = mup.plan(model, base=build(32, 2), optimizer="adamw")
+        made.initialize_(model, seed=0)
+        e = made["vit.embeddings.position_embeddings"]
+        values = dict(model.named_parameters())[e.name].detach()
+        largest = max(float(row.square().mean().sqrt()) for row in values[0])
+        assert entry_norms(values, e) == [pytest.approx(largest, rel=1e-6)]
+        assert e.kind == made["vit.embeddings.cls_token"].kind == "embeddings"
+        assert made["vit.embeddings.patch_embeddings.projection.weight"].kind == "weights"
+        sizes.append(largest)
+    # of five rows the largest: its noise falls with n
+    assert 0.7 < sizes[1] / sizes[0] < 1.1
