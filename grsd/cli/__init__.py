@@ -1,5 +1,5 @@
-"""The command line: `grsd doctor`, `suite`, `model-check`, `shells`, `conditions`, `mup-check`,
-`protocol`, `experiment`, `claims`, `results`, `new-chapter`.
+"""The command line: `grsd doctor`, `suite`, `model-check`, `shells`, `conditions`, `mup-plan`,
+`mup-check`, `protocol`, `experiment`, `claims`, `results`, `new-chapter`.
 
 Tables go to stdout, progress and errors to stderr; `--json` turns stdout into one JSON object. A
 failure is one sentence and exit code 2. Heavy imports happen inside the commands, so that `grsd

@@ -1,17 +1,26 @@
-"""`grsd mup-check`: the coordinate check of an architecture, with a verdict and a diagnosis."""
+"""`grsd mup-plan` and `mup-check`: what a plan makes of a base's values, and whether it holds.
+
+The plan is that of an architecture; no weights are read.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
-from grsd.cli.common import bar, emit, json_option, main, shown, table
+from grsd.cli.common import Command, bar, emit, json_option, main, shown, table
 
-EPILOG = """\b
+PLAN_EPILOG = """\b
+Examples:
+  grsd mup-plan Qwen/Qwen3-8B --base 256,4 --optimizer muon_kimi --lr 0.02 --other-ratio 0.1
+  grsd mup-plan ./my-model --base 128,2 --weight-decay 0.1 --no-decay gains,biases,embeddings
+  grsd mup-plan llama --width 1024 --depth 16 --base 64,2 --lr 0.004 --batch 4 --horizon 20
+"""
+CHECK_EPILOG = """\b
 Examples:
   grsd mup-check gpt2 --optimizer adamw --lr 0.004
   grsd mup-check ./my-model --widths 128,256,512 --depths 2,4,8 --base 128,2 --optimizer muon_kimi
@@ -38,29 +47,136 @@ def patterns(text: str) -> tuple[str, ...] | None:
 def assigned(text: str) -> dict[str, str]:
     """Pattern=role between commas."""
     pairs = [part.partition("=") for part in patterns(text) or ()]
-    if wrong := [name for name, sign, role in pairs if not (name and sign and role)]:
-        raise click.BadParameter(f"{wrong[0]!r} is not of the form PATTERN=ROLE")
-    return {name.strip(): role.strip() for name, _, role in pairs}
+    if wrong := [name for name, sign, value in pairs if not (name and sign and value)]:
+        raise click.BadParameter(f"{wrong[0]!r} is not of the form NAME=VALUE")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def factors(text: str) -> dict[str, float]:
+    """Name=number between commas."""
+    try:
+        return {name: float(value) for name, value in assigned(text).items()}
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not of the form NAME=NUMBER") from None
 
 
 NUMBERS: dict[str, Any] = {"type": sizes, "metavar": "N,N,..."}
 
 
-@main.command("mup-check", epilog=EPILOG)
+PLANNED: tuple[Callable[[Any], Any], ...] = (
+    shown("--optimizer", "muon_kimi", "Of the hidden matrices; an unknown name lists all."),
+    shown("--other", "adamw", "Of what a matrix optimizer cannot take."),
+    shown("--other-ratio", 1.0, "Its rate over that of hidden matrices, at the base."),
+    shown("--multipliers", "", "PLACE=FACTOR: input, hidden, output, attention.", type=factors),
+    shown("--layers", 2, "k, layers of a residual branch: 1, or 2 for more."),
+    shown("--branch-ends", "", "Modules whose output is added to the stream.", type=patterns),
+    shown("--roles", "", "Roles that names and shapes do not tell.", type=assigned),
+)
+LISTED = {"type": patterns, "metavar": "NAME,NAME,..."}
+
+
+def planned(command: Command) -> Command:
+    """The options of a plan, which two commands share."""
+    for option in reversed(PLANNED):
+        command = option(command)
+    return command
+
+
+def _base(base: tuple[int, ...]) -> tuple[int, int]:
+    if len(base) != 2:
+        raise ValueError(f"--base {','.join(map(str, base))}: expected WIDTH,DEPTH")
+    return base[0], base[1]
+
+
+@main.command("mup-plan", epilog=PLAN_EPILOG)
+@click.argument("model")
+@shown("--width", 0, "Hidden size [the model's].", type=click.IntRange(0))
+@shown("--depth", 0, "Number of blocks [the model's].", type=click.IntRange(0))
+@shown("--base", "64,2", "WIDTH,DEPTH that the values are for.", **NUMBERS)
+@shown("--lr", 2.0**-6, "Base learning rate.")
+@shown("--weight-decay", 0.0, "Base weight decay.")
+@click.option("--eps", type=float, help="Base stabilizer [the optimizer's own].")
+@shown("--no-decay", "", "Kinds without decay: gains, biases, embeddings.", **LISTED)
+@shown("--wd-rule", "paper", "Decay: paper, unscaled or independent.")
+@shown("--eps-rule", "paper", "Stabilizer: paper, completep or unscaled.")
+@shown("--batch", 1.0, "Batch size over the base's.")
+@shown("--horizon", 1.0, "Number of tokens over the base's.")
+@planned
+@json_option
+def mup_plan(
+    model: str,
+    width: int,
+    depth: int,
+    base: tuple[int, ...],
+    layers: int,
+    multipliers: dict[str, float],
+    as_json: bool,
+    no_decay: tuple[str, ...] | None,
+    **more: Any,
+) -> None:
+    """Print the plan that takes a base's values to MODEL, and the groups of its optimizers.
+
+    MODEL is a folder or hub name with a transformers configuration (weights are not read, and none
+    are made), or a family such as gpt2 or llama. Values are those tuned at the base.
+    """
+    import torch
+
+    from grsd import mup
+    from grsd.lab.nets import stock
+
+    # two models without weights, and their plan
+    config = stock.configuration(model)
+    positions = getattr(config, "max_position_embeddings", 128)
+    vocabulary = getattr(config, "vocab_size", stock.BYTES)
+    factory = stock.factory(config, vocabulary=vocabulary, positions=positions)
+    size = (width or config.hidden_size, depth or config.num_hidden_layers)
+    with torch.device("meta"):
+        large, small = factory(*size), factory(*_base(base))
+    chosen = ("optimizer", "other", "branch_ends", "roles", "wd_rule", "eps_rule")
+    who = {name: more.pop(name) for name in chosen}
+    plan = mup.plan(large, base=small, k=layers, multipliers=multipliers, **who)
+    groups = plan.param_groups(large, no_decay=no_decay or (), **more)
+    # a row for each group; what is multiplied, with one row for all blocks
+    rows = [
+        {
+            "optimizer": name,
+            "role": g["role"],
+            "tensors": len(g["params"]),
+            "lr": g["lr"],
+            "weight_decay": g["weight_decay"],
+            "eps": g.get("eps"),
+        }
+        for name, several in groups.items()
+        for g in several
+    ]
+    scaled = {mup.roles.unnumbered(m.module): m.factor for m in plan.multipliers}
+    if as_json:
+        ratios = {"r_n": plan.r_n, "r_L": plan.r_L}
+        emit({"model": model, **ratios, "plan": plan.table(), "groups": rows, "factors": scaled})
+        return
+    click.echo(f"{plan.table()}\n")
+    table(["multiplied", "by"], [[name, f"{factor:.4g}"] for name, factor in scaled.items()])
+    click.echo("")
+    table(
+        ["optimizer", "role", "tensors", "η", "λ", "ε"],
+        [
+            ["–" if v is None else f"{v:.4g}" if isinstance(v, float) else v for v in one.values()]
+            for one in rows
+        ],
+    )
+
+
+@main.command("mup-check", epilog=CHECK_EPILOG)
 @click.argument("model")
 @shown("--widths", "64,128,256", "Hidden sizes, at the base's depth.", **NUMBERS)
 @shown("--depths", "2,4,8", "Numbers of blocks, at the base's width.", **NUMBERS)
 @shown("--base", "64,2", "WIDTH,DEPTH that the learning rate is for.", **NUMBERS)
-@shown("--optimizer", "muon_kimi", "Of the hidden matrices; an unknown name lists all.")
-@shown("--other", "adamw", "Of what a matrix optimizer cannot take.")
 @shown("--lr", 2.0**-6, "Base learning rate.")
 @shown("--steps", 4, "Updates of every model.", type=click.IntRange(1))
 @shown("--seeds", 2, "Initial weights of every size.")
-@shown("--layers", 2, "k, layers of a residual branch: 1, or 2 for more.")
 @shown("--batch-size", 8, "Sequences in the batch.")
 @shown("--length", 64, "Bytes of a sequence.")
-@shown("--branch-ends", "", "Modules whose output is added to the stream.", type=patterns)
-@shown("--roles", "", "Roles that names and shapes do not tell.", type=assigned)
+@planned
 @click.option("--sp", is_flag=True, help="Standard parametrization instead: the control.")
 @json_option
 @click.pass_context
@@ -72,6 +188,7 @@ def mup_check(
     depths: tuple[int, ...],
     base: tuple[int, ...],
     layers: int,
+    multipliers: dict[str, float],
     batch_size: int,
     length: int,
     sp: bool,
@@ -91,9 +208,7 @@ def mup_check(
     from grsd.lab.nets import stock
 
     # what can be refused is refused before the work
-    if len(base) != 2:
-        raise ValueError(f"--base {','.join(map(str, base))}: expected WIDTH,DEPTH")
-    seeds = more.pop("seeds")
+    start_size, seeds = _base(base), more.pop("seeds")
     if length < 1 or batch_size < 1 or seeds < 1:
         got = f"--length {length}, --batch-size {batch_size} and --seeds {seeds}"
         raise ValueError(f"{got} must be positive")
@@ -106,11 +221,15 @@ def mup_check(
     loss = stock.images(config, batch_size) or help_text.next_byte(batch_size, length)
     largest = factory(max((*widths, base[0])), max((*depths, base[1])))
     who = {key: more[key] for key in ("optimizer", "other", "branch_ends", "roles")}
-    start = factory(base[0], base[1])
-    plan = mup.plan(largest, base=start, k=layers, **who)
+    start = factory(*start_size)
+
+    def make(net: Any, beside: Any) -> mup.Plan:
+        return mup.plan(net, base=beside, k=layers, multipliers=multipliers, **who)
+
+    plan = make(largest, start)
     plan.initialize_(largest, seed=0)
     found = plan.verify(largest, loss, base=start)
-    at: dict[str, Any] = {"widths": widths, "depths": depths, "base": (base[0], base[1])}
+    at: dict[str, Any] = {"widths": widths, "depths": depths, "base": start_size, "make_plan": make}
     how = {"k": layers, "seeds": range(seeds), "parametrization": "sp" if sp else "mup", **more}
     runs = len({*((n, base[1]) for n in widths), *((base[0], k) for k in depths)}) * seeds
     with bar("mup-check") as update:

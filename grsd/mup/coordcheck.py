@@ -286,9 +286,7 @@ def _run(
     )
 
 
-def _norms(
-    made: Plan, tensors: Mapping[str, Tensor], gaussian: bool = False
-) -> dict[str, float]:
+def _norms(made: Plan, tensors: Mapping[str, Tensor], gaussian: bool = False) -> dict[str, float]:
     """Return α times the typical norm of every parameter; of a table, that of its largest row."""
     norms = {}
     for e in made:

@@ -268,7 +268,7 @@ class Plan:
         *,
         lr: float,
         weight_decay: float = 0.0,
-        eps: float | None = None,
+        eps: float | Mapping[str, float] | None = None,
         other_ratio: float = 1.0,
         no_decay: Sequence[str] = (),
         batch: float = 1.0,
@@ -282,6 +282,9 @@ class Plan:
         checks.positive("lr", lr)
         checks.at_least("weight_decay", weight_decay, 0)
         checks.positive("other_ratio", other_ratio)
+        used = {e.optimizer for e in self}
+        for name in eps if isinstance(eps, Mapping) else ():
+            checks.one_of("an optimizer of eps", name, tuple(sorted(used)))
         for kind in no_decay:
             checks.one_of("no_decay", kind, NO_DECAY)
         first = next((e.optimizer for e in self if e.role == "hidden"), None)
@@ -307,8 +310,9 @@ class Plan:
                 group |= e.layout
             if e.clip is not None:
                 group["mup_clip"] = e.clip
-            if eps is not None:
-                group["eps"] = eps * budget.eps * (1.0 if e.eps is None else e.eps)
+            stabilizer = eps.get(e.optimizer) if isinstance(eps, Mapping) else eps
+            if stabilizer is not None:
+                group["eps"] = stabilizer * budget.eps * (1.0 if e.eps is None else e.eps)
         return {name: list(by_key.values()) for name, by_key in groups.items()}
 
     def make_optimizer(
@@ -324,7 +328,8 @@ class Plan:
 
         Parameters
         ----------
-        lr, weight_decay, eps : of the base model.
+        lr, weight_decay, eps : of the base model; of ε one for all, or one by optimizer: SOAP
+            compares its own with a norm, AdamW with an entry of the gradient.
         options : further arguments by optimizer, ``{"adamw": {"betas": (0.9, 0.95)}}``.
         other_ratio : the rate of what steps the rest, over that of hidden matrices at the base: the
             experiments of 2603.00541 have 0.1 for AdamW beside Muon, and 2 beside Shampoo.
@@ -369,7 +374,8 @@ def numbers(rule: Rule, r_n: float, r_L: float, own: float = 1.0) -> dict[str, A
 
 def _folded(e: Entry, factor: float) -> Entry:
     """Return the entry of a weight that its multiplier was multiplied into."""
-    power = factor**2 if row(e.optimizer).kind == "gradient" else factor
+    known = row(e.optimizer)
+    power = factor**2 if known.kind == "gradient" else factor
     return replace(
         e,
         multiplier=1.0,
@@ -377,7 +383,7 @@ def _folded(e: Entry, factor: float) -> Entry:
         initial=e.initial and tuple(one._replace(mean=one.mean * factor) for one in e.initial),
         lr=e.lr * power,
         weight_decay=e.weight_decay / power,
-        eps=None if e.eps is None else e.eps / factor,
+        eps=None if e.eps is None else e.eps / factor ** (2 if known.eps == "square" else 1),
     )
 
 

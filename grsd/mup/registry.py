@@ -57,8 +57,8 @@ class Optimizer:
     table : a line for each of η, λ and, where there is one, ε and ρ (Sophia's bound). Cells are
         those of input, hidden (k ≥ 2 and k = 1, layers of a block) and output matrices, and then
         the same of biases; without these the optimizer takes matrices only.
-    eps : what ε is compared with: "entry" (a typical entry of ∇), "square" (the square of ∇'s
-        largest singular value), or None.
+    eps : what ε is compared with: "entry" (a typical entry of ∇), "norm" (∇'s largest singular
+        value), "square" (the square of that), or None.
     variant_of : the optimizer whose measured norms of first steps are its own too.
     rate : base rate of coordinate checks, at which features of their base model change by about a
         tenth; None leaves it out of them.
@@ -76,7 +76,7 @@ class Optimizer:
     table: str
     #: (scale of n_out, of n_in) → that of the factor on U Vᵀ
     factor: Callable[[Scale, Scale], Scale] = lambda out, into: ONE
-    eps: Literal["entry", "square"] | None = None
+    eps: Literal["entry", "norm", "square"] | None = None
     caution: str = ""  #: what a plan with it should say
     variant_of: str | None = None
     rate: float | None = None
@@ -272,17 +272,20 @@ OPTIMIZERS: dict[str, Optimizer] = {
         slow=1,
     ),
     "soap": _bare(  # no mistake: in width its own rule is `soap_sqrt`'s
-        "SOAP at its first step",
+        "SOAP, ε a share of the gradient's norm",
         _library("SOAP"),
+        # not in the paper: the ε with which its rule holds beyond the first step
+        table=_BARE + "ε  n^-1/2   L^-1     L^-1/2        n^-1/2",
+        eps="norm",
         mistake=None,
-        caution="soap: the paper's rule (hidden η not scaled) holds for the first step. "
-        "Once the averaged statistics have full rank, updates grow like √r_n beside it; "
-        "'soap_sqrt' scales η for that.",
+        caution="soap: the paper's rule (hidden η not scaled) holds after the first step where ε "
+        "is a share of the gradient's largest singular value: give the base's as eps=, and the "
+        "plan scales it. Under a constant small ε updates grow beside it, up to like r_n.",
         **_SOAP,
     ),
     # it turns a matrix of ±1, whose spectral norm is about √max(n_in, n_out): Kimi's factor
     "soap_sqrt": _kimis(
-        "SOAP, statistics of full rank", _library("SOAP"), variant_of="soap", **_SOAP
+        "SOAP, independent gradients of full rank", _library("SOAP"), variant_of="soap", **_SOAP
     ),
     "sso": _orthogonal(
         "SSO, on the spectral sphere",

@@ -172,10 +172,11 @@ def derive(optimizer: str, k: int = 2) -> dict[Role, Rule]:
         # η: ‖ΔW‖_R = η ‖A‖_R must be this change; λ: the decay is as large as A
         change = (scale(0, -1) if inside else ONE) / multiplier
         size = update_norm(optimizer, role, k)
-        # ε and ρ: compared with the gradient's entries (root mean square), or with its norm squared
+        # ε and ρ: compared with the gradient's entries (mean square), its norm, or that squared
         out, into = SIZES[role]
         entry = gradient_norm(role, k) / (out * into) ** HALF
-        eps = {None: None, "entry": entry, "square": gradient_norm(role, k) ** 2}[known.eps]
+        whole = gradient_norm(role, k)
+        eps = {None: None, "entry": entry, "norm": whole, "square": whole**2}[known.eps]
         clip = ONE / entry if clips else None  # m/(ρh) with h like m²
         derived[role] = Rule(multiplier, variance, change / size, size / norm, eps, clip)
     return derived

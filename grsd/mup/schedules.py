@@ -46,7 +46,7 @@ class Budget(NamedTuple):
         known = row(optimizer)
         rate = batch if known.kind == "gradient" else math.sqrt(batch)
         # ε is compared with an entry of the gradient's noise, or with its square
-        eps = {"entry": batch**-0.5, "square": 1 / batch, None: 1.0}[known.eps]
+        eps = {"entry": batch**-0.5, "norm": batch**-0.5, "square": 1 / batch, None: 1.0}[known.eps]
         return cls(rate, batch / horizon / rate, batch / horizon, eps, batch)
 
     def beta(self, beta: float) -> float:

@@ -1,4 +1,4 @@
-"""`grsd mup-check`: flat in μP, not flat in the control, and sentences for what it cannot do."""
+"""`grsd mup-check`: flat in μP, not flat in the control, and sentences for what it cannot do; `mup-plan`: the numbers of a plan, without weights."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_what_is_said_of_a_model_reaches_the_plan() -> None:
     missed = check("gpt2", branch_ends="*.attn.c_proj", seeds=1, depths=2, widths="32,64")
     assert missed.exit_code == 1 and "gives 0.5" in missed.stdout
     assert "roles has the pattern 'nothing.*'" in refusal(check("gpt2", roles="nothing.*=input"))
-    assert "'wte' is not of the form PATTERN=ROLE" in refusal(check("gpt2", roles="wte"))
+    assert "'wte' is not of the form NAME=VALUE" in refusal(check("gpt2", roles="wte"))
 
 
 def test_help_has_examples_and_exit_codes() -> None:
@@ -182,3 +182,64 @@ def test_help_has_examples_and_exit_codes() -> None:
         "--sp",
     ):
         assert words in shown.stdout
+
+
+# --- mup-plan -----------------------------------------------------------------------------------------------
+
+
+def planned(*words: str) -> Result:
+    return CliRunner().invoke(main, ["mup-plan", "llama", *words])
+
+
+def test_the_plans_options_reach_the_groups() -> None:
+    """Against rules written out: a Llama of 4 times the width and depth, and other budgets."""
+    size = ["--width", "256", "--depth", "8", "--base", "64,2", "--lr", "0.01"]
+    usual = ["--weight-decay", "0.1", "--no-decay", "gains,biases,embeddings", "--eps", "1e-8"]
+    told = json.loads(planned(*size, *usual, "--other-ratio", "0.1", "--json").stdout)
+    assert (told["r_n"], told["r_L"]) == (4.0, 4.0)
+    groups = {g["role"]: g for g in told["groups"]}
+    # Muon, Kimi's factor: η/√r_n, λ √r_n; AdamW at a tenth of η, ε/r_n, and in the stack ε/(r_n r_L)
+    assert groups["hidden"]["lr"] == pytest.approx(0.005)
+    assert groups["hidden"]["weight_decay"] == pytest.approx(0.2)
+    assert groups["output"]["lr"] == pytest.approx(0.001)
+    assert groups["output"]["eps"] == pytest.approx(0.25e-8)
+    assert groups["hidden_bias"]["eps"] == pytest.approx(0.0625e-8)
+    none = {role for role, g in groups.items() if g["weight_decay"] == 0}
+    assert (
+        none == {"input", "hidden_bias", "input_bias"} and groups["output"]["weight_decay"] == 0.1
+    )
+    # ε as CompleteP's code had it, decay independent of η, and factors of one's own
+    more = ["--eps-rule", "completep", "--wd-rule", "independent", "--multipliers", "input=25"]
+    told = json.loads(
+        planned(*size, "--weight-decay", "1e-4", "--eps", "1e-8", *more, "--json").stdout
+    )
+    groups = {g["role"]: g for g in told["groups"]}
+    assert {g["eps"] for g in told["groups"] if g["optimizer"] == "adamw"} == {0.0625e-8}
+    for g in told["groups"]:
+        assert g["lr"] * g["weight_decay"] == pytest.approx(1e-4)
+    assert told["factors"]["model.embed_tokens"] == 25
+    # four times the batch, twice the tokens: η √4, and ηλ 4/2
+    told = json.loads(
+        planned(*size, "--weight-decay", "0.1", "--batch", "4", "--horizon", "2", "--json").stdout
+    )
+    (hidden,) = (g for g in told["groups"] if g["role"] == "hidden")
+    assert hidden["lr"] == pytest.approx(0.01) and hidden["weight_decay"] == pytest.approx(0.2)
+
+
+def test_no_weights_are_made_and_the_table_is_printed() -> None:
+    """Seven billion parameters in float32 are 27 GB, which no test machine has to spare."""
+    shown = planned("--width", "4096", "--depth", "32", "--lr", "0.01")
+    assert shown.exit_code == 0, shown.output
+    for words in (
+        "r_n = 64, depth ratio r_L = 16",
+        "model.layers.*.mlp.down_proj",
+        "1/r_n = 0.01562",
+    ):
+        assert words in shown.stdout
+    for flags, words in (
+        (("--no-decay", "heads"), "no_decay is 'heads'"),
+        (("--multipliers", "input=big"), "is not of the form NAME=NUMBER"),
+        (("--base", "64"), "expected WIDTH,DEPTH"),
+        (("--eps-rule", "mine"), "eps_rule is 'mine'"),
+    ):
+        assert words in refusal(planned(*flags))

@@ -114,16 +114,8 @@ def test_deeper_at_one_width_has_the_same_roles_as_wider() -> None:
     )
 
 
-def trained(
-    model: nn.Module, plan: Plan, name: str, x: torch.Tensor, steps: int = 4
-) -> torch.Tensor:
-    groups = plan.param_groups(
-        model, lr=0.02, weight_decay=0.1, eps=1e-3 if name == "adamw" else None
-    )
-    if name == "adamw":
-        opt: torch.optim.Optimizer = torch.optim.AdamW(groups["adamw"])
-    else:
-        opt = torch.optim.SGD(groups["sgd"])
+def trained(model: nn.Module, plan: Plan, x: torch.Tensor, steps: int = 4) -> torch.Tensor:
+    opt = plan.make_optimizer(model, lr=0.02, weight_decay=0.1, eps=1e-3)
     for _ in range(steps):
         opt.zero_grad()
         (model(x) - 1).square().mean().backward()
@@ -132,7 +124,7 @@ def trained(
     return out
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "shampoo"])
 def test_folding_trains_like_hooks(name: str) -> None:
     torch.manual_seed(0)
     hooked = Residual(32, 6).double()
@@ -143,14 +135,14 @@ def test_folding_trains_like_hooks(name: str) -> None:
     other = plan.fold_(folded)
     before = hooked(x).detach()
     torch.testing.assert_close(folded(x).detach(), before, rtol=1e-13, atol=1e-14)
-    a, b = trained(hooked, plan, name, x), trained(folded, other, name, x)
+    a, b = trained(hooked, plan, x), trained(folded, other, x)
     assert float((a - before).abs().max()) > 1e-3  # it moved
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)  # rounding of four steps
     # what folding must not forget: with the rates of the hooked model it is another training
     torch.manual_seed(0)
     fresh = Residual(32, 6).double()
     plan.fold_(fresh)
-    assert float((trained(fresh, plan, name, x) - a).abs().max()) > 1e-6
+    assert float((trained(fresh, plan, x) - a).abs().max()) > 1e-6
 
 
 def test_folding_a_tied_head_is_refused_and_hooks_are_not() -> None:

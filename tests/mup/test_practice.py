@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
@@ -118,6 +119,46 @@ def test_the_stabilizer_follows_the_paper_or_the_public_code() -> None:
         assert never[name]["eps"] == eps
     with pytest.raises(ValueError, match="eps_rule is 'none'; expected one of paper, completep"):
         mup.plan(model, base=base, optimizer="adamw", eps_rule="none")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:soap. the paper's rule")
+def test_soaps_stabilizer_scales_like_the_gradients_largest_singular_value() -> None:
+    """Against NumPy's singular values of the first gradients, of models that differ in one size."""
+
+    def largest(width: int, depth: int) -> tuple[dict[str, float], dict[str, float]]:
+        sizes: dict[str, list[float]] = {}
+        base = Residual(64, 4)
+        for seed in range(4):
+            model = Residual(width, depth)
+            plan = mup.plan(model, base=base, optimizer="soap")
+            plan.initialize_(model, seed=seed)
+            plan.attach(model)
+            x = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+            model(x)[:, 0].mean().backward()
+            for p, e in plan.matched(model):
+                if p.ndim == 2 and p.grad is not None:
+                    top = np.linalg.svd(p.grad.numpy(), compute_uv=False)[0]
+                    sizes.setdefault(e.role, []).append(float(np.log(top)))
+        # matrices outside the stack are AdamW's in a plan, with an ε of their own
+        groups = plan.param_groups(model, lr=0.1, eps={"soap": 1e-3})
+        assert {g["eps"] for g in groups["soap"]} == {1e-3 / plan.r_L}
+        assert not any("eps" in g for g in groups["adamw"])
+        means = {role: float(np.exp(np.mean(logs))) for role, logs in sizes.items()}
+        rules = {role: mup.rules.rule("soap", role).eps for role in means}
+        depths = {"input": 1.0, "hidden": plan.r_L, "output": 1.0}
+        return means, {role: s.at(plan.r_n, depths[role]) for role, s in rules.items() if s}
+
+    start, ones = largest(64, 4)
+    assert set(ones.values()) == {1.0}
+    for size in ((1024, 4), (64, 64)):
+        found, eps = largest(*size)
+        for role in ("input", "hidden", "output"):
+            # the exponent of a ratio of 16; finite widths leave about a tenth
+            miss = math.log(found[role] / start[role] / eps[role]) / math.log(16)
+            assert abs(miss) < 0.12, (size, role, miss)
+    table = mup.plan(Residual(64, 64), base=Residual(64, 4), optimizer="soap").table()
+    (line,) = (row for row in table.splitlines() if row.startswith("stabilizer"))
+    assert line.count("0.0625") == 2  # SOAP's matrices, and AdamW's biases in the stack
 
 
 # --- Another batch, another number of tokens ----------------------------------------------------------------
