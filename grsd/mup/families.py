@@ -71,6 +71,16 @@ def _mamba2(config: Any) -> tuple[int, ...]:
     return (inner, inner + 2 * config.n_groups * config.state_size, config.num_heads)
 
 
+def _latent_in(config: Any) -> tuple[int, ...]:
+    """The latent of keys and values, then the one rotated key of all heads."""
+    return (config.kv_lora_rank, config.qk_rope_head_dim)
+
+
+def _latent_out(config: Any) -> tuple[int, ...]:
+    """Key and value of one head after another, from the latent."""
+    return (config.qk_nope_head_dim, config.v_head_dim)
+
+
 _DOWN = ("*.self_attn.o_proj", "*.mlp.down_proj")
 _EXPERTS = ("*.self_attn.o_proj", "*.mlp")
 _BEHIND = ("*.post_attention_layernorm", "*.post_feedforward_layernorm")  # norms behind branches
@@ -78,6 +88,7 @@ _NEOX = ("*.attention.dense", "*.mlp.dense_4h_to_h")
 _BLOOM = ("*.self_attention.dense", "*.mlp.dense_4h_to_h")
 _MOE: Fused = {"*.experts.gate_up_proj": 2}
 _GATE = {"*.mlp.gate.weight": "hidden"}
+_LATENT = {"*.kv_a_proj_with_mqa.weight": _latent_in, "*.kv_b_proj.weight": _latent_out}
 _MAMBA = {"*.A_log": "hidden_bias", "*.conv1d.weight": "hidden_bias"}
 
 FAMILIES: dict[str, Family] = {
@@ -87,6 +98,12 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_DOWN),
     "qwen2": Family(_DOWN),
     "qwen3": Family(_DOWN),
+    "smollm3": Family(_DOWN),
+    "stablelm": Family(_DOWN),
+    "cohere": Family(_DOWN),
+    "cohere2": Family(_DOWN),
+    "granite": Family(_DOWN),
+    "nemotron": Family(_DOWN),
     "gemma": Family(_DOWN),
     "gemma2": Family(_BEHIND),
     "gemma3_text": Family(_BEHIND),
@@ -101,12 +118,22 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(("*.self_attn.o_proj", "*.mlp.c_proj")),
     "olmo": Family(_DOWN),
     "olmo2": Family(_BEHIND),
+    "exaone4": Family(_BEHIND),
     "glm4": Family(
         ("*.post_self_attn_layernorm", "*.post_mlp_layernorm"), {"*.gate_up_proj.weight": 2}
     ),
     "mixtral": Family(_EXPERTS, _MOE, _GATE),
     "qwen2_moe": Family(_EXPERTS, _MOE, _GATE),
     "qwen3_moe": Family(_EXPERTS, _MOE, _GATE),
+    "olmoe": Family(_EXPERTS, _MOE, _GATE),
+    "phimoe": Family(_EXPERTS, _MOE),
+    "granitemoe": Family(
+        ("*.self_attn.o_proj", "*.block_sparse_moe"), _MOE, {"*.router.weight": "hidden"}
+    ),
+    "deepseek_v3": Family(_EXPERTS, {**_MOE, **_LATENT}, _GATE),
+    "llama4_text": Family(
+        ("*.self_attn.o_proj", "*.feed_forward"), _MOE, transposed=("*.experts.*_proj",)
+    ),
     "gpt_oss": Family(
         _EXPERTS,
         {"*.experts.gate_up_proj": (1, 1)},
@@ -153,6 +180,9 @@ FUSED: Fused = {
     "*.in_proj_weight": 3,  # nn.MultiheadAttention: Q, K, V one after another
 }
 """Fused matrices in models that are of no known family."""
+
+SEVERAL = ("*qkv*", "*query_key_value*", "*c_attn*", "*gate_up*", "*gateup*", "*kv_proj*", "*Wi.*")
+"""Names that mostly stand for several matrices in one."""
 
 
 def configuration(model: nn.Module) -> Any:

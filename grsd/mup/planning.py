@@ -16,7 +16,7 @@ from torch import nn
 
 from grsd import checks
 from grsd.mup.attention import attention
-from grsd.mup.families import BRANCH_ENDS, FAMILIES, FUSED, Family, Fused, configuration
+from grsd.mup.families import BRANCH_ENDS, FAMILIES, FUSED, SEVERAL, Family, Fused, configuration
 from grsd.mup.initial import initial
 from grsd.mup.plans import Entry, Plan, numbers, unscaled
 from grsd.mup.registry import row
@@ -29,6 +29,7 @@ from grsd.mup.roles import (
     stack_of,
     tied,
     unmatched,
+    unnumbered,
 )
 from grsd.mup.rules import Rule, Scale, rule, scale, shaped
 
@@ -192,6 +193,14 @@ def plan(
         notes.append(
             f"{known_as!r} is no family of grsd.mup.families: measure with plan.verify(model, "
             "batch) whether the ends of its branches are all named."
+        )
+    # what names alone suggest, of a model whose family says nothing
+    whole = [e for e in entries if e.split == 1 and row(e.optimizer).matrices_only]
+    doubtful = [e.name for e in whole if matching(e.name, SEVERAL)]
+    if doubtful and known_as not in FAMILIES and fused is None:
+        notes.append(
+            f"By their names, {unnumbered(doubtful[0])!r} may be several matrices in one, which "
+            f"{optimizer} takes as one: say fused={{pattern: sizes}}."
         )
     return Plan(
         tuple(entries),

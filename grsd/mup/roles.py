@@ -299,7 +299,8 @@ def compare(
 ) -> tuple[Layout, dict[str, tuple[Tensor, Tensor]], float, float]:
     """Return the model's layout, name → (tensor, the base model's), and the two ratios.
 
-    Tied tensors stand under each of their names; block i beside block i modulo the base's depth.
+    Tied tensors stand under each of their names; block i beside block i modulo the base's depth,
+    or the next that has such a tensor.
     Without a base model a tensor is its own partner.
     """
     if (base is None) == (r_n is None and r_L is None):
@@ -322,7 +323,12 @@ def compare(
         there = bare_parameters(base, tied=True)
         for name, p in every.items():
             inside = re.match(re.escape(stack) + r"\.(\d+)\.(.*)", name)
-            twin = f"{stack}.{int(inside[1]) % base_depth}.{inside[2]}" if inside else name
+            # blocks may be of several kinds: the first at or behind its own place that has it
+            places = (
+                [(int(inside[1]) + j) % base_depth for j in range(base_depth)] if inside else []
+            )
+            twins = [f"{stack}.{place}.{inside[2]}" for place in places] if inside else [name]
+            twin = next((one for one in twins if one in there), twins[0])
             if twin not in there:
                 raise ValueError(
                     f"the base model has no {twin!r}, which {name!r} should be compared with: "

@@ -71,6 +71,8 @@ GATES = {
     "glm4": "gate_up_proj.weight",
     "mixtral": "experts.gate_up_proj",
     "qwen3_moe": "experts.gate_up_proj",
+    "granitemoe": "experts.gate_up_proj",
+    "llama4_text": "experts.gate_up_proj",
 }
 
 
@@ -124,11 +126,53 @@ def test_an_unknown_family_is_planned_with_a_note_and_a_refused_one_is_not() -> 
 
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "intermediate_size": 64}
-    config = AutoConfig.for_model("cohere", **sizes, num_key_value_heads=2)
+    config = AutoConfig.for_model("helium", **sizes, num_key_value_heads=2, head_dim=16)
     model = AutoModelForCausalLM.from_config(config)
     made = mup.plan(model, base=model, optimizer="adamw")
-    assert "'cohere' is no family of grsd.mup.families: measure with plan.verify" in made.table()
+    assert "'helium' is no family of grsd.mup.families: measure with plan.verify" in made.table()
     small = AutoConfig.for_model("t5", d_model=32, d_kv=8, d_ff=32, num_layers=2, vocab_size=50)
     t5 = AutoModelForSeq2SeqLM.from_config(small)
     with pytest.raises(ValueError, match="no plan for the family 't5': it has two residual stacks"):
         mup.plan(t5, base=t5, optimizer="adamw")
+
+
+def test_a_fused_matrix_that_is_not_known_as_one_is_said() -> None:
+    """Persimmon's QKV is one matrix to Muon, unless its sizes are told; AdamW need not know."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("persimmon", **sizes))
+    said = "'model.layers.*.self_attn.query_key_value.weight' may be several matrices in one"
+    fused = {"*.query_key_value.weight": (16, 16, 16)}
+    for optimizer, known, there in (("muon", None, 1), ("adamw", None, 0), ("muon", fused, 0)):
+        made = mup.plan(model, base=model, optimizer=optimizer, fused=known)
+        assert made.table().count(said) == there
+
+
+def test_blocks_of_two_kinds_have_partners_of_their_own_kind() -> None:
+    """ModernBERT's first block alone has no norm: block 2 of 4 stands beside block 1 of 2."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    def build(width: int, layers: int) -> nn.Module:
+        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+        sizes |= {
+            "vocab_size": 50,
+            "num_attention_heads": width // 16,
+            "global_attn_every_n_layers": 1,
+        }
+        sizes |= {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "cls_token_id": 0}
+        made: nn.Module = AutoModelForMaskedLM.from_config(
+            AutoConfig.for_model("modernbert", **sizes, sep_token_id=0)
+        )
+        return made
+
+    model, base = build(64, 4), build(32, 2)
+    ends = ["*.attn.Wo", "*.mlp.Wo"]
+    plan = mup.plan(
+        model, base=base, optimizer="adamw", branch_ends=ends, roles={"head.dense.weight": "hidden"}
+    )
+    names = {e.name for e in plan}
+    assert "model.layers.0.attn_norm.weight" not in names
+    assert plan["model.layers.2.attn_norm.weight"].role == "hidden_bias"
+    assert plan.verify(model, torch.arange(8)[None], base=base).complete

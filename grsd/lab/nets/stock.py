@@ -31,7 +31,11 @@ SMALL |= {"word_embed_proj_dim": 64, "ffn_hidden_size": 256, "moe_intermediate_s
 SMALL |= {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 SMALL |= {"shared_expert_intermediate_size": 64, "query_pre_attn_scalar": 16, "n_groups": 1}
 SMALL |= {"image_size": 8, "patch_size": 4, "state_size": 16, "rotary_dim": 8, "num_labels": 10}
+SMALL |= {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+SMALL |= {"v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+SMALL |= {"intermediate_size_mlp": 256, "first_k_dense_replace": 0}
 OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"head_dim": 8},  # of the rotated part
     "gpt_bigcode": {"num_key_value_heads": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba": {"intermediate_size": 128, "initializer_range": 0.02},
@@ -44,6 +48,7 @@ GROWING: tuple[str, ...] = (
     "ffn_dim",
     "ffn_hidden_size",
     "word_embed_proj_dim",
+    "intermediate_size_mlp",
 )
 GROWING += ("moe_intermediate_size", "shared_expert_intermediate_size", "time_step_rank")
 KEYS = ("num_key_value_heads", "num_kv_heads")  # a single one stays single
@@ -78,7 +83,7 @@ def _sets(config: Any, name: str) -> bool:
 def factory(
     config: Any, *, vocabulary: int = BYTES, positions: int = 128
 ) -> Callable[[int, int], nn.Module]:
-    """Return (width, depth) → a causal language model or an image classifier of this architecture,
+    """Return (width, depth) → a language model or an image classifier of this architecture,
     float32, without dropout, initial weights from seed 0.
 
     The vocabulary and the positions stand in place of the configuration's. The factory refuses a
@@ -103,10 +108,14 @@ def factory(
                 setattr(scaled, name, n * size // width)
         # one entry a layer, in the configurations that have it
         scaled.num_hidden_layers = layers
-        for name in ("layer_types", "attention_layers"):
-            kinds = getattr(config, name, None) if _sets(config, name) else None
-            if kinds is not None:
-                setattr(scaled, name, [kinds[k % len(kinds)] for k in range(layers)])
+        count = config.num_hidden_layers
+        for name, kinds in vars(config).items():
+            listed = name.endswith(("_layers", "_types")) and isinstance(kinds, list)
+            if listed and len(kinds) == count:
+                # the numbers of layers, or a kind for each
+                numbered = kinds == list(range(count))
+                spread = [k if numbered else kinds[k % count] for k in range(layers)]
+                setattr(scaled, name, spread)
         if hasattr(config, "attention_types"):
             scaled.attention_types = [[scaled.attention_layers, 1]]
         scaled.vocab_size, scaled.max_position_embeddings = vocabulary, positions
@@ -124,15 +133,15 @@ def factory(
 
 
 def _loader(config: Any) -> Any:
-    """Return the class that makes a language model or an image classifier of a configuration."""
+    """Return the class that makes a model of text or an image classifier of a configuration."""
     import transformers
 
-    loaders = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageClassification)
-    for loader in loaders:
+    kinds = ("CausalLM", "MaskedLM", "ImageClassification")
+    for loader in (getattr(transformers, f"AutoModelFor{kind}") for kind in kinds):
         if type(config) in loader._model_mapping:
             return loader
     raise ValueError(
-        f"{config.model_type!r} is neither a causal language model nor an image classifier; give "
+        f"{config.model_type!r} is neither a language model nor an image classifier; give "
         "grsd.mup.coord_check a factory and a loss of your own"
     )
 

@@ -86,7 +86,7 @@ def test_every_family_grows_in_width_and_depth(family: str) -> None:
 def test_what_is_no_language_model_and_no_classifier_is_refused() -> None:
     from transformers import AutoConfig
 
-    with pytest.raises(ValueError, match="'t5' is neither a causal language model nor an image"):
+    with pytest.raises(ValueError, match="'t5' is neither a language model nor an image"):
         stock.factory(AutoConfig.for_model("t5"))
     with pytest.raises(ValueError, match="no plan for the family 't5': it has two residual"):
         stock.configuration("t5")
