@@ -127,8 +127,8 @@ def measure(
     square 1, and its branches end in what they end in there, so that a contribution is exactly α
     where all that is added passes α. Cost: six forward passes, and two for each end of a branch.
     """
-    stack, depth = stack_of(model)
-    blocks = [f"{stack}.{i}" for i in range(depth)]
+    stack, depth = stack_of(model, required=False)
+    blocks = [f"{stack}.{i}" for i in range(depth) if stack]
     ends = {name: [m for m in multipliers if m.module.startswith(f"{name}.")] for name in blocks}
     inside = [m for several in ends.values() for m in several]
     heads = [m for m in multipliers if m.side == "input"]
@@ -152,7 +152,7 @@ def measure(
         noise = torch.Generator().manual_seed(0)
         for name, x in seen.ends.items():
             seen.ends[name] = PROBE * torch.randn(x.shape, generator=noise).to(x)
-        for j in range(max(map(len, ends.values()))):
+        for j in range(max(map(len, ends.values()), default=0)):
             alone = {name: several[j] for name, several in ends.items() if len(several) > j}
             full = seen.run(none | {m.module: 1.0 for m in alone.values()})
             part = seen.run(none | {m.module: m.factor for m in alone.values()})
@@ -168,8 +168,8 @@ def measure(
         seen.streams, seen.ends = {}, {}
         if base is not None and r_n != 1:
             seen.run({m.module: m.factor for m in multipliers})
-            alike = heads if stack_of(base)[1] == depth else []
-            rows += _sizes(seen.read, base, batch, blocks[0], alike, r_n, embedded)
+            alike = heads if stack_of(base, required=False)[1] == depth else []
+            rows += _sizes(seen.read, base, batch, blocks[:1], alike, r_n, embedded)
     return Verification(tuple(rows))
 
 
@@ -183,7 +183,7 @@ def _sizes(
     read: Mapping[str, Tensor],
     base: nn.Module,
     batch: Any,
-    first: str,
+    first: Sequence[str],
     heads: Sequence[Multiplier],
     r_n: float,
     embedded: float,
@@ -194,10 +194,10 @@ def _sizes(
     reads may depend on the depth, where no norm stands before it: `heads` are those of one depth.
     """
     allowed = max(TOLERANCE, max(r_n, 1 / r_n) ** 0.25 - 1)
-    with _observed(base, batch, [first], (), heads) as seen:
+    with _observed(base, batch, first, (), heads) as seen:
         seen.run({})
     # the stack reads what was embedded; a head behind a norm does not see the factor
-    wanted = {first: embedded}
+    wanted = dict.fromkeys(first, embedded)
     return [
         Contribution(
             name,
@@ -207,7 +207,7 @@ def _sizes(
             GROWS,
             allowed,
         )
-        for name in (first, *(m.module for m in heads if embedded == 1))
+        for name in (*first, *(m.module for m in heads if embedded == 1))
     ]
 
 

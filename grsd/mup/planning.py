@@ -81,8 +81,9 @@ def plan(
     Inside the stack, matrices may grow by ratios of their own (rounded feed-forward widths, a fixed
     number of key heads); `grsd.mup.rules.shaped` says what follows. Refused is what would make a
     wrong plan: another architecture, ratios that differ outside the stack, a parameter without a
-    role (named, with what to say), a pattern that matches nothing. Models may be on the meta
-    device; `Plan.verify` measures whether a plan is complete.
+    role (named, with what to say), a pattern that matches nothing. At the base's depth a model
+    needs no stack. Models may be on the meta device; `Plan.verify` measures whether a plan is
+    complete.
     """
     # the optimizers, and what is known to go wrong with them
     chosen = row(optimizer)
@@ -232,7 +233,7 @@ def _twins(layout: Layout, base: nn.Module | None) -> tuple[dict[str, nn.Module]
     """Return the base's modules, and module in the stack → name of the one beside it there."""
     if base is None:
         return {}, {}
-    depth = stack_of(base)[1]
+    depth = stack_of(base, required=False)[1]
     twins = {}
     for name in layout.modules:
         if (block := layout.block(name)) is not None:

@@ -41,6 +41,7 @@ class Layout:
     stack: str
     compared: bool  #: a base of another width says which sides grow; else the position does
     roles: Mapping[str, str]  #: pattern of names → role, of the user, then of the family
+    deep: bool = True  #: the depth may differ from the base's; else a stack asks for nothing
     backwards: tuple[str, ...] = ()  #: patterns of experts that are stored (experts, n_in, n_out)
 
     def owner(self, name: str) -> nn.Module:
@@ -113,7 +114,7 @@ class Layout:
         # of a matrix it is the sides that grow; in a layer it is known which are which
         out, into = (self._grows(p, partner, axis, name) for axis in self.axes(name, p))
         layer = isinstance(owner, nn.Linear | _ConvNd) or self.transposed(name)
-        if inside and (layer or (out and into)):
+        if (inside and (layer or (out and into))) or (layer and out and into and not self.deep):
             return "hidden"
         if not inside and out != into:
             if layer:
@@ -192,7 +193,8 @@ class Layout:
                     )
                 factors.append(Multiplier(name, head, "input"))
         # a model without either would be planned wrongly
-        if not any(m.side == "output" and self.block(m.module) is not None for m in factors):
+        ends = any(m.side == "output" and self.block(m.module) is not None for m in factors)
+        if self.deep and not ends:
             raise ValueError(
                 f"no end of a residual branch found in {self.stack!r}: name the layers whose "
                 "output is added to the stream, e.g. branch_ends=['*.mlp.down_proj']"
@@ -261,13 +263,16 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {plain(name): m for name, m in model.named_modules()}
 
 
-def stack_of(model: nn.Module) -> tuple[str, int]:
+def stack_of(model: nn.Module, *, required: bool = True) -> tuple[str, int]:
     """Return the name and length of the residual stack: the list with the most parameters.
 
-    A list is an nn.ModuleList, or an nn.Sequential of modules of one class that have parts.
+    A list is an nn.ModuleList, or an nn.Sequential of modules of one class that have parts. Without
+    one the name is "" where none is required.
     """
     named = bare_modules(model).items()
     lists = [(name, m) for name, m in named if name and _is_list(m)]
+    if not lists and not required:
+        return "", 1
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList of residual blocks; put the blocks into "
@@ -308,13 +313,13 @@ def compare(
             "give either base=, a model of the same architecture, or the ratios r_n= and r_L="
         )
     # without a base a tensor is its own partner, and the ratios are as given
-    stack, depth = stack_of(model)
+    stack, depth = stack_of(model, required=base is None)
     names, every = list(bare_parameters(model)), bare_parameters(model, tied=True)
     pairs: dict[str, tuple[Tensor, Tensor]] = {name: (p, p) for name, p in every.items()}
     wide, deep = (1.0 if r is None else float(r) for r in (r_n, r_L))
     Scale().at(wide, deep)  # refuses what is no ratio
     if base is not None:
-        base_stack, base_depth = stack_of(base)
+        base_stack, base_depth = stack_of(base, required=False)
         if stack != base_stack:
             raise ValueError(
                 f"the residual stacks differ: {stack!r} here, {base_stack!r} in the base model"
@@ -337,8 +342,10 @@ def compare(
             pairs[name] = p, there[twin]
         wide = _width_ratio({name: pairs[name] for name in names}, f"{stack}.")
         deep = depth / base_depth
-    layout = Layout(bare_modules(model), names, stack, base is not None and wide != 1.0, {})
-    return layout, pairs, wide, deep
+    compared = base is not None and wide != 1.0
+    if not compared:
+        stack_of(model)  # at one width it is the stack that tells the roles
+    return Layout(bare_modules(model), names, stack, compared, {}, deep != 1), pairs, wide, deep
 
 
 def _width_ratio(pairs: Mapping[str, tuple[Tensor, Tensor]], stack: str) -> float:

@@ -262,6 +262,49 @@ def test_blocks_in_a_sequential_are_a_stack_and_layers_in_one_are_not() -> None:
         mup.plan(layers, base=layers, optimizer="adamw")
 
 
+def test_nets_without_a_stack_are_planned_at_the_bases_depth() -> None:
+    """An MLP and convolutions as microsoft/mup writes them; by hand, AdamW's 1/n_in and the head's 1/n."""
+
+    def net(n: int) -> nn.Module:
+        return nn.Sequential(
+            *(
+                nn.Conv2d(3, n, 3),
+                nn.BatchNorm2d(n),
+                nn.ReLU(),
+                nn.Conv2d(n, 2 * n, 3),
+                nn.Flatten(),
+            ),
+            *(nn.Linear(2 * n * 4, 16 * n), nn.ReLU(), nn.Linear(16 * n, 3)),
+        )
+
+    made = mup.plan(net(8), base=net(2), optimizer="adamw")
+    weights = {e.name: (e.role, e.lr, e.std**2) for e in made if len(e.shape) > 1}
+    assert weights == {
+        "0.weight": ("input", 1, 1),
+        "3.weight": ("hidden", 0.25, pytest.approx(0.25)),
+        "5.weight": ("hidden", 0.25, pytest.approx(0.25)),
+        "7.weight": ("output", 1, 1),
+    }
+    assert [tuple(m) for m in made.multipliers] == [("7", 0.25, "input")]
+    assert made.verify(net(8), torch.randn(4, 3, 6, 6)).complete
+    with pytest.raises(ValueError, match=r"has no nn\.ModuleList"):
+        mup.plan(net(8), r_n=4, optimizer="adamw")  # nothing says which sides grow
+    # a stage of a ResNet is a list, and what stands before it has two sides that grow
+    stages = [Staged(n, 2) for n in (8, 2)]
+    same = mup.plan(stages[0], base=stages[1], optimizer="adamw")
+    assert same["first.weight"].role == "hidden"
+    with pytest.raises(ValueError, match="outside the stack 'stage' of which both sides grow"):
+        mup.plan(Staged(8, 4), base=stages[1], optimizer="adamw")
+
+
+class Staged(nn.Module):
+    def __init__(self, n: int, blocks: int) -> None:
+        super().__init__()
+        self.read, self.first = nn.Linear(5, n), nn.Linear(n, n)
+        self.stage = nn.Sequential(*(Residual(n, 1).blocks[0] for _ in range(blocks)))
+        self.head = nn.Linear(n, 3)
+
+
 class Lopsided(Residual):
     def __init__(self, width: int, depth: int) -> None:
         super().__init__(width, depth)
@@ -274,7 +317,10 @@ def test_bad_input_is_refused() -> None:
         ValueError,
         match=r"'gate.weight', a matrix outside the stack 'blocks' of which both sides grow",
     ):
-        mup.plan(Lopsided(32, 2), base=Lopsided(16, 2), optimizer="adamw")
+        mup.plan(Lopsided(32, 4), base=Lopsided(16, 2), optimizer="adamw")
+    # at the base's depth a stack asks for nothing, and both sides say it
+    same = mup.plan(Lopsided(32, 2), base=Lopsided(16, 2), optimizer="adamw")
+    assert (same["gate.weight"].role, same["gate.weight"].lr) == ("hidden", 0.5)
     named = mup.plan(
         Lopsided(32, 2),
         base=Lopsided(16, 2),
@@ -297,6 +343,8 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has no nn.ModuleList"):
         mup.plan(nn.Linear(3, 3), base=nn.Linear(3, 3), optimizer="sgd")
     with pytest.raises(ValueError, match="no end of a residual branch"):
+        mup.plan(Residual(32, 4), base=base, optimizer="sgd", branch_ends=["*.nothing"])
+    with pytest.raises(ValueError, match=r"branch_ends has the pattern '\*.nothing'"):
         mup.plan(Residual(32, 2), base=base, optimizer="sgd", branch_ends=["*.nothing"])
     with pytest.raises(ValueError, match="wd_rule is 'none'; expected one of paper, unscaled"):
         mup.plan(base, base=base, optimizer="sgd", wd_rule="none")  # type: ignore[arg-type]
