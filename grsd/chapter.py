@@ -14,7 +14,9 @@ import math
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import util
+from time import monotonic
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,14 +24,15 @@ import numpy as np
 import torch
 
 from grsd import __version__, check_environment, claims, figures, results
-from grsd.scale import device, pick, scale
+from grsd.scale import device, pick, scale, site
 
-__all__ = ["claims", "device", "figures", "np", "pick", "plt", "start", "torch"]
+__all__ = ["claims", "device", "figures", "np", "pick", "plt", "progress", "start", "torch"]
 
 # What a chapter may need beside the package, at the version that the book was built with: module ->
 # what pip is asked for. Colab lacks these; a test compares them with the lock.
 PINNED = {"pytorch_optimizer": "pytorch-optimizer==4.1.0"}
 TIMES = "chapter-times"  # the stored result that `make colab` writes
+TICK = 20.0  # seconds between lines of progress
 
 
 def start(
@@ -69,6 +72,24 @@ def start(
         torch.set_default_dtype(getattr(torch, dtype))
     where = f"device {device()}" if gpu else "device cpu (float64 theory, which no GPU speeds up)"
     print(f"grsd {__version__}, {chapter}: {where}, scale {scale()}{expected(chapter)}")
+
+
+def progress(what: str) -> Callable[[int, int, object], None]:
+    """Called with (done, total, part), it prints how far long work is, every 20 seconds.
+
+    Silent while the book is built at the scale of a CPU: pages keep no such lines.
+    """
+    heard = bool(site()) or scale() == "gpu"  # a reader's notebook, or larger sizes
+    last = monotonic()
+
+    def show(done: int, total: int, part: object) -> None:
+        nonlocal last
+        if heard and monotonic() - last >= TICK:
+            last = monotonic()
+            words = f"loss {part:.3f}" if isinstance(part, float) else part
+            print(f"{what}: {done} of {total}, {words}", flush=True)
+
+    return show
 
 
 def install(module: str) -> None:

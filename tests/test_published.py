@@ -195,6 +195,24 @@ def test_the_first_line_says_where_and_how_long(
 
 
 @pytest.mark.usefixtures("quiet")
+def test_long_work_says_how_far_it_is_but_not_into_the_pages_of_a_build(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(chapter, "monotonic", lambda: clock[0])
+    for scale, site, heard in (("cpu", "", 0), ("gpu", "", 2), ("cpu", "https://a.github.io/b", 2)):
+        monkeypatch.setenv("GRSD_SCALE", scale)
+        monkeypatch.setenv("GRSD_SITE", site)
+        show = chapter.progress("training")
+        for step in range(1, 51):  # one second a step
+            clock[0] += 1
+            show(step, 50, 0.5)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == heard
+        assert lines[:1] == ["training: 20 of 50, loss 0.500"] * bool(heard)
+
+
+@pytest.mark.usefixtures("quiet")
 def test_a_failed_install_shows_the_reason_of_pip(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

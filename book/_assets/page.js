@@ -13,8 +13,21 @@ function fitFormulas() {
   });
 }
 
+// Panels side by side are too small on a phone; there such a picture scrolls in a box of its own.
+const WIDE = 1.8;  // width over height
+
+function boxWideFigures() {
+  document.querySelectorAll(".bd-content :is(figure, .answer, .cell_output) img").forEach((image) => {
+    if (image.naturalWidth < WIDE * image.naturalHeight || image.closest(".wide-figure")) return;
+    const box = document.createElement("div");
+    box.className = "wide-figure";
+    image.replaceWith(box);
+    box.append(image);
+  });
+}
+
 // A shade at the right edge of what can still be scrolled, until it has been.
-const SCROLLERS = '.pst-scrollable-table-container, mjx-container[display="true"], pre, .sig';
+const SCROLLERS = '.pst-scrollable-table-container, mjx-container[display="true"], pre, .sig, .wide-figure';
 
 function shade(box) {
   box.classList.toggle("hides-more", box.scrollWidth - box.clientWidth - box.scrollLeft > 1);
@@ -44,7 +57,7 @@ function untex(text) {
 
 if (typeof document !== "undefined") {
   window.addEventListener("load", () => window.MathJax?.startup?.promise.then(() => {
-    const fit = () => { fitFormulas(); markScrollers(); };
+    const fit = () => { boxWideFigures(); fitFormulas(); markScrollers(); };
     fit();
     window.addEventListener("resize", fit);
     document.addEventListener("toggle", markScrollers, true);

@@ -70,6 +70,32 @@ def test_the_audit_finds_each_planted_fault_and_passes_a_good_page(tmp_path: Pat
     assert good.returncode == 0
 
 
+def test_panels_side_by_side_are_readable_on_a_phone_and_square_ones_stay(tmp_path: Path) -> None:
+    from audit import Browser
+
+    assets = (ROOT / "book/_assets").as_uri()
+    drawn = "<figure><img src=\"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' width='{}' height='300'/>\"></figure>"
+    head = "<script>window.MathJax = {startup: {promise: Promise.resolve()}}</script>"
+    head += f"<link rel=stylesheet href='{assets}/companion.css'><script src='{assets}/page.js'></script>"
+    body = f"<div class='bd-content'>{drawn.format(900)}{drawn.format(320)}</div>"
+    page(tmp_path, "figures", head + body)
+    sizes = "[...document.querySelectorAll('img')].map((i) => i.clientWidth).join()"
+    browser = Browser()
+    try:
+        shown = []
+        for wide in (390, 1300):
+            size = {"width": wide, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+            browser.call("Emulation.setDeviceMetricsOverride", **size)
+            browser.open((tmp_path / "figures.html").as_uri())
+            browser.run("new Promise((go) => setTimeout(go, 200))")
+            shown.append([int(s) for s in browser.run(sizes).split(",")])
+            assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        browser.close()
+    (wide_phone, square_phone), (wide_laptop, _) = shown
+    assert wide_phone == 680 and square_phone <= 390 and wide_laptop <= 700
+
+
 def test_a_book_becomes_one_pdf_with_an_outline(tmp_path: Path) -> None:
     import pdf
     from audit import Browser
