@@ -141,7 +141,7 @@ def asks(source: str) -> bool:
 
 
 LARGE = [
-    "spectrum/language-model", "mup/coordinate-checks", "mup/transfer",
+    "mup/coordinate-checks", "mup/transfer",
     "renorm/residual-nets", "renorm/conditions", "renorm/architectures",
 ]  # fmt: skip
 

@@ -1,62 +1,60 @@
-"""The fits of the chapter on a language model's shells: what was planted comes back.
-
-Each shape loses where the other's was planted.
-"""
+"""What the chapter on a language model's shells measures: planted moves come back, and no others."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.integrate import quad
 
-from grsd.spectrum import LogShells, ShellProfile
+from grsd.spectrum import SpectralMeasure
 
 from .chapter_code import definitions
 
-SHOWN = definitions("spectrum/language-model.md", "Fit", "fit", "frozen", "piecewise", "starts")
-fit, frozen, piecewise = SHOWN.fit, SHOWN.frozen, SHOWN.piecewise
-SHELLS = LogShells(2.0 ** np.arange(-10, 5))
-DECAYS = np.log([2.0, 1.4, 1.3])  # C, p + 1 and κ
+SHOWN = definitions(
+    "spectrum/language-model.md", "SHELLS", "moves", "overlap", "decayed", "shells"
+)
+GRID = np.geomspace(2.0**-18, 2.0**3, 6001)
 
 
-def profile(energies: np.ndarray) -> ShellProfile:
-    n = np.ones(energies.size)
-    return ShellProfile(SHELLS, energies, energies, energies, *[0.0] * 5, energies, n)
+def law(exponent: float, top: float, amplitude: float = 1.0) -> SpectralMeasure:
+    """Energy (λ/top)^exponent below λ, up to `top`."""
+    nodes = GRID[top >= GRID]
+    share = np.diff((nodes / top) ** exponent, prepend=0.0)
+    return SpectralMeasure.exact(nodes, amplitude * share)
 
 
-def test_frozen_shells_equal_quadrature() -> None:
-    truth = [
-        2.0 * quad(lambda x: x**0.4 * np.exp(-1.3 * x), a, b)[0]
-        for a, b in zip(SHELLS.edges, SHELLS.edges[1:], strict=False)
-    ]
-    assert np.allclose(np.exp(frozen(DECAYS, SHELLS)), truth, rtol=1e-9)
+def test_planted_moves_come_back() -> None:
+    first = SHOWN.shells([law(0.5, 4.0), law(0.5, 4.0, 1.1)])
+    last = SHOWN.shells([law(0.5, 1.0), law(0.5, 1.0, 1.1)])
+    median, frontier, low = SHOWN.moves(first, last)
+    # two octaves to the left; under λ the energy of a power law ½ grows by 4^½, one octave
+    assert median == pytest.approx([-2, -2], abs=0.02)
+    assert frontier == pytest.approx([-2, -2], abs=0.02)
+    assert low == pytest.approx([1, 1], abs=0.02)
+    # and back again
+    for there, back in zip(SHOWN.moves(first, last), SHOWN.moves(last, first), strict=True):
+        assert there == pytest.approx(-back)
 
 
-def test_frozen_fit_recovers_planted_parameters() -> None:
-    found = fit(frozen, profile(np.exp(frozen(DECAYS, SHELLS))))
-    assert found.rms < 1e-6
-    assert found.parameters == pytest.approx(DECAYS, abs=1e-5)
+def test_what_only_loses_energy_does_not_move() -> None:
+    first, last = SHOWN.shells([law(0.5, 4.0)]), SHOWN.shells([law(0.5, 4.0, 0.25)])
+    median, frontier, low = SHOWN.moves(first, last)
+    assert median == pytest.approx([0]) and frontier == pytest.approx([0])
+    assert low == pytest.approx([-2])
 
 
-def test_piecewise_fit_follows_its_own_shape_better_than_the_null_does() -> None:
-    s = np.log(SHELLS.centers)
-    step = 1 / (1 + np.exp(-(s - 0.2) / 0.3))
-    planted = profile(np.exp((1 - step) * (0.6 * s) + step * (1.0 - 0.9 * np.exp(s))))
-    two, null = fit(piecewise, planted), fit(frozen, planted)
-    assert two.rms < 0.02 < null.rms
-    assert two.aic < null.aic
+def test_decay_in_place_has_the_energy_of_the_end_and_loses_its_top() -> None:
+    before, after = law(0.5, 4.0), law(0.5, 4.0, 0.5)
+    profile = SHOWN.decayed(before, after)
+    assert profile.total == pytest.approx(0.5 * after.mass, rel=1e-6)
+    # the weight of every shell lies between the decay at its two edges
+    start = before.shells(SHOWN.SHELLS)
+    held = start.energies > 0
+    kept = profile.energies[held] / start.energies[held]
+    assert (np.diff(kept) < 0).all()  # the larger λ, the less is left
+    assert (SHOWN.moves([start], [profile])[0] < 0).all()
 
 
-def test_extra_parameters_do_not_pay_on_the_null_with_noise() -> None:
-    rng = np.random.default_rng(0)
-    shape = np.exp(frozen(DECAYS - [np.log(2.0), 0, 0], SHELLS))
-    wins = 0
-    for _ in range(10):
-        noisy = profile(shape * np.exp(0.1 * rng.normal(size=shape.size)))
-        wins += fit(frozen, noisy, 1e-6).aic < fit(piecewise, noisy, 1e-6).aic
-    assert wins >= 8  # the criterion prefers the planted three-parameter shape
-
-
-def test_too_few_shells_are_refused() -> None:
-    with pytest.raises(AssertionError, match="2 shells hold energy, too few for 6"):
-        fit(piecewise, profile(np.r_[1.0, 2.0, np.zeros(12)]))
+def test_overlap_tells_shapes_apart() -> None:
+    a, b, far = (law(x, top).shells(SHOWN.SHELLS) for x, top in ((0.5, 4), (0.6, 4), (5.0, 0.01)))
+    assert SHOWN.overlap(a, a) == pytest.approx(1)
+    assert SHOWN.overlap(a, far) < 0.2 < 0.9 < SHOWN.overlap(a, b)
