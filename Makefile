@@ -71,7 +71,7 @@ lock: $(BASED)
 # --- Checkpoints: cached by content in $GRSD_CACHE, so the stamp only spares asking ------------------------
 
 $(GRSD_CACHE)/.suite-$(SCALE): $(STAMPS)/package $(shell find grsd/lab grsd/spectrum grsd/experiments -name "*.py" 2> /dev/null) grsd/scale.py
-	grsd protocol $(if $(filter gpu,$(SCALE)),mini-gpu,mini)
+	grsd protocol mini
 	@mkdir -p $(@D) && touch $@
 
 suite: $(GRSD_CACHE)/.suite-$(SCALE)

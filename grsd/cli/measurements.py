@@ -31,7 +31,7 @@ OPTION = "A parameter, as NAME=VALUE; several values between commas."
 @common.file_option("--output", "Store the cells as a result (.json), with provenance.")
 @common.json_option
 def protocol(name: str, small: bool, resume: bool, output: str | None, as_json: bool) -> None:
-    """Train and measure what a chapter shows: `mini` (minutes on two cores), `mini-gpu`,
+    """Train and measure what a chapter shows: `mini` (minutes on two cores),
     `pythia-shapes` (hours on a small GPU), or `pythia`: the paper's own checkpoints, from the hub.
 
     Every net, checkpoint, batch size and null model of the protocol becomes one averaged profile.

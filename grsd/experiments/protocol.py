@@ -111,9 +111,6 @@ MINI = Protocol(
     steps=50,
     sweep=(1, 4, 8),
 )
-# The same nets with the paper's 4 × 128 tokens a batch and 100 steps: 52,000 products, bound by
-# their launches (3 ms), and 300 set-ups of a second, so under ten minutes on a T4 (not run there).
-LARGER = replace(MINI, name="mini-gpu", batches=16, batch_size=4, steps=100, sweep=(1, 2, 8))
 PYTHIA = Protocol(
     name="pythia-shapes",
     models=("pythia-14m", "pythia-70m"),
@@ -149,7 +146,7 @@ SMALL = replace(
     sweep=(),
 )
 
-PROTOCOLS = {p.name: p for p in (MINI, LARGER, PYTHIA, PUBLISHED, SMALL)}
+PROTOCOLS = {p.name: p for p in (MINI, PYTHIA, PUBLISHED, SMALL)}
 
 
 @dataclass(frozen=True)
