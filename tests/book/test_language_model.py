@@ -9,9 +9,7 @@ from grsd.spectrum import SpectralMeasure
 
 from .chapter_code import definitions
 
-SHOWN = definitions(
-    "spectrum/language-model.md", "SHELLS", "moves", "overlap", "decayed", "shells"
-)
+SHOWN = definitions("spectrum/language-model.md", "SHELLS", "moves", "overlap", "decayed", "shells")
 GRID = np.geomspace(2.0**-18, 2.0**3, 6001)
 
 
