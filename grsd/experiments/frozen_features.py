@@ -129,7 +129,7 @@ def _flow(piece: Piece) -> Data:
     net = open_model(piece["model"]).checkpoint(piece["revision"]).load().model
     x, y = _batches(piece, piece["batch"] + 1)[-1]
     h, targets = features(net, x), y.flatten()
-    head: Any = net.get_output_embeddings()
+    head: Any = net.get_output_embeddings()  # type: ignore[operator]
     first = head.weight.detach().double()
     hot = nn.functional.one_hot(targets, len(first)).double()
 
