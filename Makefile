@@ -170,6 +170,7 @@ bench: $(STAMPS)/others
 	$(BENCH)/krylov.py --out $(MEASURED)
 	$(BENCH)/krylov.py --parts share --shape h256 --batch 32 --out $(MEASURED)
 	$(BENCH)/mup_peer.py --out $(MEASURED)
+	$(BENCH)/stacked.py --repeats 5 --out $(MEASURED)
 	for width in 64 128 256; do $(BENCH)/newton_schulz.py --width $$width --out $(MEASURED); done
 	python benchmarks/readme.py
 

@@ -159,20 +159,25 @@ def run(
     A run that was killed loses the piece it was at. Numbers go through JSON, which keeps float64
     exactly, so that a resumed run equals an uninterrupted one bit for bit. `asked` is an instance
     of `experiment.parameters`. Without `resume` all is measured again and replaces what was there.
-    `progress` is called with (pieces done, pieces in all, description).
+    `progress` is called with (pieces done, pieces in all, what of this one differs from others).
     """
     kind = experiment.parameters
     if not isinstance(asked, kind):
         raise TypeError(f"{experiment.name} takes {kind.__name__}, not {type(asked).__name__}")
     store = Store(cache_dir(cache) / "experiments" / experiment.name, code(kind))
     pieces = experiment.pieces(asked)
+    named = [k for k, first in pieces[0].items() if any(p.get(k) != first for p in pieces)]
     data = []
     for done, piece in enumerate(pieces, 1):
         data.append(store.get(piece, partial(experiment.measure, piece), resume=resume))
         if progress is not None:
-            words = " ".join(f"{k}={v}" for k, v in piece.items() if k in ("n", "seed"))
+            words = " ".join(f"{k}={_short(piece.get(k))}" for k in named)
             progress(done, len(pieces), words)
     return Outcome(experiment, asked, experiment.reduce(asked, pieces, data))
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def shared(asked: Any, *but: str) -> Piece:
