@@ -274,6 +274,6 @@ def _shown(drift: Data) -> str:
 
 
 GPU = {"sizes": (128, 256, 512, 1024), "base_width": 128, "base_depth": 4, "head": 64}
-GPU |= {"steps": 300, "batch": 64, "length": 256, "std": 0.02, "device": "cuda"}
+GPU |= {"steps": 300, "batch": 64, "length": 256, "std": 0.02, "stack": 4, "device": "cuda"}
 
 EXPERIMENT = Experiment(Parameters, pieces, measure, reduce, table, gpu=GPU)
