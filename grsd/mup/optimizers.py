@@ -137,8 +137,7 @@ class _Matrix(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = evaluate(closure)
-        weights: dict[Tensor, Tensor] = {}
+        loss, weights = evaluate(closure), dict[Tensor, Tensor]()
         # the gradients of all parts of fused weights, by shape, with where they came from
         batches: dict[Any, list[tuple[Tensor, Part, Group]]] = {}
         for group in self.param_groups:
@@ -247,9 +246,8 @@ class Muon(_Orthogonal):
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         out, into = G.shape[-2:]
-        keller, kimi = math.sqrt(max(1.0, out / into)), 0.2 * math.sqrt(max(out, into))
-        factors = {"bare": 1.0, "keller": keller, "kimi": kimi}
-        return self._direction(G, group) * factors[group["scaling"]]
+        squares = {"bare": 1.0, "keller": max(1.0, out / into), "kimi": 0.04 * max(out, into)}
+        return self._direction(G, group) * math.sqrt(squares[group["scaling"]])
 
 
 class NorMuon(Muon):
@@ -264,22 +262,19 @@ class NorMuon(Muon):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-2, *, beta2: float = 0.95, **more: Any
     ) -> None:
-        checks.between("beta2", beta2, 0, 1, "[)")
         super().__init__(params, lr, **more)
+        self.defaults["beta2"] = checks.between("beta2", beta2, 0, 1, "[)")
         for group in self.param_groups:
             group.setdefault("beta2", beta2)
-        self.defaults["beta2"] = beta2
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
-        update = super()._update(G, home, group)
+        update, means = super()._update(G, home, group), []
         squares = update.square().mean(-1, keepdim=True)
-        means = []
         for (p, _, k), now in zip(home, squares.unbind(0), strict=True):
             mean = self.state[p].setdefault(f"rows.{k}", torch.zeros_like(now))
             means.append(mean.lerp_(now, 1 - group["beta2"]))
         # a row without an update has none, whatever its average
-        apart = torch.stack(means).sqrt()
-        tiny = torch.finfo(update.dtype).tiny
+        apart, tiny = torch.stack(means).sqrt(), torch.finfo(update.dtype).tiny
         even = torch.where(squares > 0, update / apart.clamp_min(tiny), torch.zeros_like(update))
         size, new = (torch.linalg.matrix_norm(x, keepdim=True) for x in (update, even))
         return even * (size / new.clamp_min(tiny))
@@ -307,10 +302,8 @@ class Shampoo(_Matrix):
         checks.between("beta", beta, 0, 1, "[)")
         checks.at_least("eps", eps, 0)
         checks.whole("every", every, 1)
-        own = {"beta": beta, "eps": eps, "every": every}
-        super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay} | own
-        )
+        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, own | {"beta": beta, "eps": eps, "every": every})
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         sides: list[Tensor] = []
@@ -363,8 +356,7 @@ class SSO(_Orthogonal):
     ) -> None:
         checks.positive("radius", radius)
         checks.whole("bisections", bisections)
-        own = {"lr": lr, "radius": radius, "bisections": bisections}
-        super().__init__(params, own, **shared)
+        super().__init__(params, {"lr": lr, "radius": radius, "bisections": bisections}, **shared)
 
     def _update(self, G: Tensor, home: list[Part], group: Group) -> Tensor:
         # θ = u₁v₁ᵀ of the weights, which the step must not move along

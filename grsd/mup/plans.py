@@ -387,14 +387,9 @@ def _folded(e: Entry, factor: float) -> Entry:
     )
 
 
-_ROWS = (  # of a table, in the order of a rule's fields
-    "block multiplier α",
-    "initial variance σ²",
-    "learning rate η",
-    "weight decay λ",
-    "stabilizer ε",
-    "clipping ρ",
-)
+# of a table, in the order of a rule's fields
+_NAMES = "block multiplier α, initial variance σ², learning rate η, weight decay λ, stabilizer ε"
+_ROWS = (*_NAMES.split(", "), "clipping ρ")
 
 
 def _cell(scale: Scale | None, value: float | None) -> str:
