@@ -34,7 +34,7 @@ help:
 	@echo "make field      every cell of the page Works on, exact or refused; rewrites the stored result"
 	@echo "make bench      measure M u and Lanczos against other libraries; rewrites the stored result and README's tables"
 	@echo "make bench-gpu  the same of the larger shapes, on a CUDA device"
-	@echo "make suite      the checkpoints and spectra that the chapters show (cached)"
+	@echo "make suite      trains and measures the nets of the stored result protocol-mini (cached)"
 	@echo "make notebooks  the chapters as notebooks for readers, in $(BUILD)/_build/jupyter"
 	@echo "make pdf        the book as one PDF, printed by Chromium; make audit looks at every page in it"
 	@echo "make colab      the readers' notebooks, each run from its first cell in an environment like Colab's"
@@ -79,11 +79,11 @@ suite: $(GRSD_CACHE)/.suite-$(SCALE)
 # --- The book --------------------------------------------------------------------------------------------
 # What of an earlier build may be kept is decided by book/_ext/companion_fresh.py.
 
-book: suite
+book: $(STAMPS)/package
 	jupyter-book build . --path-output $(BUILD) -W -n --keep-going
 	@echo "The book: $(CURDIR)/$(BUILD)/_build/html/index.html"
 
-notebooks: suite
+notebooks: $(STAMPS)/package
 	jupyter-book build . --path-output $(BUILD) --builder custom --custom-builder jupyter -W -n --keep-going
 	@echo "The notebooks: $(CURDIR)/$(BUILD)/_build/jupyter"
 
@@ -151,7 +151,7 @@ field: $(STAMPS)/package
 	$(PYTEST) --dist load tests/field --every-cell
 	grsd experiment field --output grsd/data/results/field.json
 
-test: lint suite $(NOTEBOOKS)
+test: lint $(NOTEBOOKS)
 	$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 300 tests $(NOTEBOOKS)
 
 # The libraries to compare with lie in a folder of their own, without their dependencies, so that none can change torch.

@@ -512,7 +512,6 @@ def test_make_book_makes_what_it_needs_in_order(tmp_path: Path) -> None:
         'pip install --quiet "torch==',
         "-r requirements.txt",
         "--no-deps --editable .",
-        "grsd protocol mini",
         "jupyter-book build",
     ]
     places = [done.stdout.find(step) for step in steps]

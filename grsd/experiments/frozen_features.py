@@ -63,9 +63,12 @@ class Parameters:
 
 def pieces(p: Parameters) -> list[Piece]:
     """One piece per seed for the trained head, and one per seed and batch for the flow."""
-    checkpoint = open_model(p.model).checkpoint(p.revision)
+    try:
+        weights = open_model(p.model).checkpoint(p.revision).fingerprint
+    except ValueError:  # not trained yet: `measure` says what to do
+        weights = ""
     shared = {"model": p.model, "size": p.size, "length": p.length, "seeds": p.seeds}
-    flow = {"kind": "flow", "weights": checkpoint.fingerprint, "at": list(p.times)}
+    flow = {"kind": "flow", "weights": weights, "at": list(p.times)}
     head = {"kind": "head", "batches": p.batches, "at": list(p.steps)}
     listed: list[Piece] = [
         shared | flow | {"revision": p.revision, "seed": seed, "batch": batch}
