@@ -356,7 +356,9 @@ def test_sentences_and_long_lines_may_break_and_numbers_and_printed_tables_that_
         "for k in range(9):\n    print(f'{k:8d}' * 10)",  # fits beside both sidebars
         "for k in range(9):\n    print(f'{k:9d}' * 20)",  # does not
     ]
-    extra = "\n\n".join(f"```{{code-cell}} ipython3\n{cell}\n```" for cell in cells)
+    blocks = [f"```{{code-cell}} ipython3\n{cell}\n```" for cell in cells]
+    blocks[0] += "\n*A gap with its interval, and why.*"  # the build asks every table for a caption
+    extra = "\n\n".join(blocks)
     book.write(f"book/{CHAPTER}.md", chapter(extra=extra))
     status, log = book.build()
     assert status == 0, log
