@@ -112,7 +112,7 @@ def train(
     Parameters
     ----------
     models : one for each run, all of the architecture that `made` was made for
-    loss : (model, *tensors) → scalar
+    loss : (model, the tensors of a batch) → scalar
     batch : (seed, step) → the tensors that `loss` takes, the same for the same seed and step
     runs : (seed, base learning rate) of each
     schedule : step → factor on all rates, such as `grsd.mup.schedules.cosine`
