@@ -207,9 +207,11 @@ def _wanted(losses: Any, near: int | None) -> list[tuple[int, int]]:
     those near its best of the others; then what brackets a seed's own best."""
     missing = [(int(c), int(g)) for c, g in np.argwhere(np.ma.getmaskarray(losses))]
     first = [(c, g) for c, g in missing if c == 0]
-    best = None if near is None or first else _lowest(losses[:1])
+    if near is not None and first:
+        return first
+    best = _lowest(losses[:1])
     if near is None or best is None:
-        return first if near is not None and first else missing
+        return missing
     around = [(c, g) for c, g in missing if abs(g - best) <= near]
     own = {c: _lowest(losses[c : c + 1]) for c, _ in missing}
     ends = [(c, g) for c, g in missing for at in (own[c],) if at is not None and abs(g - at) == 1]

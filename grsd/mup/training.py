@@ -35,8 +35,8 @@ class _Program(nn.Module):
 class Stack:
     """Models of one architecture whose passes are one program (`torch.func.vmap`).
 
-    Parameters and buffers of all models are moved into one tensor per name, with the models along
-    its first axis, and every model keeps views: what steps or reads a single model goes on to work.
+    Parameters and buffers of all K models are moved into one tensor (K, …) per name, and every
+    model keeps views: what steps or reads a single model goes on to work.
     """
 
     def __init__(self, models: Sequence[nn.Module], loss: Loss) -> None:
@@ -120,6 +120,9 @@ def train(
         mean training loss of the last quarter of the steps
     clip : largest norm of the gradient of a run
     options : as `Plan.make_optimizer`
+
+    Raises ValueError where numbers of models and runs differ, and for several runs of an optimizer
+    with decompositions or curvature. Memory of several runs is that of one, times their number.
     """
     if not runs or len(models) != len(runs):
         raise ValueError(f"need a model for each run; got {len(models)} for {len(runs)} runs")
@@ -162,8 +165,10 @@ def train(
             try:
                 if live:
                     optimizer.step()
-            # a decomposition met infinite entries: of a run alone, see `_optimizer`
+            # a decomposition met infinite entries; of several runs it does not say whose
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                if len(live) > 1:
+                    raise
                 live = []
             if not live:
                 break
