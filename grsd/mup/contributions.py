@@ -111,6 +111,12 @@ def tensor(result: Any) -> Tensor:
     return next(value for value in values if isinstance(value, Tensor))
 
 
+def repeated(model: nn.Module) -> list[str]:
+    """Return the blocks of the stack that are a module which stands in it before."""
+    (stack, depth), modules = stack_of(model, required=False), bare_modules(model)
+    return [name for name in (f"{stack}.{i}" for i in range(depth) if stack) if name not in modules]
+
+
 def measure(
     model: nn.Module,
     batch: Any,
@@ -279,6 +285,11 @@ def _observed(
 ) -> Iterator[_Observed]:
     """Put hooks on a model in evaluation mode; leave it as it was."""
     modules = bare_modules(model)
+    if twice := repeated(model):
+        raise ValueError(
+            f"{twice[0]!r} is a module that stands in the stack before: what each of its passes "
+            "adds cannot be told apart; verify a model whose blocks are modules of their own"
+        )
     scales = {name: hook for name, m in modules.items() for hook in multiplying(m)}
     factors, training = (
         {name: hook.factor for name, hook in scales.items()},

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -46,7 +47,11 @@ class Layout:
 
     def owner(self, name: str) -> nn.Module:
         """Return the module that holds a parameter."""
-        return self.modules[name.rpartition(".")[0]]
+        return self._owners[name.rpartition(".")[0]]
+
+    @cached_property
+    def _owners(self) -> dict[str, nn.Module]:
+        return bare_modules(self.modules[""], tied=True)
 
     def transposed(self, name: str) -> bool:
         """Whether a matrix is stored (n_in, n_out)."""
@@ -258,9 +263,9 @@ def bare_parameters(model: nn.Module, *, tied: bool = False) -> dict[str, nn.Par
     return {plain(name): p for name, p in model.named_parameters(remove_duplicate=not tied)}
 
 
-def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules by bare name."""
-    return {plain(name): m for name, m in model.named_modules()}
+def bare_modules(model: nn.Module, *, tied: bool = False) -> dict[str, nn.Module]:
+    """Return the modules by bare name; with `tied`, one that stands twice under each name."""
+    return {plain(name): m for name, m in model.named_modules(remove_duplicate=not tied)}
 
 
 def stack_of(model: nn.Module, *, required: bool = True) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grsd import mup
@@ -475,3 +475,57 @@ def test_patterns_that_match_nothing_are_refused() -> None:
     for slip, words in slips:
         with pytest.raises(ValueError, match=words):
             mup.plan(Plain(32, 4), **given, **slip)
+
+
+class Round(nn.Module):
+    """ALBERT's way: one block that is passed again and again; `again` names it a second time."""
+
+    def __init__(self, width: int, depth: int, again: bool = False, silent: bool = False) -> None:
+        super().__init__()
+        self.read = nn.Linear(3, width)
+        block = nn.Sequential(nn.Tanh(), nn.Linear(width, width))
+        self.silent = silent
+        self.blocks = nn.ModuleList([block] * depth)
+        if again:
+            self.again = block[1]
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.read(x)
+        for block in self.blocks:
+            h = h + (block[1](block[0](h)) if self.silent else block(h))  # type: ignore[index]
+        out: Tensor = self.head(h)
+        return out
+
+
+def test_a_module_under_two_names_is_planned_or_refused_by_a_sentence() -> None:
+    how: Any = {"optimizer": "adamw", "branch_ends": ["*.1"]}
+    net = Round(16, 4)
+    made = mup.plan(net, base=Round(8, 2), **how)
+    # one tensor in all blocks: one line of the plan, and one factor for every pass
+    assert [e.name for e in made if e.role == "hidden"] == ["blocks.0.1.weight"]
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        h = net.read(x)
+        for _ in range(4):
+            h = h + 0.5 * net.blocks[0](h)  # 1/r_L
+        expected = net.head(0.5 * h)  # 1/r_n
+        handles = made.attach(net)
+        torch.testing.assert_close(net(x), expected)
+        for handle in handles:
+            handle.remove()
+    with pytest.raises(ValueError, match=r"'blocks.1' is a module that stands in the stack before"):
+        made.verify(net, x)
+    with pytest.raises(ValueError, match=r"cannot tell the role of 'again.weight'"):
+        mup.plan(Round(16, 4, again=True), base=Round(8, 2, again=True), **how)
+
+    def check(**more: bool) -> mup.CoordCheck:
+        return mup.coord_check(
+            lambda width, depth: Round(width, depth, **more),
+            lambda model: model(x).square().mean(),
+            widths=(8, 16, 32), depths=(), base=(8, 2), lr=2**-8, steps=1, seeds=(0,), **how
+        )  # fmt: skip
+
+    assert check().slopes["width"] is not None  # the last pass of the one block is watched
+    with pytest.raises(ValueError, match=r"the block 'blocks.1' is never called"):
+        check(silent=True)
