@@ -133,6 +133,11 @@ def measure(
     square 1, and its branches end in what they end in there, so that a contribution is exactly α
     where all that is added passes α. Cost: six forward passes, and two for each end of a branch.
     """
+    if twice := repeated(model):
+        raise ValueError(
+            f"{twice[0]!r} is a module that stands in the stack before: what each of its passes "
+            "adds cannot be told apart; verify a model whose blocks are modules of their own"
+        )
     stack, depth = stack_of(model, required=False)
     blocks = [f"{stack}.{i}" for i in range(depth) if stack]
     ends = {name: [m for m in multipliers if m.module.startswith(f"{name}.")] for name in blocks}
@@ -285,11 +290,6 @@ def _observed(
 ) -> Iterator[_Observed]:
     """Put hooks on a model in evaluation mode; leave it as it was."""
     modules = bare_modules(model)
-    if twice := repeated(model):
-        raise ValueError(
-            f"{twice[0]!r} is a module that stands in the stack before: what each of its passes "
-            "adds cannot be told apart; verify a model whose blocks are modules of their own"
-        )
     scales = {name: hook for name, m in modules.items() for hook in multiplying(m)}
     factors, training = (
         {name: hook.factor for name, hook in scales.items()},
