@@ -177,7 +177,8 @@ def run(
 
 
 def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
 
 
 def shared(asked: Any, *but: str) -> Piece:

@@ -145,7 +145,9 @@ def _flow(piece: Piece) -> Data:
     moments, flat, before = [], first.numpy().ravel(), 0.0
     for time in piece["at"]:
         if time > before:
-            found = solve_ivp(slope, (before, time), flat, method="RK23", rtol=RTOL, atol=ATOL)
+            # only the end is kept: all steps of a wide vocabulary would be gigabytes
+            how: Any = {"method": "RK23", "rtol": RTOL, "atol": ATOL, "t_eval": (time,)}
+            found = solve_ivp(slope, (before, time), flat, **how)
             flat, before = found.y[:, -1], time
         generator = torch.Generator().manual_seed(1000 * piece["seed"] + piece["batch"])
         W = torch.as_tensor(flat).reshape(first.shape)
