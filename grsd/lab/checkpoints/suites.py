@@ -34,7 +34,7 @@ from grsd.lab.data.corpora import Corpus
 from grsd.lab.nets.models import quiet
 
 __all__ = ["MINI", "Preset", "Recipe", "Suite", "build", "checkpoint_steps", "locate"]
-__all__ += ["of_suite", "train"]
+__all__ += ["named", "of_suite", "train"]
 
 _PROGRESS, _RECORD = "progress.safetensors", "training.json"
 HELDOUT_BATCHES = 4
@@ -61,6 +61,12 @@ class Suite:
     size: Preset
     root: Path
     steps: int  #: updates made; the revisions are those up to it
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """As `grsd.lab.load` takes it: ``"mini-0.4m"``, with another seed ``"mini-0.4m@1"``."""
+        return f"{self.size.name}@{self.seed}" if self.seed else self.size.name
 
     @property
     def revisions(self) -> tuple[str, ...]:
@@ -84,6 +90,16 @@ class Suite:
     def complete(self) -> bool:
         """Whether every checkpoint up to ``steps`` is there."""
         return all((self.root / r / "model.safetensors").is_file() for r in self.revisions)
+
+
+def named(model: str) -> tuple[str, int] | None:
+    """Size and seed of ``"mini-0.4m"`` or ``"mini-0.4m@1"``; None for the name of no suite."""
+    size, at, seed = model.partition("@")
+    if size not in MINI:
+        return None
+    if at and not (seed.isascii() and seed.isdecimal()):
+        raise ValueError(f"the suite {model!r} names no seed: expected {size} or {size}@1")
+    return size, int(seed or 0)
 
 
 def of_suite(size: str, *, cache: Path | str | None = None) -> Corpus:
@@ -110,7 +126,7 @@ def _placed(
         inputs["steps"] = steps
     folder = scale.cache_dir(cache) / "suites" / size.name
     store = pieces.Store(folder, pieces.code(training, windows))
-    return Suite(size, store.path(inputs), steps), made, store, inputs
+    return Suite(size, store.path(inputs), steps, made.seed), made, store, inputs
 
 
 def locate(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,7 +138,7 @@ def test_unknown_names_list_what_is_there(
 
 
 def test_mini_suite_by_name(corpus: corpora.Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(suites.MINI, "mini-test", TINY)
+    monkeypatch.setitem(suites.MINI, "mini-test", replace(TINY, name="mini-test"))
     monkeypatch.setattr(corpora, "embedded", lambda *_, **__: corpus)
     with pytest.raises(ValueError, match="not trained yet; run: grsd suite --size mini-test"):
         opened.load("mini-test")
@@ -147,6 +148,30 @@ def test_mini_suite_by_name(corpus: corpora.Corpus, monkeypatch: pytest.MonkeyPa
         and opened.load("mini-test", "step0").name == "mini-test"
     )
     assert opened.open_model("mini-test").revisions == ["step0", "step1"]
+    with pytest.raises(ValueError, match=r"step2'.*longer training.*--size mini-test --steps N"):
+        opened.load("mini-test", "step2")
+
+
+def test_the_seed_of_a_mini_suite_is_part_of_its_name(
+    corpus: corpora.Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(suites.MINI, "mini-test", replace(TINY, name="mini-test"))
+    monkeypatch.setattr(corpora, "embedded", lambda *_, **__: corpus)
+    with pytest.raises(ValueError, match="run: grsd suite --size mini-test --seed 3"):
+        opened.load("mini-test@3")
+    for seed in (0, 3):
+        suites.train("mini-test", corpus, steps=1, seed=seed)
+    other, first = opened.load("mini-test@3"), opened.load("mini-test@0")
+    assert other.name == "mini-test@3" and other.fingerprint != first.fingerprint
+    assert first.fingerprint == opened.load("mini-test").fingerprint
+    # trained with that seed, and not only called so
+    own = suites.build(TINY, seed=3)
+    begun = opened.load("mini-test@3", "step0").model
+    for a, b in zip(begun.parameters(), own.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name in ("mini-test@", "mini-test@x", "mini-test@-1", "mini-test@1.5"):
+        with pytest.raises(ValueError, match=f"{name}' names no seed"):
+            opened.open_model(name)
 
 
 def test_truncated_file_is_refused_by_name(folder: Path) -> None:
