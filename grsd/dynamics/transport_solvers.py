@@ -1,8 +1,7 @@
 """Two numerical routes through ∂ₜε + ∂_λ(vε) = −2λε for any drift v = (λ/t) H(λt).
 
 `particles` follows lumps of energy, `finite_volume` moves energy between fixed cells. Neither
-shares a step with the derivation of the closed form in :mod:`grsd.dynamics.transport`. A third, by
-characteristics, which does, is in the chapter on transport.
+shares a step with the derivation of the closed form in :mod:`grsd.dynamics.transport`.
 """
 
 from __future__ import annotations

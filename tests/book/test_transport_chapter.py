@@ -11,10 +11,7 @@ from grsd.dynamics.transport_solvers import particles
 
 from .chapter_code import definitions
 
-SHOWN = definitions(
-    "dynamics/transport.md", "Lines", "characteristics", "printed_density", "self_similar"
-)
-characteristics = SHOWN.characteristics
+SHOWN = definitions("dynamics/transport.md", "printed_density", "self_similar")
 RATIONAL = CovariantDrift(lambda x: 0.5 / (1 + x), lambda x: -0.5 / (1 + x) ** 2)
 TIMES = np.geomspace(1.0, 1000.0, 25)
 
@@ -39,19 +36,6 @@ def test_printed_density_has_residual_c0_over_t() -> None:
         exact = residual(lambda x, t, c0=c0: transport.density(x, t, c0, soft(0.5)), c0, 0.3, 2.0)
         assert printed == pytest.approx(c0 / 2.0, abs=1e-8)
         assert exact == pytest.approx(0.0, abs=1e-8)
-
-
-@pytest.mark.parametrize("p", [-0.5, 0.5])
-def test_the_loss_from_a_self_similar_start_is_a_power_law_from_the_first_step_on(p: float) -> None:
-    target = 1.5 * (p + 1)
-
-    def start(lam: np.ndarray) -> np.ndarray:
-        return SHOWN.self_similar(RATIONAL, p, lam)
-
-    compensated = characteristics(start, RATIONAL, TIMES, window=(1e-14, 60.0)).loss * TIMES**target
-    assert compensated == pytest.approx(
-        compensated[0], rel=2e-4
-    )  # a power law from the first step on, no transient
 
 
 @pytest.mark.parametrize("p", [-0.5, 0.5])
