@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grsd.spectrum import NTK, NTKBatches, NTKShards, Outputs, TokenLogProb, lanczos
@@ -135,6 +136,48 @@ def test_float32_that_may_be_less_inside(setting: str, unit: float) -> None:
         assert NTK(model, x, observable).eps == DOUBLE
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class TF32(TorchDispatchMode):
+    """TF32 without a GPU: operands of matrix products rounded to ten bits of mantissa, sums in float32."""
+
+    aten = torch.ops.aten
+    operands = dict.fromkeys((aten.mm, aten.bmm, aten.mv), (0, 1))
+    operands |= dict.fromkeys((aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_), (1, 2))
+    operands[aten.addmv] = (1, 2)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        places = self.operands.get(func.overloadpacket, ())
+        float32 = [isinstance(a, Tensor) and a.dtype is torch.float32 for a in args]
+        rounded = [ten_bits(a) if k in places and float32[k] else a for k, a in enumerate(args)]
+        return func(*rounded, **(kwargs or {}))
+
+
+def ten_bits(x: Tensor) -> Tensor:
+    """Round half away from zero."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("method", ["factored", "graph"])
+def test_the_floor_covers_the_rounding_of_tf32(method: Any) -> None:
+    """Four units of 2⁻¹¹ λ_max bound what TF32 does to a product, and float32 does far less."""
+    near = torch.tensor([1 + 2.0**-10, 1 + 2.0**-12], dtype=torch.float32)
+    assert ten_bits(near).tolist() == [1 + 2.0**-10, 1.0]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh())
+    net, x = net.append(nn.Linear(128, 1)).float(), (2 * torch.rand(96, 2) - 1).float()
+    exact = dense(copy.deepcopy(net).double(), x.double(), Outputs())
+    lam, vectors = torch.linalg.eigh(exact)
+    u = torch.cat([vectors[:, -1:], torch.randn(96, 5, dtype=torch.float64)], 1)
+
+    def errors(M: Any) -> Tensor:
+        product = torch.stack([(M @ v.float()).double() for v in u.T], 1)
+        return (product - exact @ u).norm(dim=0) / (lam[-1] * u.norm(dim=0)) / 2.0**-11
+
+    plain = errors(NTK(net, x, Outputs(), method=method, normalize="sum"))
+    with TF32():
+        rounded = errors(NTK(net, x, Outputs(), method=method, normalize="sum"))
+    assert plain.max() < 0.01 < rounded.max() < 4  # the null is 2⁻¹² of it
 
 
 @pytest.mark.parametrize("method", ["factored", "graph"])
