@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from grsd import claims
 from grsd.cli.common import main
 from grsd.results import atomic_write
 
@@ -15,7 +16,8 @@ NAME = re.compile(r"([a-z]+)/([a-z0-9]+(?:-[a-z0-9]+)*)")
 ENTRY = """
 - id: {claim}
   paper: grsd
-  locator: {title}, section "Check"
+  locator: >-
+    {title}, section "Check"
   statement: >-
     The Gauss quadrature of $m$ Lanczos steps has the first $2m$ moments of the start vector's
     spectral measure.
@@ -24,7 +26,7 @@ ENTRY = """
   measured: >-
     relative gap of the first $2m$ moments of a planted measure, and of the next one, which nothing
     promises
-  bound: below $10^{-12}$; above $10^{-11}$
+  bound: below $10^{{-12}}$; above $10^{{-11}}$
 """
 
 
@@ -60,15 +62,15 @@ def new_chapter(name: str, title: str | None) -> None:
     toc = toc.replace(old, f"{new}\n{old}" if before else f"{old}\n{new}")
 
     # the template with the names filled in, and its entry behind the others of the room
-    words = {"claim": f"grsd.{page}", "label": page, "page": page, "room": room}
+    words = {"claim": f"grsd.{page}", "label": f"{room}-{page}", "page": page, "room": room}
     words["title"] = title or page.replace("-", " ").capitalize()
-    text = (Path(__file__).parents[1] / "data/chapter.md").read_text(encoding="utf-8")
-    entries = ledger.read_text(encoding="utf-8")
-    if f"id: {words['claim']}\n" in entries:
+    if words["claim"] in {claim.id for claim in claims.load(ledger.parent)}:
         raise ValueError(f"the ledger has {words['claim']} already; choose another name")
-    atomic_write(target, text.format(**words))
-    atomic_write(root / "_toc.yml", toc)
-    atomic_write(ledger, entries.rstrip("\n") + "\n" + ENTRY.format(**words))
+    template = (Path(__file__).parents[1] / "data/chapter.md").read_text(encoding="utf-8")
+    text = template.format(**words)
+    entries = ledger.read_text(encoding="utf-8").rstrip("\n") + "\n" + ENTRY.format(**words)
+    for path, made in ((target, text), (root / "_toc.yml", toc), (ledger, entries)):
+        atomic_write(path, made)
     click.echo(f"wrote book/{name}.md, its line in _toc.yml and {words['claim']} in the ledger")
     click.echo(f"check it: python -m pytest tests/book/test_pages.py -k {page}; make book")
 
