@@ -42,7 +42,9 @@ def test_every_module_says_in_one_sentence_what_it_is(tool: ModuleType) -> None:
     assert silent == ["grsd.__main__"] or silent == []
 
 
-@pytest.mark.parametrize("change", ["a module", "an import", "a rule", "a summary"])
+@pytest.mark.parametrize(
+    "change", ["a module", "an import", "an import by dots", "a rule", "a summary"]
+)
 def test_a_change_of_the_code_changes_what_is_made(
     change: str, tool: ModuleType, copy: Path
 ) -> None:
@@ -53,6 +55,9 @@ def test_a_change_of_the_code_changes_what_is_made(
     elif change == "an import":
         path = copy / "grsd/mup/norms.py"
         path.write_text(path.read_text() + "\nimport grsd.dynamics.flow\n", encoding="utf-8")
+    elif change == "an import by dots":
+        path = copy / "grsd/mup/norms.py"
+        path.write_text(path.read_text() + "\nfrom ..dynamics import flow\n", encoding="utf-8")
     elif change == "a rule":
         path = copy / "pyproject.toml"
         path.write_text(path.read_text().replace('  "renorm | mup",', '  "renorm", "mup",'))

@@ -69,9 +69,13 @@ def uses(root: Path) -> dict[str, list[str]]:
         room = name.split(".")[1] if "." in name else ""
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             targets: list[str] = []
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "grsd":
-                parts = (node.module or "").split(".")
-                targets = parts[1:2] if len(parts) > 1 else [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                # dots in front count from the package that holds the module
+                package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+                above = package[: len(package) + 1 - node.level] if node.level else []
+                parts = above + (node.module.split(".") if node.module else [])
+                if parts[:1] == ["grsd"]:
+                    targets = parts[1:2] or [alias.name for alias in node.names]
             elif isinstance(node, ast.Import):
                 dotted = [alias.name.split(".") for alias in node.names]
                 targets = [parts[1] for parts in dotted if parts[0] == "grsd" and len(parts) > 1]

@@ -62,6 +62,12 @@ def test_every_module_that_a_chapter_imports_stands_on_a_reference_page() -> Non
         assert importlib.import_module(module).__doc__
 
 
+def test_every_experiment_stands_on_the_page_that_makes_it_again() -> None:
+    page = (ROOT / "book/reproduce.md").read_text()
+    table = page.partition("| `grsd experiment` |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, re.M)) == sorted(engine.NAMES)
+
+
 def test_an_import_is_traced_to_the_module_that_writes_the_name_down() -> None:
     assert homes("from grsd.spectrum import NTK\nfrom grsd import claims\nimport math") == {
         "grsd.spectrum.operator.ntk",

@@ -121,9 +121,12 @@ def test_the_parts_of_multi_query_attention_are_not_thirds() -> None:
             assert entry.rates == pytest.approx((1, 2**-0.5, 2**-0.5))
 
 
-def test_an_unknown_family_is_planned_with_a_note_and_a_refused_one_is_not() -> None:
+def test_an_unknown_family_is_planned_with_a_note_and_a_refused_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    monkeypatch.delitem(FAMILIES, "helium", raising=False)  # unknown also when it has a row
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "intermediate_size": 64}
     config = AutoConfig.for_model("helium", **sizes, num_key_value_heads=2, head_dim=16)
@@ -136,10 +139,11 @@ def test_an_unknown_family_is_planned_with_a_note_and_a_refused_one_is_not() -> 
         mup.plan(t5, base=t5, optimizer="adamw")
 
 
-def test_a_fused_matrix_that_is_not_known_as_one_is_said() -> None:
+def test_a_fused_matrix_that_is_not_known_as_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Persimmon's QKV is one matrix to Muon, unless its sizes are told; AdamW need not know."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    monkeypatch.delitem(FAMILIES, "persimmon", raising=False)  # unknown also when it has a row
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "intermediate_size": 64}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("persimmon", **sizes))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grsd import mup
 from grsd.experiments import mup_coords, mup_norms
-from grsd.mup.registry import OPTIMIZERS, Optimizer, row
+from grsd.mup.registry import OPTIMIZERS, Optimizer, assemble, row
 from grsd.mup.rules import ROLES, RULES, derive, rule, scale
 
 from .test_planning import Residual
@@ -155,3 +155,27 @@ def test_every_row_is_complete() -> None:
         assert (known.mistake is None) or known.rate is not None
         assert known.variant_of is None or known.variant_of in OPTIMIZERS
         assert known.kind == "orthogonal" or not known.matrices_only, name
+
+
+def decayed(name: str) -> float:
+    """Distance between what decay adds to a first step and −η λ W, relative to the larger of the two."""
+    rate, decay, ends = 1e-6, 0.1, []
+    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for share in (0.0, decay):
+        W = torch.nn.Parameter(start.clone())
+        W.grad = torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(4, 3)
+        group = {"params": [W], "lr": rate, "mup_lr": 1.0, "weight_decay": share}
+        row(name).first(assemble({name: [group]}, rate, {name: row(name).exact}))
+        ends.append(W.detach())
+    added, wanted = ends[1] - ends[0], -rate * decay * start
+    return float((added - wanted).norm() / max(added.norm(), wanted.norm()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_decay_stands_beside_the_update(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ΔW = −η (A + λ W), which the rules of λ assume; SSO's way back to its sphere undoes it."""
+    # decay behind the update, as SOAP's, differs by η ‖A‖/‖W‖, about 1e-6
+    assert decayed(name) < 1e-4 if name != "sso" else decayed(name) > 0.1
+    # decay inside the gradient: a sign does not see it, and it is one thing with the rate
+    monkeypatch.setitem(OPTIMIZERS, "adamax", Optimizer("", torch.optim.Adamax, "sign", SIGN))
+    assert decayed("adamax") > 0.1
