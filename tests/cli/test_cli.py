@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,7 @@ def test_conditions_refuses_in_one_sentence(place: Path) -> None:
 
 
 def test_suite_trains_and_finds(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(suites.MINI, "mini-test", TINY)
+    monkeypatch.setitem(suites.MINI, "mini-test", replace(TINY, name="mini-test"))
     small = ["--steps", "2", "--batch-size", "2", "--length", "16", "--device", "cpu"]
     words = ["suite", "--size", "mini-test", "--corpus", str(place / "*.txt"), *small]
     text = corpora.files(place / "*.txt", vocab_size=300)
@@ -336,7 +337,7 @@ def test_suite_trains_and_finds(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_mini_suite_is_trained_when_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = corpora.files(place / "*.txt", vocab_size=300)
-    monkeypatch.setitem(suites.MINI, "mini-test", TINY)
+    monkeypatch.setitem(suites.MINI, "mini-test", replace(TINY, name="mini-test"))
     monkeypatch.setattr(corpora, "open_corpus", lambda *_, **__: text)
     locate, train = suites.locate, suites.train
     short: dict[str, Any] = {"steps": 2, "batch_size": 2, "length": 16}
