@@ -42,7 +42,8 @@ def suite(
 ) -> None:
     """Train the mini-Pythia suite (minutes on two cores), or find it in the cache.
 
-    A run that was stopped goes on where it was.
+    A run that was stopped goes on where it was. Commands that take a model know
+    the suite of another seed as mini-0.4m@1.
     """
     from grsd.checks import one_of
     from grsd.lab.checkpoints import hub, suites
@@ -78,7 +79,7 @@ def trained(name: str, text: Corpus, device: str, **recipe: Any) -> Suite:
 
     ready = suites.locate(name, text, **recipe)
     if not ready.complete:
-        say(f"training {name} for {ready.steps} steps on {device}")
+        say(f"training {ready.name} for {ready.steps} steps on {device}")
     with common.bar(name) as update:
         return suites.train(name, text, device=device, progress=common.losses(update), **recipe)
 

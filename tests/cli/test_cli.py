@@ -367,6 +367,13 @@ def test_mini_suite_is_trained_when_asked_for(place: Path, monkeypatch: pytest.M
     )
     again = _grsd(*words, "--device", "cpu", "--split", "all")
     assert again.stdout == first.stdout and "training" not in again.stderr
+    # the seed of a name is the one that is trained, and the next call finds it
+    words[1] = "mini-test@3"
+    other = _grsd(*words, "--device", "cpu", "--split", "all")
+    assert other.exit_code == 0 and "training mini-test@3" in other.stderr
+    assert "mini-test@3 step2" in other.stdout
+    there = suites.train("mini-test", text, seed=3, steps=2)
+    assert there.name == "mini-test@3" and there.training()["recipe"]["seed"] == 3
 
 
 def test_claims_are_listed_and_filtered() -> None:
